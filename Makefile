@@ -1,0 +1,38 @@
+# make test      the tests            make lint     ruff and mypy
+# make table4    the main benchmark   make mutate   each named defect must turn the tests red
+# Options of the benchmark: make table4 ARGS="--device cuda --dtype bf16"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := constraints.txt pyproject.toml setup.py
+STAMP := $(VENV)/.installed-$(firstword $(shell cat $(PINS) | cksum))
+# Without an NVIDIA GPU the CPU build of the same torch will do; from PyPI a Linux machine gets gigabytes of CUDA.
+TORCH_SOURCE ?= $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: test table4 mutate lint clean
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+table4: $(STAMP)
+	$(BIN)/python -m benchmarks.table4 $(ARGS)
+
+mutate: $(STAMP)
+	$(BIN)/python -m tests.mutate $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first, so that the package is built against the torch that will run it.
+$(STAMP): $(PINS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_SOURCE) -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench,test,lint]"
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info

@@ -1,0 +1,14 @@
+"""The table of backends."""
+
+from __future__ import annotations
+
+from . import aten
+from .interface import Backend
+
+TABLE: dict[str, Backend] = {"aten": aten}
+NAMES = ("auto", "reference", *TABLE)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name: None where it runs on this machine, else the reason why it does not."""
+    return {"reference": None, **{name: backend.unavailable() for name, backend in TABLE.items()}}

@@ -1,0 +1,69 @@
+"""What a backend is given and what it owes.
+
+A backend is a module with the functions of `Backend`. Gradients are asked for and returned by name: "x", or a field of
+`Operands`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """All of one call but x: weight [N, K] of x's dtype, adapters of that dtype or fp32, None where absent.
+
+    ``mask`` [M, R] is boolean with ``mask_scale`` 1/(1-p), or of x's dtype and already scaled with ``mask_scale`` 1.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    A_down: Tensor | None
+    A_up: Tensor | None
+    B_down: Tensor | None
+    B_up: Tensor | None
+    A_down_bias: Tensor | None
+    A_up_bias: Tensor | None
+    B_down_bias: Tensor | None
+    B_up_bias: Tensor | None
+    scale_a: float | Tensor
+    scale_b: float | Tensor
+    mask: Tensor | None
+    mask_scale: float
+
+    @property
+    def r_a(self) -> int:
+        return 0 if self.A_down is None else self.A_down.shape[0]
+
+    @property
+    def r_b(self) -> int:
+        return 0 if self.B_down is None else self.B_down.shape[0]
+
+
+class Saved(NamedTuple):
+    """What the backward reads besides the operands, None where no wanted gradient reads it.
+
+    x [M, K]; Z [M, R], the masked bottleneck; Dt [K, R], the composed down projection; y0 [M, N] (kept form).
+    """
+
+    x: Tensor | None
+    Z: Tensor | None
+    Dt: Tensor | None
+    y0: Tensor | None
+
+
+class Backend(Protocol):
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run on this machine, or None."""
+
+    def refusal(self, form: str, dtype: torch.dtype, r_b: int) -> str | None:
+        """Why it cannot serve such a call, or None."""
+
+    def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Saved]:
+        """h [M, N] for x [M, K], and what the backward will need for the gradients named in needs."""
+
+    def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
+        """The gradients named in needs from G = dL/dh [M, N], each with the shape and dtype of its operand."""

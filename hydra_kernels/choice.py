@@ -1,0 +1,40 @@
+"""The one place that decides which backend and which form serve a call: a pure function of shape, ranks and dtype."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+FORMS = ("auto", "composed", "kept")
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class Choice(NamedTuple):
+    """What runs: ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` is "composed" or "kept"."""
+
+    backend: str
+    form: str
+
+
+def choose(
+    M: int, K: int, N: int, r_a: int, r_b: int, dtype: torch.dtype, form: str = "auto", backend: str = "auto"
+) -> Choice:
+    """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b; what the user fixed stays fixed."""
+    if backend == "auto":
+        backend = "aten"
+    if r_b == 0:
+        form = "composed"  # without a sequential branch nothing needs y0
+    elif form == "auto":
+        form = _form(M, K, N, r_a, dtype)
+    return Choice(backend, form)
+
+
+def _form(M: int, K: int, N: int, r_a: int, dtype: torch.dtype) -> str:
+    if dtype in LOW_PRECISION:
+        return "kept"  # ATen rounds C = B_down W0 to the base dtype: less exact than the naive layer
+    if r_a == 0 and N < K:
+        return "kept"  # y0 is smaller than x, which then need not be saved
+    if min(K, N) > 4 * M:
+        return "kept"  # composing reads W0 twice more, and activations are small beside it
+    return "composed"

@@ -1,0 +1,236 @@
+"""hydra_linear: the one place where a call is checked, cast, flattened, given its dropout mask and its backend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import reference
+from .backend import NAMES, TABLE
+from .choice import FORMS, LOW_PRECISION, choose
+from .function import HydraFunction
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_LOW_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts: all but float64
+
+
+def hydra_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A_down: Tensor | None,
+    A_up: Tensor | None,
+    B_down: Tensor | None,
+    B_up: Tensor | None,
+    *,
+    A_down_bias: Tensor | None = None,
+    A_up_bias: Tensor | None = None,
+    B_down_bias: Tensor | None = None,
+    B_up_bias: Tensor | None = None,
+    scale_a: float | Tensor = 1.0,
+    scale_b: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    mask: Tensor | None = None,
+    form: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """A frozen linear layer with LoRA in parallel and SeqLoRA in sequence (Eq. 9-10 of arXiv 2309.06922).
+
+    ``h = y0 + s_a (A_up m(A_down x + a_d) + a_u) + s_b (B_up m(B_down y0 + b_d) + b_u)`` with ``y0 = W0 x + b0`` and m
+    dropout on the bottleneck. Without B_down and B_up it is LoRA, without A_down and A_up SeqLoRA.
+
+    Args:
+        x: input [*, K], at least one dimension; float64, float32, float16 or bfloat16.
+        weight: W0 [N, K], frozen, of x's dtype outside autocast.
+        bias: b0 [N] of weight's dtype, or None; may require grad.
+        A_down, A_up: [r_a, K] and [N, r_a], both or neither; weight's dtype, or float32 over a low-precision weight.
+        B_down, B_up: [r_b, N] and [N, r_b], likewise.
+        A_down_bias, B_down_bias: a_d [r_a] and b_d [r_b], or None.
+        A_up_bias, B_up_bias: a_u [N] and b_u [N], or None.
+        scale_a, scale_b: s_a and s_b, finite numbers or 0-dimensional tensors on x's device (never read on the host).
+        dropout_p: probability in [0, 1) of zeroing an element of the bottleneck while ``training``.
+        mask: the dropout mask [M, r_a + r_b] itself, already scaled by 1/(1-p), with M = product of x's leading
+            dimensions; wins over ``dropout_p``.
+        form: "composed" saves x and the bottleneck, "kept" saves y0 too, "auto" lets `choice` decide.
+        backend: a key of ``hydra_kernels.backends()`` or "auto".
+
+    Returns:
+        h [*, N] in x's dtype, or in autocast's where that is on.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before any computation.
+        RuntimeError: from a backward with ``create_graph=True``.
+    """
+    check_route(form, backend)
+    check_dropout("dropout_p", dropout_p)
+    cast_to = _autocast_dtype(x)
+    M, K, N = _check_frozen(x, weight, bias, cast_to)
+    r_a = _check_branch("A", A_down, A_up, A_down_bias, A_up_bias, scale_a, K, weight, cast_to)
+    r_b = _check_branch("B", B_down, B_up, B_down_bias, B_up_bias, scale_b, N, weight, cast_to)
+    if mask is not None:
+        _check_tensor("mask", mask, (M, r_a + r_b), _LOW_OR_SINGLE if cast_to else (x.dtype,), x.device)
+
+    if A_down is None and B_down is None:
+        return F.linear(x, weight, bias)
+    if backend == "reference":
+        return reference.hydra_linear(
+            x,
+            weight,
+            bias,
+            A_down,
+            A_up,
+            B_down,
+            B_up,
+            A_down_bias=A_down_bias,
+            A_up_bias=A_up_bias,
+            B_down_bias=B_down_bias,
+            B_up_bias=B_up_bias,
+            scale_a=scale_a,
+            scale_b=scale_b,
+            dropout_p=dropout_p,
+            training=training,
+            mask=mask,
+        )
+
+    dtype = cast_to or x.dtype
+    choice = choose(M, K, N, r_a, r_b, dtype, form, backend)
+    server = TABLE[choice.backend]
+    reason = server.unavailable() or server.refusal(choice.form, dtype, r_b)
+    if reason is not None:
+        raise ValueError(f"backend: {choice.backend!r} cannot serve this call: {reason}")
+
+    mask_scale = 1.0
+    if mask is None and training and dropout_p > 0:
+        mask = torch.empty(M, r_a + r_b, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
+        mask_scale = 1 / (1 - dropout_p)
+    flat = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    # A scale of an absent branch acts on nothing and gets no gradient.
+    adapters = (
+        *(A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias),
+        *(1.0 if A_down is None else scale_a, 1.0 if B_down is None else scale_b),
+    )
+    if cast_to is None:
+        h = HydraFunction.apply(flat, weight, bias, *adapters, mask, mask_scale, choice)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if bias is None else bias.to(dtype)
+            mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+            h = HydraFunction.apply(flat.to(dtype), weight.to(dtype), bias, *adapters, mask, mask_scale, choice)
+    return h.view(*x.shape[:-1], N)
+
+
+def check_route(form: str, backend: str) -> None:
+    """Raises ValueError for an unknown form or backend."""
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    if backend not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {backend!r}")
+
+
+def check_dropout(name: str, p: float) -> None:
+    """Raises unless p is a number in [0, 1)."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name}: expected a number in [0, 1), got {type(p).__name__}")
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {p}")
+
+
+def check_scale(name: str, scale: float | Tensor, device: torch.device) -> None:
+    """Raises unless scale is a finite number or a floating 0-dimensional tensor on device; tensors are not read."""
+    if isinstance(scale, Tensor):
+        _check_tensor(name, scale, (), DTYPES, device)
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{name}: expected a number or a 0-dimensional tensor, got {type(scale).__name__}")
+    # Under dynamic tracing a float is symbolic, and asking whether it is finite would break the graph.
+    elif not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"{name}: expected a finite number, got {scale}")
+
+
+def _autocast_dtype(x: object) -> torch.dtype | None:
+    """The dtype in which autocast would run F.linear(x), or None where it would leave x alone."""
+    if not isinstance(x, Tensor) or x.dtype not in _LOW_OR_SINGLE or x.device.type == "meta":
+        return None
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, cast_to: torch.dtype | None) -> tuple[int, int, int]:
+    """Checks x, weight and bias; returns M, K, N."""
+    for name, t in (("x", x), ("weight", weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError(
+            "weight: it requires grad, but W0 is frozen and its gradient is never computed; "
+            "call weight.requires_grad_(False), or train it through F.linear"
+        )
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: expected shape [*, {K}] for a weight of shape [{N}, {K}], got {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    dtypes = _LOW_OR_SINGLE if cast_to else (x.dtype,)
+    _check_tensor("weight", weight, (N, K), dtypes, x.device)
+    if bias is not None:
+        _check_tensor("bias", bias, (N,), _LOW_OR_SINGLE if cast_to else (weight.dtype,), x.device)
+    M = 1
+    for size in x.shape[:-1]:
+        M *= size
+    return M, K, N
+
+
+def _check_branch(
+    side: str,
+    down: Tensor | None,
+    up: Tensor | None,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    scale: float | Tensor,
+    fan_in: int,
+    weight: Tensor,
+    cast_to: torch.dtype | None,
+) -> int:
+    """Checks one branch against the weight; returns its rank, 0 where it is absent."""
+    check_scale(f"scale_{side.lower()}", scale, weight.device)
+    if down is None or up is None:
+        for name, t in (("up", up), ("down", down), ("down_bias", down_bias), ("up_bias", up_bias)):
+            if t is not None:
+                missing = f"{side}_down" if down is None else f"{side}_up"
+                raise ValueError(f"{side}_{name}: given, but {missing} is None; a branch needs both projections")
+        return 0
+    if not isinstance(down, Tensor):
+        raise TypeError(f"{side}_down: expected a Tensor, got {type(down).__name__}")
+    r = down.shape[0] if down.dim() else 0
+    dtypes = (
+        _LOW_OR_SINGLE
+        if cast_to
+        else (weight.dtype,)
+        if weight.dtype not in LOW_PRECISION
+        else (weight.dtype, torch.float32)
+    )
+    _check_tensor(f"{side}_down", down, (r, fan_in), dtypes, weight.device)
+    _check_tensor(f"{side}_up", up, (weight.shape[0], r), dtypes, weight.device)
+    if down_bias is not None:
+        _check_tensor(f"{side}_down_bias", down_bias, (r,), dtypes, weight.device)
+    if up_bias is not None:
+        _check_tensor(f"{side}_up_bias", up_bias, (weight.shape[0],), dtypes, weight.device)
+    return r
+
+
+def _check_tensor(
+    name: str, t: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    if t.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}")
+    if t.device != device:
+        raise ValueError(f"{name}: expected on {device}, got {t.device}")

@@ -1,0 +1,351 @@
+"""HydraLinear, LoRALinear and SeqLoRALinear: parameters, initialisation, merging, and what a module owes its users."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .choice import LOW_PRECISION
+from .functional import DTYPES, check_dropout, check_route, check_scale, hydra_linear
+from .reference import low_rank, merged_parameters
+
+Device = torch.device | str | int | None
+Layer = TypeVar("Layer", bound="HydraLinear")
+
+
+class Branches(NamedTuple):
+    """The three summands of h (Fig. 4), each [*, N]."""
+
+    pretrained: Tensor
+    parallel: Tensor
+    sequential: Tensor
+
+
+class HydraLinear(nn.Module):
+    """A frozen linear layer with two low-rank branches (Eq. 9-10 of arXiv 2309.06922), in place of an ``nn.Linear``.
+
+    ``h = y0 + scale_a A_up drop(A_down x) + scale_b B_up drop(B_down y0)`` with ``y0 = weight x + bias``; x [*, K] and
+    h [*, N] have weight's dtype. The up projections start at zero, so training starts at exactly the frozen layer.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether the frozen layer has a bias.
+        r_a, r_b: ranks of the parallel and of the sequential branch; 0 leaves the branch out.
+        scale_a, scale_b: factors of the branches, initial values where ``learnable_scale``.
+        learnable_scale: makes the factors trainable 0-dimensional Parameters.
+        dropout: probability in [0, 1) of zeroing an element of the rank-r bottleneck in training mode.
+        adapter_bias: puts a trainable bias on each down and each up projection.
+        adapter_dtype: of the adapters: None for the base's dtype, or float32 over a bfloat16 or float16 base.
+        init_std: standard deviation of the down projections, None for 1/sqrt(fan_in).
+        form, backend: as for :func:`hydra_kernels.hydra_linear`.
+        device, dtype: of the base, as in ``nn.Linear``.
+
+    Parameters: ``weight`` [N, K] and ``bias`` [N], frozen; ``A_down`` [r_a, K], ``A_up`` [N, r_a], ``B_down`` [r_b, N],
+    ``B_up`` [N, r_b]; where asked for ``A_down_bias`` [r_a], ``A_up_bias`` [N], ``B_down_bias`` [r_b], ``B_up_bias``
+    [N], ``scale_a`` and ``scale_b`` []. What is absent is None; a scale that is not learnable is a float.
+
+    Raises:
+        ValueError, TypeError: naming the argument, at construction; in the forward, as ``hydra_linear``.
+    """
+
+    ADAPTERS = (
+        *("A_down", "A_up", "B_down", "B_up"),
+        *("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias"),
+        *("scale_a", "scale_b"),
+    )
+
+    weight: Tensor
+    bias: Tensor | None
+    A_down: nn.Parameter | None
+    A_up: nn.Parameter | None
+    B_down: nn.Parameter | None
+    B_up: nn.Parameter | None
+    A_down_bias: nn.Parameter | None
+    A_up_bias: nn.Parameter | None
+    B_down_bias: nn.Parameter | None
+    B_up_bias: nn.Parameter | None
+    scale_a: float | Tensor
+    scale_b: float | Tensor
+    merged_weight: Tensor | None
+    merged_bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r_a: int = 4,
+        r_b: int = 4,
+        scale_a: float = 1.0,
+        scale_b: float = 1.0,
+        learnable_scale: bool = False,
+        dropout: float = 0.0,
+        adapter_bias: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        init_std: float | None = None,
+        form: str = "auto",
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_count("in_features", in_features, 1)
+        _check_count("out_features", out_features, 1)
+        _check_count("r_a", r_a, 0)
+        _check_count("r_b", r_b, 0)
+        check_dropout("dropout", dropout)
+        check_route(form, backend)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if adapter_dtype not in (None, dtype) and not (adapter_dtype == torch.float32 and dtype in LOW_PRECISION):
+            raise ValueError(
+                f"adapter_dtype: expected None, or torch.float32 over a base in float16 or bfloat16, "
+                f"got {adapter_dtype} over {dtype}"
+            )
+        if init_std is not None and not (isinstance(init_std, (int, float)) and 0 <= init_std < math.inf):
+            raise ValueError(f"init_std: expected None or a finite number >= 0, got {init_std!r}")
+        self.in_features, self.out_features, self.r_a, self.r_b = in_features, out_features, r_a, r_b
+        self.dropout, self.init_std, self.form, self.backend = dropout, init_std, form, backend
+        self.adapters_enabled = True
+        self._initial_scales = {"scale_a": scale_a, "scale_b": scale_b}
+
+        def frozen(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+        def adapter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=adapter_dtype or dtype))
+
+        self.weight = frozen(out_features, in_features)
+        self.register_parameter("bias", frozen(out_features) if bias else None)
+        for side, r, fan_in in (("A", r_a, in_features), ("B", r_b, out_features)):
+            biased, scale = adapter_bias and r > 0, f"scale_{side.lower()}"
+            check_scale(scale, self._initial_scales[scale], self.weight.device)
+            self.register_parameter(f"{side}_down", adapter(r, fan_in) if r else None)
+            self.register_parameter(f"{side}_up", adapter(out_features, r) if r else None)
+            self.register_parameter(f"{side}_down_bias", adapter(r) if biased else None)
+            self.register_parameter(f"{side}_up_bias", adapter(out_features) if biased else None)
+            setattr(self, scale, adapter() if learnable_scale and r else self._initial_scales[scale])
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.register_buffer("merged_bias", None, persistent=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls: type[Layer], linear: nn.Linear, **options: Any) -> Layer:
+        """An adapted layer around linear's own Parameter objects, which are frozen: weight tying survives.
+
+        Args:
+            linear: an ``nn.Linear`` or a subclass that keeps its forward, without hooks or parametrizations.
+            options: of the constructor, but in_features, out_features, bias, device and dtype.
+
+        Raises:
+            TypeError, ValueError: for anything else, naming its class; linear is then unchanged.
+        """
+        check_wrappable(linear)
+        has_bias, dtype = linear.bias is not None, linear.weight.dtype
+        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta", dtype=dtype, **options)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        for name, parameter in layer.adapters().items():
+            setattr(layer, name, nn.Parameter(torch.empty_like(parameter, device=linear.weight.device)))
+        layer.reset_adapters()
+        layer.weight.requires_grad_(False)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
+        return layer.train(linear.training)
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The Parameters of the branches by name: what training changes."""
+        return {name: p for name in self.ADAPTERS if isinstance(p := getattr(self, name), nn.Parameter)}
+
+    def reset_parameters(self) -> None:
+        """Draws the base as ``nn.Linear`` does, then the adapters."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_adapters()
+
+    def reset_adapters(self) -> None:
+        """Puts the layer back at the start of training: down projections Gaussian, up projections and biases zero."""
+        self.unmerge()
+        with torch.no_grad():
+            for name, parameter in self.adapters().items():
+                if name in ("A_down", "B_down"):
+                    fan_in = parameter.shape[1]
+                    parameter.normal_(0, 1 / math.sqrt(fan_in) if self.init_std is None else self.init_std)
+                elif name in self._initial_scales:
+                    parameter.fill_(self._initial_scales[name])
+                else:
+                    parameter.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """h [*, N] for x [*, K]."""
+        if not self.adapters_enabled:
+            return hydra_linear(x, self.weight, self.bias, None, None, None, None)
+        if self.merged_weight is not None:
+            return hydra_linear(x, self.merged_weight, self.merged_bias, None, None, None, None)
+        return hydra_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.A_down,
+            self.A_up,
+            self.B_down,
+            self.B_up,
+            A_down_bias=self.A_down_bias,
+            A_up_bias=self.A_up_bias,
+            B_down_bias=self.B_down_bias,
+            B_up_bias=self.B_up_bias,
+            scale_a=self.scale_a,
+            scale_b=self.scale_b,
+            dropout_p=self.dropout,
+            training=self.training,
+            form=self.form,
+            backend=self.backend,
+        )
+
+    def branches(self, x: Tensor) -> Branches:
+        """The three summands of h for x [*, K] (Fig. 4), from W0 also while merged; zeros for a branch that is off."""
+        y0 = F.linear(x, self.weight, self.bias)
+        parallel = sequential = torch.zeros_like(y0)
+        p = self.dropout
+        if self.adapters_enabled and self.A_down is not None and self.A_up is not None:
+            parallel = low_rank(
+                x, self.A_down, self.A_up, self.A_down_bias, self.A_up_bias, self.scale_a, p, self.training
+            )
+        if self.adapters_enabled and self.B_down is not None and self.B_up is not None:
+            sequential = low_rank(
+                y0, self.B_down, self.B_up, self.B_down_bias, self.B_up_bias, self.scale_b, p, self.training
+            )
+        return Branches(y0, parallel, sequential)
+
+    def enable_adapters(self) -> None:
+        """Undoes `disable_adapters`."""
+        self.adapters_enabled = True
+
+    def disable_adapters(self) -> None:
+        """Makes the layer answer as the frozen one, merged or not."""
+        self.adapters_enabled = False
+
+    @property
+    def merged(self) -> bool:
+        """Whether the forward uses the merged weight."""
+        return self.merged_weight is not None
+
+    def merge(self) -> None:
+        """Makes the forward one plain product with W0 + s_a A_up A_down + s_b B_up B_down W0 (Eq. 11-12).
+
+        The merged weight and bias stand in buffers outside the state_dict; the Parameters do not change, gradients flow
+        to x alone. `unmerge`, `train` and `load_state_dict` end the mode. A second merge does nothing.
+
+        Raises:
+            ValueError: in training mode.
+        """
+        if self.training:
+            raise ValueError(
+                "merge: the layer is in training mode, where merged adapters would get no gradient; call eval()"
+            )
+        if not self.merged:
+            self.merged_weight, self.merged_bias = self._merged_parameters()
+
+    def unmerge(self) -> None:
+        """Drops the merged weight and bias: the layer is bit for bit what it was."""
+        self.merged_weight = self.merged_bias = None
+
+    def to_linear(self) -> nn.Linear:
+        """A plain, frozen ``nn.Linear`` with the merged weight and bias as new tensors."""
+        weight, bias = self._merged_parameters()
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear.train(self.training)
+
+    def train(self: Layer, mode: bool = True) -> Layer:
+        if mode:
+            self.unmerge()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        shown = [
+            f"in_features={self.in_features}",
+            f"out_features={self.out_features}",
+            f"bias={self.bias is not None}",
+        ]
+        shown += [f"r_a={self.r_a}", f"r_b={self.r_b}"]
+        for name, initial in self._initial_scales.items():
+            if isinstance(getattr(self, name), Tensor):
+                shown.append(f"{name}=learnable")
+            elif initial != 1:
+                shown.append(f"{name}={initial}")
+        shown += [f"dropout={self.dropout}"] if self.dropout else []
+        shown += ["adapter_bias=True"] if self.A_up_bias is not None or self.B_up_bias is not None else []
+        shown += [f"{name}={v}" for name, v in (("form", self.form), ("backend", self.backend)) if v != "auto"]
+        return ", ".join(shown + (["merged=True"] if self.merged else []))
+
+    @torch.no_grad()
+    def _merged_parameters(self) -> tuple[Tensor, Tensor | None]:
+        return merged_parameters(
+            self.weight,
+            self.bias,
+            self.A_down,
+            self.A_up,
+            self.B_down,
+            self.B_up,
+            A_down_bias=self.A_down_bias,
+            A_up_bias=self.A_up_bias,
+            B_down_bias=self.B_down_bias,
+            B_up_bias=self.B_up_bias,
+            scale_a=self.scale_a,
+            scale_b=self.scale_b,
+        )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class LoRALinear(HydraLinear):
+    """A frozen linear layer with LoRA of rank r in parallel (Eq. 2): `HydraLinear`, r_b = 0, scale as scale_a."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, r: int = 8, scale: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(in_features, out_features, bias, r_a=r, r_b=0, scale_a=scale, **options)
+
+
+class SeqLoRALinear(HydraLinear):
+    """A frozen linear layer with SeqLoRA of rank r in sequence (Eq. 6): `HydraLinear`, r_a = 0, scale as scale_b."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, r: int = 8, scale: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(in_features, out_features, bias, r_a=0, r_b=r, scale_b=scale, **options)
+
+
+def check_wrappable(linear: nn.Module) -> None:
+    """Raises unless linear is an ``nn.Linear`` whose computation an adapted layer reproduces."""
+    kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+    if isinstance(linear, HydraLinear):
+        raise TypeError(f"linear: expected an nn.Linear, got {kind}, which is already adapted")
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected an nn.Linear, got {kind}")
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        raise TypeError(f"linear: {kind} computes something else than nn.Linear in its forward")
+    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
+        raise TypeError(f"linear: the weight of {kind} is not a plain Parameter but derived or quantised")
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(linear, name) for name in hooks):
+        raise ValueError(f"linear: {kind} has hooks, which the adapted layer would lose; remove them first")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer >= {least}, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")

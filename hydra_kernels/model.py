@@ -1,0 +1,185 @@
+"""Adapters in a whole model: put them in, say what trains, merge, take them out again."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .layers import HydraLinear, LoRALinear, SeqLoRALinear, check_wrappable
+
+METHODS: dict[str, type[HydraLinear]] = {"hydra": HydraLinear, "lora": LoRALinear, "seqlora": SeqLoRALinear}
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    method: str = "hydra",
+    exclude: str | Iterable[str] = (),
+    **options: Any,
+) -> list[str]:
+    """Replaces linear layers of model by adapted ones, in place, and freezes those layers (nothing else).
+
+    Args:
+        model: any module; it is changed.
+        target_modules: a regular expression that a module's whole dotted name matches, or an iterable of suffixes at a
+            dot: ``["query", "output.dense"]``.
+        method: "hydra", "lora" or "seqlora".
+        exclude: names not to take although they match, in the same two ways.
+        options: of the layer: ``r_a`` and ``r_b`` for hydra, ``r`` for the others, ``dropout``, ...
+
+    Returns:
+        The dotted names of what was replaced, in the model's order; a shared layer under each of its names.
+
+    Raises:
+        ValueError, TypeError: for an unknown method or option, where nothing matches (with near names), and where a
+            match is not a plain ``nn.Linear``; the model is then unchanged.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    layer_class = METHODS[method]
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    names = [n for n in modules if _matches(n, targets) and not _matches(n, exclude)]
+    if not names:
+        raise ValueError(f"target_modules: {target_modules!r} matches no module; {_near(modules, target_modules)}")
+    for name in names:
+        try:
+            check_wrappable(modules[name])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target_modules: {name!r} matches, but {error}") from None
+    for dtype in {modules[name].weight.dtype for name in names}:
+        layer_class(1, 1, device="meta", dtype=dtype, **options)  # an invalid option raises before anything changes
+
+    _warn_of_trained_embeddings(model, {name: modules[name].weight for name in names})
+    adapted: dict[int, HydraLinear] = {}
+    for name in names:
+        linear = modules[name]
+        if id(linear) not in adapted:
+            adapted[id(linear)] = layer_class.from_linear(linear, **options)
+        _replace(model, name, adapted[id(linear)])
+    return names
+
+
+def mark_only_adapters_trainable(model: nn.Module, bias: str = "none", keep: Iterable[str] = ()) -> None:
+    """Lets the adapters train and freezes every other parameter of model.
+
+    Args:
+        model: with adapted layers in it.
+        bias: which biases train too: "none", "adapted" (b0 of the adapted layers) or "all".
+        keep: dotted names, or parts of them, of modules or parameters that train too, such as ``["classifier"]``.
+
+    Raises:
+        ValueError: for an unknown bias, a model without adapters, or a name in keep that nothing has.
+    """
+    if bias not in ("none", "adapted", "all"):
+        raise ValueError(f"bias: expected one of none, adapted, all, got {bias!r}")
+    layers = list(adapted_layers(model).values())
+    if not layers:
+        raise ValueError("model: it has no adapted layer; call inject first")
+    keep = [keep] if isinstance(keep, str) else list(keep)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for part in keep:
+        if not any(_contains(name, part) for name in parameters):
+            raise ValueError(f"keep: {part!r} names no module or parameter of the model; {_near(parameters, [part])}")
+
+    trainable = {id(p) for layer in layers for p in layer.adapters().values()}
+    if bias == "adapted":
+        trainable |= {id(layer.bias) for layer in layers}
+    frozen = {id(layer.weight) for layer in layers}
+    for name, parameter in parameters.items():
+        kept = any(_contains(name, part) for part in keep)
+        if kept and id(parameter) in frozen:
+            raise ValueError(
+                f"keep: {name!r} is the frozen weight of an adapted layer, whose gradient is never computed"
+            )
+        if kept or (bias == "all" and name.rsplit(".", 1)[-1] == "bias"):
+            trainable.add(id(parameter))
+    for parameter in parameters.values():
+        parameter.requires_grad_(id(parameter) in trainable)
+
+
+def merge(model: nn.Module) -> None:
+    """Merges every adapted layer of model (`HydraLinear.merge`). Raises ValueError where one is in training mode."""
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        if layer.training:
+            raise ValueError(f"merge: {name or 'the model'} is in training mode; call model.eval() first")
+    for layer in layers.values():
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undoes `merge` in every adapted layer of model, bit for bit."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Puts a plain ``nn.Linear`` with the merged weight in place of every adapted layer, a shared one in every place.
+
+    Layers are replaced one by one, so that no second copy of the weights comes into being. Returns the model, which is
+    changed; where the model itself is an adapted layer, the ``nn.Linear``.
+    """
+    plain: dict[int, nn.Linear] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, HydraLinear):
+            continue
+        if id(layer) not in plain:
+            layer.unmerge()
+            plain[id(layer)] = layer.to_linear()
+        if not name:
+            return plain[id(layer)]
+        _replace(model, name, plain[id(layer)])
+    return model
+
+
+def adapted_layers(model: nn.Module) -> dict[str, HydraLinear]:
+    """The adapted layers of model by dotted name, each once."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, HydraLinear)}
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints how many of model's parameters train, shared ones counted once."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable parameters: {trainable:,} of {total:,} ({share:.4f} %)")
+
+
+def _matches(name: str, targets: str | Iterable[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _contains(name: str, part: str) -> bool:
+    return f".{part}." in f".{name}."
+
+
+def _near(names: Iterable[str], targets: str | Iterable[str]) -> str:
+    """The names' ends that look most like the targets, for error messages."""
+    ends = list(dict.fromkeys(".".join(n.split(".")[i:]) for n in names for i in (-1, -2) if not n[-1].isdigit()))
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    near = [n for w in wanted for n in difflib.get_close_matches(w, ends, 3, 0.5)]
+    return f"near names: {', '.join(dict.fromkeys(near)) or ', '.join(ends[:10])}"
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _warn_of_trained_embeddings(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Warns where a weight about to be frozen is also the trained weight of an embedding (tied input and output)."""
+    for embedding_name, module in model.named_modules():
+        for name, weight in weights.items():
+            if isinstance(module, nn.Embedding) and module.weight is weight and weight.requires_grad:
+                warnings.warn(
+                    f"inject: the weight of {name!r} is also the embedding {embedding_name!r}, which is frozen with it",
+                    stacklevel=3,
+                )
