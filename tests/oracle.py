@@ -1,0 +1,96 @@
+"""The tests' own truth: Eq. 9-12 written with einsum in float64, and the rule by which a result counts as right.
+
+Nothing here comes from the package, so that no error can be shared with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+# What a result may err beyond twice the naive layer's own error, in units of the dtype's epsilon.
+SLACK = {torch.float64: 64, torch.float32: 2, torch.float16: 1, torch.bfloat16: 1}
+
+
+def hydra(t: Mapping[str, Tensor], scale_a: float = 1.0, scale_b: float = 1.0) -> Tensor:
+    """h of the operands in t, named as hydra_linear's arguments; absent ones are missing. All of one dtype."""
+    y0 = torch.einsum("...k,nk->...n", t["x"], t["weight"])
+    if "bias" in t:
+        y0 = y0 + t["bias"]
+    h = y0
+    r_a = t["A_down"].shape[0] if "A_down" in t else 0
+    for side, v, columns in (("A", t["x"], slice(0, r_a)), ("B", y0, slice(r_a, None))):
+        if f"{side}_down" not in t:
+            continue
+        z = torch.einsum("...k,rk->...r", v, t[f"{side}_down"])
+        if f"{side}_down_bias" in t:
+            z = z + t[f"{side}_down_bias"]
+        if "mask" in t:
+            z = z * t["mask"][:, columns].reshape(z.shape)
+        delta = torch.einsum("...r,nr->...n", z, t[f"{side}_up"])
+        if f"{side}_up_bias" in t:
+            delta = delta + t[f"{side}_up_bias"]
+        scale = t.get(f"scale_{side.lower()}", scale_a if side == "A" else scale_b)
+        h = h + scale * delta
+    return h
+
+
+def differentiate(function: Callable[[Tensors], Tensor], t: Tensors, G: Tensor, wanted: set[str]) -> Tensors:
+    """h under the name "h", and dL/d(name) of every wanted operand for dL/dh = G, each operand a fresh leaf.
+
+    Checks that operands and G come back unchanged and that the others get no gradient.
+    """
+    leaves = {name: v.detach().requires_grad_(name in wanted) for name, v in t.items()}
+    before = {name: v.detach().clone() for name, v in t.items()}
+    G_before = G.clone()
+    h = function(leaves)
+    if wanted:
+        h.backward(G)
+    for name, v in before.items():
+        assert torch.equal(leaves[name].detach(), v), f"{name} was changed"
+        assert (leaves[name].grad is not None) == (name in wanted), f"{name}: a gradient where none is wanted, or none"
+    assert torch.equal(G, G_before), "G was changed"
+    return {"h": h.detach(), **{name: leaves[name].grad for name in wanted}}
+
+
+def out_of_bounds(got: Tensors, t: Tensors, G: Tensor, true: Tensors, dtype: torch.dtype) -> list[str]:
+    """What of got misses true by more than 16 epsilons of the sum of the absolute values of all terms, elementwise.
+
+    The bound of forward error analysis: it holds at any size, where an error relative to a result of one element that
+    cancels to nothing says little. That sum is the same formula over absolute values.
+    """
+    magnitudes = differentiate(
+        hydra, {name: v.double().abs() for name, v in t.items()}, G.double().abs(), set(true) - {"h"}
+    )
+    eps = 16 * torch.finfo(dtype).eps
+    return [name for name, want in true.items() if not ((got[name] - want).abs() <= eps * magnitudes[name]).all()]
+
+
+def errors(got: Tensor, true: Tensor) -> tuple[float, float]:
+    """Maximal and root-mean-square error of got, relative to the largest and the rms value of true."""
+    assert got.shape == true.shape, f"shape {tuple(got.shape)}, expected {tuple(true.shape)}"
+    difference = got.double() - true
+    if true.numel() == 0:
+        return 0.0, 0.0
+    if not true.any():
+        return (0.0, 0.0) if not difference.any() else (math.inf, math.inf)
+    largest = (difference.abs().max() / true.abs().max()).item()
+    rms = (difference.square().mean().sqrt() / true.square().mean().sqrt()).item()
+    return (largest, rms) if math.isfinite(largest) and math.isfinite(rms) else (math.inf, math.inf)
+
+
+def violations(got: Tensors, naive: Tensors, true: Tensors, dtype: torch.dtype) -> list[str]:
+    """What of got errs more than twice as much as naive, plus the slack of their dtype; empty where all is right."""
+    slack = SLACK[dtype] * torch.finfo(dtype).eps
+    found = []
+    for name, want in true.items():
+        ours, theirs = errors(got[name], want), errors(naive[name], want)
+        for kind, e, limit in zip(("max", "rms"), ours, (2 * n + slack for n in theirs), strict=True):
+            if not e <= limit:
+                found.append(f"{name}: {kind} error {e:.3g}, allowed {limit:.3g}")
+    return found

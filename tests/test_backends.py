@@ -1,0 +1,360 @@
+"""The one matrix: every backend passes it unchanged, in every dtype and form that it serves."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import replace
+from statistics import median
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hydra_kernels as hk
+from hydra_kernels.backend import TABLE
+
+from .cases import CASES, PLAIN, ROUNDING, Case, operands
+from .oracle import Tensors, differentiate, errors, hydra, out_of_bounds, violations
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+# (base, adapters)
+DTYPES = [(F64, F64), (F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]
+SERVED = [
+    pytest.param(name, form, dtypes, id=f"{name}-{form}-{'-'.join(str(d)[6:] for d in dict.fromkeys(dtypes))}")
+    for name, reason in hk.backends().items()
+    for form in ("composed", "kept")
+    for dtypes in DTYPES
+    if name != "reference" and reason is None and TABLE[name].refusal(form, dtypes[0], 1) is None
+]
+FORMS = [
+    pytest.param(name, form, id=f"{name}-{form}")
+    for name, reason in hk.backends().items()
+    for form in ("composed", "kept")
+    if name != "reference" and reason is None
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory is NaN: whoever reads what nobody wrote, shows it."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def call(function, t: Tensors, case: Case, **options):
+    t = dict(t)
+    positional = [t.pop(name, None) for name in ("x", "weight", "bias", "A_down", "A_up", "B_down", "B_up")]
+    return function(*positional, **t, **{k: v for k, v in case.constant_scales.items() if k not in t}, **options)
+
+
+def trainable(t: Tensors) -> set[str]:
+    return set(t) - {"weight", "mask"}
+
+
+def three_ways(case: Case, backend: str, form: str, dtypes, wanted: set[str] | None = None, seed: int = 0):
+    """Output and gradients of the oracle, of the naive layer and of the backend for the same operands."""
+    t, G = operands(case, *dtypes, seed=seed)
+    wanted = trainable(t) if wanted is None else wanted
+    true_operands = {name: v.double() for name, v in t.items()}
+    true = differentiate(lambda t: hydra(t, **case.constant_scales), true_operands, G.double(), wanted)
+    naive = differentiate(lambda t: call(hk.reference.hydra_linear, t, case), t, G, wanted)
+    ours = differentiate(lambda t: call(hk.hydra_linear, t, case, form=form, backend=backend), t, G, wanted)
+    for name, value in ours.items():
+        expected = t["x"].dtype if name == "h" else t[name].dtype
+        assert value.dtype == expected, f"{name} is {value.dtype}, expected {expected}"
+    return true, naive, ours
+
+
+def compare(case: Case, backend: str, form: str, dtypes=(F64, F64), wanted: set[str] | None = None, seed: int = 0):
+    """Asserts the rule of tests/oracle.py."""
+    true, naive, ours = three_ways(case, backend, form, dtypes, wanted, seed)
+    assert not violations(ours, naive, true, dtypes[0])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "form", "dtypes"), SERVED)
+def test_output_and_every_gradient(case, backend, form, dtypes):
+    compare(case, backend, form, dtypes)
+
+
+@pytest.mark.parametrize("case", ROUNDING, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("backend", "form", "dtypes"), [p for p in SERVED if p.values[2][0] in (F16, BF16)])
+def test_cancelling_bias_and_huge_channels(case, seed, backend, form, dtypes):
+    compare(case, backend, form, dtypes, seed=seed)
+
+
+@pytest.mark.parametrize("case", ROUNDING, ids=str)
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_cancelling_bias_and_huge_channels_in_fp32(case, backend, form):
+    """The rule holds for the median of many draws: in fp32 the composed form errs up to 1.6 times as much as the naive
+    layer where b0 cancels, so that a single draw says little."""
+    ratios = defaultdict(list)
+    for seed in range(31):
+        true, naive, ours = three_ways(case, backend, form, (F32, F32), seed=seed)
+        for name, want in true.items():
+            for kind, e, n in zip(("max", "rms"), errors(ours[name], want), errors(naive[name], want), strict=True):
+                ratios[name, kind].append(e / n)
+    assert {key: median(values) for key, values in ratios.items() if not median(values) <= 2} == {}
+
+
+@pytest.mark.parametrize("case", ROUNDING, ids=str)
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_rounding_cases_are_strong_enough(case, dtype):
+    """Rounding any one of C = B_down W0, B_down b0, T = dZ_b^T x and sum_m dZ_b to the base dtype breaks the rule."""
+    t, G = operands(case, dtype)
+    wanted = trainable(t)
+    d = {name: v.double() for name, v in t.items()}
+    true = differentiate(hydra, d, G.double(), wanted)
+    naive = differentiate(lambda t: call(hk.reference.hydra_linear, t, case), t, G, wanted)
+
+    def rounded(v):
+        return v.to(dtype).double()
+
+    C, c, dZ_b = d["B_down"] @ d["weight"], d["B_down"] @ d["bias"], G.double() @ d["B_up"]
+
+    def h(C, c):
+        Z_b = rounded(d["x"] @ C.t() + c)
+        return rounded(
+            d["x"] @ d["weight"].t()
+            + d["bias"]
+            + rounded(d["x"] @ d["A_down"].t()) @ d["A_up"].t()
+            + Z_b @ d["B_up"].t()
+        )
+
+    def dB_down(T, sums):
+        return rounded(T @ d["weight"].t() + torch.outer(sums, d["bias"]))
+
+    T, sums = dZ_b.t() @ d["x"], dZ_b.sum(0)
+    exact = {"h": h(C, c), "B_down": dB_down(T, sums)}
+    expected = {name: true[name] for name in exact}
+    assert not violations(exact, naive, expected, dtype)
+    defects = {
+        "C": {"h": h(rounded(C), c)},
+        "c": {"h": h(C, rounded(c))},
+        "T": {"B_down": dB_down(rounded(T), sums)},
+        "sum_m dZ_b": {"B_down": dB_down(T, rounded(sums))},
+    }
+    assert [name for name, wrong in defects.items() if not violations({**exact, **wrong}, naive, expected, dtype)] == []
+
+
+EVERYTHING = replace(PLAIN, lead=(6, 5), adapter_bias=True, scales="learnable", dropout=True)
+NAMES = sorted(trainable(operands(EVERYTHING, F64)[0]))
+SUBSETS = [{name} for name in NAMES] + [set(NAMES) - {name} for name in NAMES]
+SUBSETS += [set(random.Random(seed).sample(NAMES, len(NAMES) // 2)) for seed in range(20)]
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=lambda wanted: "+".join(sorted(wanted)) or "nothing")
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_any_subset_of_gradients(wanted, backend, form):
+    compare(EVERYTHING, backend, form, wanted=wanted)
+
+
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+@pytest.mark.parametrize("r_a", [0, 3])
+@pytest.mark.parametrize("r_b", [0, 5])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+def test_gradcheck(backend, form, r_a, r_b, bias):
+    if r_a + r_b == 0:
+        r_a = 1
+    case = replace(EVERYTHING, lead=(4,), K=6, N=5, r_a=r_a, r_b=r_b, bias=bias)
+    t, _ = operands(case, F64)
+    names = sorted(trainable(t))
+
+    def function(*values):
+        return call(hk.hydra_linear, {**t, **dict(zip(names, values, strict=True))}, case, form=form, backend=backend)
+
+    assert torch.autograd.gradcheck(function, [t[name].requires_grad_() for name in names])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    lead=st.lists(st.integers(0, 40), max_size=3),
+    sizes=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    ranks=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    options=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    form=st.sampled_from(["auto", "composed", "kept"]),
+    dtype=st.sampled_from([F64, F32]),
+)
+def test_any_size_and_rank(lead, sizes, ranks, options, form, dtype):
+    bias, adapter_bias, dropout = options
+    if sum(ranks) == 0:
+        ranks = (1, 0)
+    case = Case(tuple(lead), *sizes, *ranks, bias=bias, adapter_bias=adapter_bias, dropout=dropout)
+    t, G = operands(case, dtype)
+    wanted = trainable(t)
+    true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)
+    ours = differentiate(lambda t: call(hk.hydra_linear, t, case, form=form), t, G, wanted)
+    assert out_of_bounds(ours, t, G, true, dtype) == []
+
+
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_backward_twice_gives_the_same_bits(backend, form):
+    t, G = operands(EVERYTHING, F32)
+    leaves = {name: v.requires_grad_(name in NAMES) for name, v in t.items()}
+    h = call(hk.hydra_linear, leaves, EVERYTHING, form=form, backend=backend)
+    inputs = [leaves[name] for name in NAMES]
+    first = torch.autograd.grad(h, inputs, G, retain_graph=True)
+    second = torch.autograd.grad(h, inputs, G)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(a.abs().sum() > 0 for a in first)
+
+
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_double_backward_is_refused(backend, form):
+    t, _ = operands(PLAIN, F64)
+    x = t["x"].requires_grad_()
+    h = call(hk.hydra_linear, t, PLAIN, form=form, backend=backend)
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*backend='reference'"):
+        torch.autograd.grad(h.square().sum(), x, create_graph=True)
+
+
+def test_reference_backend_is_differentiable_twice():
+    case = replace(PLAIN, lead=(3,), K=4, N=5, r_a=1, r_b=2)
+    t, _ = operands(case, F64)
+    assert torch.autograd.gradgradcheck(
+        lambda x, A_up: call(hk.hydra_linear, {**t, "x": x, "A_up": A_up}, case, backend="reference"),
+        [t["x"].requires_grad_(), t["A_up"].requires_grad_()],
+    )
+
+
+@pytest.mark.parametrize("case", [PLAIN, replace(PLAIN, lead=(2, 3))], ids=str)
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_output_may_be_changed_in_place(case, backend, form):
+    """As after nn.Linear: neither y0 nor h may alias what the backward reads."""
+    t, G = operands(case, F64)
+
+    def squared(function, t, **options):
+        h = call(function, t, case, **options)
+        h.mul_(h.detach().clone()).relu_()
+        return h
+
+    wanted = trainable(t)
+    expected = differentiate(lambda t: squared(hk.reference.hydra_linear, t), t, G, wanted)
+    got = differentiate(lambda t: squared(hk.hydra_linear, t, form=form, backend=backend), t, G, wanted)
+    assert not violations(got, expected, expected, F64)
+
+
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_dropout_is_the_generators(backend, form):
+    """The drawn mask drops p of the bottleneck and scales the rest by 1/(1-p), in dx as in h; seeds reproduce it."""
+    K = N = R = 64
+    p, M = 0.3, 500
+    x = torch.ones(M, K, dtype=F64, requires_grad=True)
+    A_down = torch.eye(R, K, dtype=F64)
+    B_down = torch.eye(R, N, dtype=F64)
+    # y0 is zero but for b0 = 1, so that Z is the mask itself and h adds up each branch's part in its own columns.
+    weight, bias = torch.zeros(N, K, dtype=F64), torch.ones(N, dtype=F64)
+    A_up, B_up = torch.eye(N, R, dtype=F64), 10 * torch.eye(N, R, dtype=F64)
+
+    def run(seed, **options):
+        torch.manual_seed(seed)
+        return hk.hydra_linear(
+            x, weight, bias, A_down, A_up, B_down, B_up, dropout_p=p, form=form, backend=backend, **options
+        )
+
+    h = run(1)
+    levels = torch.tensor([0.0, 1.0, 10.0, 11.0], dtype=F64) / (1 - p) + 1
+    assert ((h[..., None] - levels).abs().min(-1).values < 1e-12).all()
+    kept_a = (h - 1) * (1 - p) % 10 > 0.5
+    share = kept_a.double().mean().item()
+    assert abs(share - (1 - p)) < 5 * (p * (1 - p) / kept_a.numel()) ** 0.5
+    (dx,) = torch.autograd.grad(h.sum(), x)
+    torch.testing.assert_close(dx, kept_a.double() / (1 - p), rtol=1e-12, atol=1e-12)
+    assert torch.equal(run(1), h)
+    assert not torch.equal(run(2), h)
+    assert torch.equal(run(3, training=False), torch.full_like(h, 12.0))
+
+
+class ProductCounter(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products."""
+
+    multiply_adds = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.multiply_adds += left.shape[0] * left.shape[1] * right.shape[1]
+        elif name in ("mv", "addmv", "bmm", "baddbmm", "addr", "addr_", "dot"):
+            raise AssertionError(f"a product that is not counted: {name}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_nothing_is_computed_for_what_needs_no_gradient(backend, form):
+    """Multiply-adds of the backward, counted: exactly the products that the wanted gradients need."""
+    M, K, N, r_a, r_b = 64, 32, 48, 2, 3
+    case = Case((M,), K, N, r_a, r_b, bias=False)
+    composed = form == "composed"
+    needed = {
+        "A_up": M * N * r_a,
+        "B_up": M * N * r_b,
+        "A_down": M * N * r_a + M * K * r_a,
+        "B_down": M * N * r_b + (M * K * r_b + r_b * K * N if composed else M * N * r_b),
+        "x": M * N * (r_a + r_b)
+        + M * N * K
+        + M * K * (r_a + r_b if composed else r_a)
+        + (0 if composed else M * N * r_b),
+    }
+    for name, expected in needed.items():
+        t, G = operands(case, F32)
+        t[name].requires_grad_()
+        h = call(hk.hydra_linear, t, case, form=form, backend=backend)
+        with ProductCounter() as counter:
+            h.backward(G)
+        assert counter.multiply_adds == expected, name
+
+
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_saved_bytes(backend, form):
+    """Composed: x, Z and D (1 + R/K + R/M times x); kept: x where r_a > 0, Z and y0. Parameters are not counted."""
+    M, K, N, r_b = 64, 32, 48, 3
+    for r_a in (2, 0):
+        R = r_a + r_b
+        elements = M * K + M * R + R * K if form == "composed" else (M * K if r_a else 0) + M * R + M * N
+        case = Case((M,), K, N, r_a, r_b)
+        t, _ = operands(case, F32)
+        t = {name: v.requires_grad_(name not in ("weight", "bias")) for name, v in t.items()}
+        parameters = {v.data_ptr() for name, v in t.items() if name != "x"}
+        saved: dict[int, int] = {}
+
+        def pack(v, saved=saved, parameters=parameters):
+            if v.data_ptr() not in parameters:
+                saved[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+            return v
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+            h = call(hk.hydra_linear, t, case, form=form, backend=backend)
+        assert sum(saved.values()) == 4 * elements
+        del h
+
+
+@pytest.mark.parametrize("zeroed", NAMES)
+def test_an_all_zeros_gradient_is_a_violation(zeroed):
+    true, naive, ours = three_ways(EVERYTHING, "auto", "auto", (F32, F32))
+    ours[zeroed] = torch.zeros_like(ours[zeroed])
+    assert any(zeroed in line for line in violations(ours, naive, true, F32))
+
+
+@pytest.mark.parametrize("scale", [0.95, 0.999])
+@pytest.mark.parametrize("name", ["h", *NAMES])
+def test_a_scaled_result_is_a_violation(name, scale):
+    true, naive, ours = three_ways(EVERYTHING, "auto", "auto", (F32, F32))
+    ours[name] = ours[name] * scale
+    assert any(name in line for line in violations(ours, naive, true, F32))
+
+
+def test_refused_combinations_raise_and_name_the_reason():
+    for name, form in [p.values for p in FORMS]:
+        for dtype in (F16, BF16):
+            reason = TABLE[name].refusal(form, dtype, 5)
+            if reason is not None:
+                t, _ = operands(PLAIN, dtype)
+                with pytest.raises(ValueError, match=f"backend: '{name}' cannot serve this call: .*{dtype}"):
+                    call(hk.hydra_linear, t, PLAIN, form=form, backend=name)
+                assert TABLE[name].refusal(form, dtype, 0) is None
