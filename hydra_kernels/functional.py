@@ -139,15 +139,13 @@ def check_dropout(name: str, p: float) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1), got {p}")
 
 
-def check_scale(name: str, scale: float | Tensor, device: torch.device) -> None:
-    """Raises unless scale is a finite number or a floating 0-dimensional tensor on device; tensors are not read."""
-    if isinstance(scale, Tensor):
-        _check_tensor(name, scale, (), DTYPES, device)
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{name}: expected a number or a 0-dimensional tensor, got {type(scale).__name__}")
+def check_finite(name: str, value: float, kind: str = "a number") -> None:
+    """Raises unless value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {kind}, got {type(value).__name__}")
     # Under dynamic tracing a float is symbolic, and asking whether it is finite would break the graph.
-    elif not torch.compiler.is_compiling() and not math.isfinite(scale):
-        raise ValueError(f"{name}: expected a finite number, got {scale}")
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def _autocast_dtype(x: object) -> torch.dtype | None:
@@ -197,7 +195,11 @@ def _check_branch(
     cast_to: torch.dtype | None,
 ) -> int:
     """Checks one branch against the weight; returns its rank, 0 where it is absent."""
-    check_scale(f"scale_{side.lower()}", scale, weight.device)
+    scale_name = f"scale_{side.lower()}"
+    if isinstance(scale, Tensor):
+        _check_tensor(scale_name, scale, (), DTYPES, weight.device)
+    else:
+        check_finite(scale_name, scale, "a number or a 0-dimensional tensor")
     if down is None or up is None:
         for name, t in (("up", up), ("down", down), ("down_bias", down_bias), ("up_bias", up_bias)):
             if t is not None:

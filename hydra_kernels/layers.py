@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .choice import LOW_PRECISION
-from .functional import DTYPES, check_dropout, check_route, check_scale, hydra_linear
+from .functional import DTYPES, check_dropout, check_finite, check_route, hydra_linear
 from .reference import low_rank, merged_parameters
 
 Device = torch.device | str | int | None
@@ -98,6 +98,8 @@ class HydraLinear(nn.Module):
         _check_count("out_features", out_features, 1)
         _check_count("r_a", r_a, 0)
         _check_count("r_b", r_b, 0)
+        check_finite("scale_a", scale_a)
+        check_finite("scale_b", scale_b)
         check_dropout("dropout", dropout)
         check_route(form, backend)
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -125,7 +127,6 @@ class HydraLinear(nn.Module):
         self.register_parameter("bias", frozen(out_features) if bias else None)
         for side, r, fan_in in (("A", r_a, in_features), ("B", r_b, out_features)):
             biased, scale = adapter_bias and r > 0, f"scale_{side.lower()}"
-            check_scale(scale, self._initial_scales[scale], self.weight.device)
             self.register_parameter(f"{side}_down", adapter(r, fan_in) if r else None)
             self.register_parameter(f"{side}_up", adapter(out_features, r) if r else None)
             self.register_parameter(f"{side}_down_bias", adapter(r) if biased else None)

@@ -1,0 +1,179 @@
+"""A wrong call is refused before anything is computed: by the argument, what it was, and what was expected."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hydra_kernels as hk
+
+M, K, N, R_A, R_B = 5, 13, 11, 2, 3
+INF, NAN = float("inf"), float("nan")
+
+
+def arguments() -> dict:
+    return {
+        "x": torch.randn(M, K),
+        "weight": torch.randn(N, K),
+        "bias": torch.randn(N),
+        "A_down": torch.randn(R_A, K),
+        "A_up": torch.randn(N, R_A),
+        "B_down": torch.randn(R_B, N),
+        "B_up": torch.randn(N, R_B),
+        "A_down_bias": torch.randn(R_A),
+        "A_up_bias": torch.randn(N),
+        "B_down_bias": torch.randn(R_B),
+        "B_up_bias": torch.randn(N),
+    }
+
+
+class Nothing(TorchDispatchMode):
+    """Fails on any computation."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"computed {func} before the input was refused")
+
+
+meta = torch.empty(0, device="meta")
+CALLS = [
+    # changes, error, what the message must contain
+    ({"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
+    ({"x": torch.randn(M, K + 1)}, ValueError, "x: expected shape [*, 13] for a weight of shape [11, 13], got [5, 14]"),
+    ({"x": torch.tensor(1.0)}, ValueError, "x: expected shape [*, 13] for a weight of shape [11, 13], got []"),
+    ({"x": torch.ones(M, K, dtype=torch.int64)}, TypeError, "x: expected one of torch.float64, torch.float32"),
+    ({"x": torch.ones(M, K, dtype=torch.complex64)}, TypeError, "got torch.complex64"),
+    ({"x": torch.randn(M, K, dtype=torch.float64)}, TypeError, "weight: expected torch.float64, got torch.float32"),
+    ({"x": torch.randn(M, K, dtype=torch.bfloat16)}, TypeError, "weight: expected torch.bfloat16, got torch.float32"),
+    ({"x": torch.empty(M, K, device="meta")}, ValueError, "weight: expected on meta, got cpu"),
+    ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
+    ({"weight": torch.randn(N)}, ValueError, "weight: expected shape [N, K], got [11]"),
+    ({"weight": nn.Parameter(torch.randn(N, K))}, ValueError, "weight: it requires grad, but W0 is frozen"),
+    ({"bias": torch.randn(N + 1)}, ValueError, "bias: expected shape [11], got [12]"),
+    ({"bias": torch.randn(N, 1)}, ValueError, "bias: expected shape [11], got [11, 1]"),
+    ({"bias": torch.randn(N).half()}, TypeError, "bias: expected torch.float32, got torch.float16"),
+    ({"bias": 0.0}, TypeError, "bias: expected a Tensor, got float"),
+    ({"A_down": None}, ValueError, "A_up: given, but A_down is None"),
+    ({"A_up": None}, ValueError, "A_down: given, but A_up is None"),
+    ({"B_down": None}, ValueError, "B_up: given, but B_down is None"),
+    ({"B_up": None}, ValueError, "B_down: given, but B_up is None"),
+    ({"A_down": None, "A_up": None, "A_up_bias": None}, ValueError, "A_down_bias: given, but A_down is None"),
+    ({"B_down": None, "B_up": None, "B_down_bias": None}, ValueError, "B_up_bias: given, but B_down is None"),
+    ({"A_down": torch.randn(R_A, N)}, ValueError, "A_down: expected shape [2, 13], got [2, 11]"),
+    ({"A_down": torch.randn(())}, ValueError, "A_down: expected shape [0, 13], got []"),
+    ({"A_down": "no"}, TypeError, "A_down: expected a Tensor, got str"),
+    ({"A_up": torch.randn(N, R_A + 1)}, ValueError, "A_up: expected shape [11, 2], got [11, 3]"),
+    ({"A_up": torch.randn(R_A, N)}, ValueError, "A_up: expected shape [11, 2], got [2, 11]"),
+    ({"A_up": torch.randn(N, R_A).double()}, TypeError, "A_up: expected torch.float32, got torch.float64"),
+    ({"A_up": torch.empty(N, R_A, device="meta")}, ValueError, "A_up: expected on cpu, got meta"),
+    ({"B_down": torch.randn(R_B, K)}, ValueError, "B_down: expected shape [3, 11], got [3, 13]"),
+    ({"B_up": torch.randn(N, R_B + 1)}, ValueError, "B_up: expected shape [11, 3], got [11, 4]"),
+    ({"A_down_bias": torch.randn(N)}, ValueError, "A_down_bias: expected shape [2], got [11]"),
+    ({"A_up_bias": torch.randn(R_A)}, ValueError, "A_up_bias: expected shape [11], got [2]"),
+    ({"B_down_bias": torch.randn(R_A)}, ValueError, "B_down_bias: expected shape [3], got [2]"),
+    ({"B_up_bias": torch.randn(N).half()}, TypeError, "B_up_bias: expected torch.float32, got torch.float16"),
+    ({"scale_a": NAN}, ValueError, "scale_a: expected a finite number, got nan"),
+    ({"scale_b": -INF}, ValueError, "scale_b: expected a finite number, got -inf"),
+    ({"scale_a": "2"}, TypeError, "scale_a: expected a number or a 0-dimensional tensor, got str"),
+    ({"scale_b": True}, TypeError, "scale_b: expected a number or a 0-dimensional tensor, got bool"),
+    ({"scale_a": torch.ones(1)}, ValueError, "scale_a: expected shape [], got [1]"),
+    ({"scale_b": torch.tensor(1)}, TypeError, "scale_b: expected torch.float64 or torch.float32"),
+    ({"scale_b": torch.empty((), device="meta")}, ValueError, "scale_b: expected on cpu, got meta"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a number in [0, 1), got 1.0"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a number in [0, 1), got -0.1"),
+    ({"dropout_p": NAN}, ValueError, "dropout_p: expected a number in [0, 1), got nan"),
+    ({"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number in [0, 1), got str"),
+    ({"mask": torch.ones(M, R_A)}, ValueError, "mask: expected shape [5, 5], got [5, 2]"),
+    ({"mask": torch.ones(M, R_A + R_B, dtype=torch.bool)}, TypeError, "mask: expected torch.float32, got torch.bool"),
+    ({"mask": [[1.0]]}, TypeError, "mask: expected a Tensor, got list"),
+    ({"form": "fast"}, ValueError, "form: expected one of auto, composed, kept, got 'fast'"),
+    ({"backend": "cuda"}, ValueError, "backend: expected one of auto, reference, aten, got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), CALLS, ids=[message[:60] for _, _, message in CALLS])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_wrong_call_is_refused(changes, error, message, backend):
+    options = {"backend": backend, **arguments(), **changes}
+    with Nothing(), pytest.raises(error, match=re.escape(message)):
+        hk.hydra_linear(**options)
+
+
+def test_the_arguments_of_these_tests_are_right_but_for_the_change():
+    assert hk.hydra_linear(**arguments()).shape == (M, N)
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_a_low_precision_base_takes_its_own_dtype_and_fp32_adapters_only(low):
+    base = {name: v.to(low) for name, v in arguments().items()}
+    adapters = {name for name in base if name[0] in "AB"}
+    assert hk.hydra_linear(**base).dtype == low
+    assert hk.hydra_linear(**{n: v.float() if n in adapters else v for n, v in base.items()}).dtype == low
+    other = torch.float16 if low == torch.bfloat16 else torch.bfloat16
+    for wrong in (other, torch.float64):
+        with pytest.raises(TypeError, match=f"A_down: expected {low} or torch.float32, got {wrong}"):
+            hk.hydra_linear(**{n: v.to(wrong) if n in adapters else v for n, v in base.items()})
+
+
+CONSTRUCTIONS = [
+    ({"in_features": 0}, ValueError, "in_features: expected an integer >= 1, got 0"),
+    ({"out_features": 2.0}, TypeError, "out_features: expected an integer >= 1, got float"),
+    ({"r_a": -1}, ValueError, "r_a: expected an integer >= 0, got -1"),
+    ({"r_b": True}, TypeError, "r_b: expected an integer >= 0, got bool"),
+    ({"dropout": 1}, ValueError, "dropout: expected a number in [0, 1), got 1"),
+    ({"scale_a": NAN}, ValueError, "scale_a: expected a finite number, got nan"),
+    ({"scale_b": None}, TypeError, "scale_b: expected a number, got NoneType"),
+    ({"scale_b": torch.ones(())}, TypeError, "scale_b: expected a number, got Tensor"),
+    ({"dtype": torch.int8}, TypeError, "dtype: expected one of torch.float64"),
+    ({"adapter_dtype": torch.float64}, ValueError, "adapter_dtype: expected None, or torch.float32 over"),
+    ({"adapter_dtype": torch.bfloat16}, ValueError, "got torch.bfloat16 over torch.float32"),
+    ({"dtype": torch.float64, "adapter_dtype": torch.float32}, ValueError, "got torch.float32 over torch.float64"),
+    ({"init_std": -1.0}, ValueError, "init_std: expected None or a finite number >= 0, got -1.0"),
+    ({"init_std": NAN}, ValueError, "init_std: expected None or a finite number >= 0, got nan"),
+    ({"form": "composd"}, ValueError, "form: expected one of auto, composed, kept, got 'composd'"),
+    ({"backend": "tritn"}, ValueError, "backend: expected one of auto, reference, aten, got 'tritn'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), CONSTRUCTIONS, ids=[message[:60] for _, _, message in CONSTRUCTIONS]
+)
+def test_a_wrong_construction_is_refused(changes, error, message):
+    with Nothing(), pytest.raises(error, match=re.escape(message)):
+        hk.HydraLinear(**{"in_features": 3, "out_features": 4, **changes})
+
+
+def test_a_layer_names_its_argument_too():
+    layer = hk.HydraLinear(13, 11)
+    with pytest.raises(ValueError, match=re.escape("x: expected shape [*, 13]")):
+        layer(torch.randn(2, 12))
+    layer.eval().merge()
+    with pytest.raises(TypeError, match=re.escape("weight: expected torch.float64, got torch.float32")):
+        layer(torch.randn(2, 13, dtype=torch.float64))
+    layer.disable_adapters()
+    with pytest.raises(TypeError, match=re.escape("x: expected a Tensor, got int")):
+        layer(3)
+
+
+def test_a_weight_that_was_unfrozen_is_refused():
+    layer = hk.HydraLinear(13, 11)
+    layer.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="weight: it requires grad"):
+        layer(torch.randn(2, 13))
+
+
+@pytest.mark.parametrize("kind", [hk.LoRALinear, hk.SeqLoRALinear])
+def test_ranks_of_a_single_branch_have_one_name(kind):
+    with pytest.raises(TypeError):
+        kind(3, 4, r_a=2)
+    with pytest.raises(ValueError, match=r"r_[ab]: expected an integer >= 0, got -2"):
+        kind(3, 4, r=-2)
+
+
+def test_the_package_contains_no_assert():
+    import ast
+    from pathlib import Path
+
+    for path in Path(hk.__file__).parent.rglob("*.py"):
+        assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)], path
