@@ -162,11 +162,11 @@ def _contains(name: str, part: str) -> bool:
 
 
 def _near(names: Iterable[str], targets: str | Iterable[str]) -> str:
-    """The names' ends that look most like the targets, for error messages."""
-    ends = list(dict.fromkeys(".".join(n.split(".")[i:]) for n in names for i in (-1, -2) if not n[-1].isdigit()))
+    """The parts of the names that look most like the targets, for error messages."""
+    parts = list(dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit()))
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    near = [n for w in wanted for n in difflib.get_close_matches(w, ends, 3, 0.5)]
-    return f"near names: {', '.join(dict.fromkeys(near)) or ', '.join(ends[:10])}"
+    near = dict.fromkeys(part for target in wanted for part in difflib.get_close_matches(target, parts, 3, 0.5))
+    return f"near names: {', '.join(near or parts[:10])}"
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:

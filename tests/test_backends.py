@@ -358,3 +358,38 @@ def test_refused_combinations_raise_and_name_the_reason():
                 with pytest.raises(ValueError, match=f"backend: '{name}' cannot serve this call: .*{dtype}"):
                     call(hk.hydra_linear, t, PLAIN, form=form, backend=name)
                 assert TABLE[name].refusal(form, dtype, 0) is None
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("case", [PLAIN, EVERYTHING, replace(EVERYTHING, r_a=0), replace(EVERYTHING, r_b=0)], ids=str)
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_is_the_naive_layers(dtype, case, backward_inside):
+    """fp32 operands: the output in autocast's dtype, gradients in the parameters', both as good as the naive ones."""
+    t, G = operands(case, F32)
+    G = G.to(dtype).float()
+    wanted = trainable(t)
+
+    def under_autocast(function):
+        def run(t):
+            with torch.autocast("cpu", dtype):
+                h = call(function, t, case)
+            assert h.dtype == dtype
+            return h.float()
+
+        if not backward_inside:
+            return differentiate(run, t, G, wanted)
+        with torch.autocast("cpu", dtype):
+            return differentiate(run, t, G, wanted)
+
+    true = differentiate(
+        lambda t: hydra(t, **case.constant_scales), {n: v.double() for n, v in t.items()}, G.double(), wanted
+    )
+    ours, naive = under_autocast(hk.hydra_linear), under_autocast(hk.reference.hydra_linear)
+    assert {name: v.dtype for name, v in ours.items()} == {name: v.dtype for name, v in naive.items()}
+    assert not violations(ours, naive, true, dtype)
+
+
+def test_autocast_leaves_float64_alone():
+    t, _ = operands(PLAIN, F64)
+    with torch.autocast("cpu", BF16):
+        assert call(hk.hydra_linear, t, PLAIN).dtype == F64

@@ -1,0 +1,100 @@
+"""`python -m tests.mutate`: puts each defect of mutations.toml into a copy of the sources; the tests must turn red.
+
+A defect that the tests survive is a hole in the tests, and exit status 1. Only failing tests count as caught: sources
+that no longer import do not, nor does a defect whose text is no longer in its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import tomllib
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("hydra_kernels", "tests", "benchmarks", "pyproject.toml")
+TIMEOUT = 300  # seconds a run of tests may take; a defect that makes them hang is caught
+TESTS_FAILED = 1  # pytest's exit status; 2 and more mean that no test ran
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def read() -> list[Mutation]:
+    groups = tomllib.loads(Path(__file__).with_name("mutations.toml").read_text())["group"]
+    return [Mutation(n, g["file"], *texts, g["tests"]) for g in groups for n, texts in g["mutations"].items()]
+
+
+def run_tests(folder: Path, tests: list[str]) -> int:
+    """pytest's exit status for the sources in folder, which its current directory puts before the installed ones."""
+    options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    try:
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=TIMEOUT).returncode
+    except subprocess.TimeoutExpired:
+        return TESTS_FAILED
+
+
+def copy_sources(folder: Path) -> None:
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(source, folder / name)
+
+
+def verdict(mutation: Mutation) -> str:
+    """ "caught", or what is wrong."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_sources(folder)
+        path = folder / mutation.file
+        text = path.read_text()
+        if text.count(mutation.old) != 1:
+            return f"STALE: its text occurs {text.count(mutation.old)} times in {mutation.file}"
+        path.write_text(text.replace(mutation.old, mutation.new))
+        status = run_tests(folder, [mutation.tests])
+    return {0: "SURVIVED", TESTS_FAILED: "caught"}.get(status, f"BROKEN: pytest ended with status {status}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="parts of the names of the mutations to run; all by default")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time")
+    arguments = parser.parse_args()
+    chosen = [m for m in read() if not arguments.names or any(part in m.name for part in arguments.names)]
+    if not chosen:
+        parser.error(f"no mutation's name contains {' or '.join(arguments.names)}")
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        copy_sources(Path(name))
+        if run_tests(Path(name), sorted({m.tests for m in chosen})) != 0:
+            print("the tests fail without any mutation")
+            return 1
+    missed = 0
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for mutation, said in zip(chosen, pool.map(verdict, chosen), strict=True):
+            missed += said != "caught"
+            print(f"{said:8s} {mutation.file}: {mutation.name}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} mutations caught in {time.monotonic() - start:.0f} s")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
