@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backend import TABLE
-from .backend.interface import Operands, Saved
+from .backend.interface import Operands
+
+
+def autocast_is_on(t: Tensor) -> bool:
+    """Whether autocast is on for t's device; the meta device has none."""
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
+
 
 _ARGUMENTS = ("x", *Operands._fields, "choice")
 
@@ -24,11 +31,12 @@ class HydraFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         op, choice = Operands(*args[:-1]), args[-1]
-        ctx.choice = choice
-        ctx.needs = frozenset(n for n, need in zip(_ARGUMENTS, ctx.needs_input_grad, strict=True) if need)
-        h, saved = TABLE[choice.backend].forward(x, op, ctx.needs, choice.form)
-        ctx.save_for_backward(*saved, *(v if isinstance(v, Tensor) else None for v in op))
-        ctx.constants = [None if isinstance(v, Tensor) else v for v in op]
+        needs = frozenset(compress(_ARGUMENTS, ctx.needs_input_grad))
+        h, saved = TABLE[choice.backend].forward(x, op, needs, choice.form)
+        scales = op.scale_a, op.scale_b, op.mask_scale
+        ctx.save_for_backward(*op[:-3], *(s if isinstance(s, Tensor) else None for s in scales), *saved)
+        ctx.scales = [None if isinstance(s, Tensor) else s for s in scales]
+        ctx.needs, ctx.choice = needs, choice
         return h
 
     @staticmethod
@@ -38,9 +46,14 @@ class HydraFunction(torch.autograd.Function):
                 "hydra_linear: create_graph=True asks for a derivative of its backward, which has none; use "
                 "backend='reference' for gradient penalties and other double backwards"
             )
-        tensors = ctx.saved_tensors
-        saved, rest = Saved(*tensors[: len(Saved._fields)]), tensors[len(Saved._fields) :]
-        op = Operands(*(c if t is None else t for t, c in zip(rest, ctx.constants, strict=True)))
-        with torch.autocast(G.device.type, enabled=False):
-            grads = TABLE[ctx.choice.backend].backward(G, op, saved, ctx.needs, ctx.choice.form)
-        return tuple(grads.get(name) for name in _ARGUMENTS)
+        tensors, choice = ctx.saved_tensors, ctx.choice
+        n = len(Operands._fields)
+        scales = [t if s is None else s for t, s in zip(tensors[n - 3 : n], ctx.scales, strict=True)]
+        op, saved = Operands(*tensors[: n - 3], *scales), tensors[n:]
+        backend = TABLE[choice.backend]
+        if autocast_is_on(G):
+            with torch.autocast(G.device.type, enabled=False):
+                grads = backend.backward(G, op, saved, ctx.needs, choice.form)
+        else:
+            grads = backend.backward(G, op, saved, ctx.needs, choice.form)
+        return tuple(map(grads.get, _ARGUMENTS))

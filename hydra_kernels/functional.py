@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from . import reference
 from .backend import NAMES, TABLE
 from .choice import FORMS, LOW_PRECISION, choose
-from .function import HydraFunction
+from .function import HydraFunction, autocast_is_on
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LOW_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts: all but float64
@@ -107,20 +107,19 @@ def hydra_linear(
     if mask is None and training and dropout_p > 0:
         mask = torch.empty(M, r_a + r_b, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
         mask_scale = 1 / (1 - dropout_p)
-    flat = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     # A scale of an absent branch acts on nothing and gets no gradient.
-    adapters = (
-        *(A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias),
-        *(1.0 if A_down is None else scale_a, 1.0 if B_down is None else scale_b),
-    )
+    scale_a, scale_b = 1.0 if A_down is None else scale_a, 1.0 if B_down is None else scale_b
+    flat = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    adapters = (A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias)
     if cast_to is None:
-        h = HydraFunction.apply(flat, weight, bias, *adapters, mask, mask_scale, choice)
+        h = HydraFunction.apply(flat, weight, bias, *adapters, mask, scale_a, scale_b, mask_scale, choice)
     else:
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(dtype)
             mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
-            h = HydraFunction.apply(flat.to(dtype), weight.to(dtype), bias, *adapters, mask, mask_scale, choice)
-    return h.view(*x.shape[:-1], N)
+            operands = (weight.to(dtype), bias, *adapters, mask, scale_a, scale_b, mask_scale)
+            h = HydraFunction.apply(flat.to(dtype), *operands, choice)
+    return h if x.dim() == 2 else h.view(*x.shape[:-1], N)
 
 
 def check_route(form: str, backend: str) -> None:
@@ -150,10 +149,9 @@ def check_finite(name: str, value: float, kind: str = "a number") -> None:
 
 def _autocast_dtype(x: object) -> torch.dtype | None:
     """The dtype in which autocast would run F.linear(x), or None where it would leave x alone."""
-    if not isinstance(x, Tensor) or x.dtype not in _LOW_OR_SINGLE or x.device.type == "meta":
+    if not isinstance(x, Tensor) or x.dtype not in _LOW_OR_SINGLE or not autocast_is_on(x):
         return None
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, cast_to: torch.dtype | None) -> tuple[int, int, int]:

@@ -1,17 +1,18 @@
 """Backend `aten`: both forms through ATen calls, on any device, in float64 too.
 
-Composed form: R = r_a + r_b, and y0 never exists.
-    C = B_down W0    D = [A_down; C] [R, K]    d = [a_d, B_down b0 + b_d] [R]    U = [s_a A_up, s_b B_up] [N, R]
-    Z = mask * (x D^T + d) [M, R]              h = x W0^T + Z U^T + (b0 + u),  u = s_a a_u + s_b b_u
-Kept form: y0 = x W0^T + b0 is kept.
-    Z = mask * ([x A_down^T, y0 B_down^T] + [a_d, b_d])    h = y0 + Z U^T + u
-Backward: G = dL/dh [M, N], g = sum_m G [N], dU = G^T Z, dZ = mask * (G U).
-    dA_up = s_a dU_a    da_u = s_a g    ds_a = <dU_a, A_up> + a_u . g    da_d = sum_m dZ_a    (b likewise)
-    dA_down = dZ_a^T x                  db0 = g + (sum_m dZ_b) B_down
-    composed:  dx = G W0 + dZ D                            dB_down = (dZ_b^T x) W0^T + (sum_m dZ_b) b0^T
-    kept:      dx = (G + dZ_b B_down) W0 + dZ_a A_down     dB_down = dZ_b^T y0
+R = r_a + r_b    U = [s_a A_up, s_b B_up] [N, R]    u = s_a a_u + s_b b_u [N]    G = dL/dh [M, N]    g = sum_m G [N]
+Both forms, for the bottleneck Z = [Z_a, Z_b] [M, R]:
+    dU = G^T Z    dA_up = s_a dU_a    ds_a = <dU_a, A_up> + a_u . g    da_u = s_a g    (b likewise)
+    dZ = mask * (G U)    da_d = sum_m dZ_a    dA_down = dZ_a^T x    db0 = g + (sum_m dZ_b) B_down
 
-D and U are held transposed and contiguous, Dt [K, R] and Ut [R, N]: MKL's skinny products are up to twice as fast so.
+Composed form: y0 never exists, and both branches are one of rank R.
+    C = B_down W0    D = [A_down; C] [R, K]    d = [a_d, B_down b0 + b_d] [R]
+    Z = mask * (x D^T + d)    h = x W0^T + Z U^T + (b0 + u)
+    dx = G W0 + dZ D          dB_down = (dZ_b^T x) W0^T + (sum_m dZ_b) b0^T
+
+Kept form: y0 = x W0^T + b0 is kept, and the branches stay apart, which takes the fewest calls.
+    Z_a = mask_a * (x A_down^T + a_d)    Z_b = mask_b * (y0 B_down^T + b_d)    h = y0 + Z_b U_b^T + Z_a U_a^T + u
+    dx = (G + dZ_b B_down) W0 + dZ_a A_down                  dB_down = dZ_b^T y0
 """
 
 from __future__ import annotations
@@ -37,149 +38,192 @@ def refusal(form: str, dtype: torch.dtype, r_b: int) -> str | None:
 
 
 def forward(x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Saved]:
-    Ut, u = _stacked_up(op, x.dtype)
-    if form == "composed":
-        y0 = None
-        Dt, d = _composed_down(op, x.dtype)
-        Z = _mask_(_affine(x, Dt, d), op)
-        # The low-rank part first: the GEMM adds to it before rounding, so small updates survive low precision.
-        h = _affine(Z, Ut, _sum(op.bias, u)).addmm_(x, op.weight.t())
-    else:
-        Dt = None
-        y0 = F.linear(x, op.weight, op.bias)
-        Z = _mask_(_kept_down(x, y0, op), op)
-        h = torch.addmm(y0, Z, Ut)
-        if u is not None:
-            h += u
-    reads_x = "A_down" in needs or ("B_down" in needs and form == "composed")
-    return h, Saved(
-        x=x if reads_x else None,
-        Z=Z if not needs.isdisjoint(("A_up", "B_up", "scale_a", "scale_b")) else None,
-        Dt=Dt if "x" in needs else None,
-        y0=y0 if "B_down" in needs else None,
-    )
+    return _composed_forward(x, op, needs) if form == "composed" else _kept_forward(x, op, needs)
 
 
 def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
     if not (G.is_contiguous() or G.t().is_contiguous()):
         G = G.contiguous()  # once, where every product would copy an expanded or strided G again
-    grads = _output_side(G, op, saved.Z, needs)
-    if not needs.isdisjoint(("x", "bias", "A_down", "B_down", "A_down_bias", "B_down_bias")):
-        _input_side(grads, G, op, saved, needs, form)
-    return {name: grads[name].to(G.dtype if name == "x" else getattr(op, name).dtype) for name in needs}
-
-
-def _output_side(G: Tensor, op: Operands, Z: Tensor | None, needs: Set[str]) -> dict[str, Tensor]:
-    """Gradients of the up projections, their biases and the scales, and g for b0."""
-    grads: dict[str, Tensor] = {}
-    if Z is not None:
-        lo, hi = _columns(op, needs & {"A_up", "scale_a"}, needs & {"B_up", "scale_b"})
-        dUt = Z[:, lo:hi].t() @ G
-        dU_a, dU_b = dUt[: op.r_a - lo].t(), dUt[op.r_a - lo :].t()
-        if "A_up" in needs:
-            grads["A_up"] = _scaled(op.scale_a, dU_a).contiguous()
-        if "B_up" in needs:
-            grads["B_up"] = _scaled(op.scale_b, dU_b).contiguous()
-        if "scale_a" in needs:
-            grads["scale_a"] = _inner(dU_a, op.A_up)
-        if "scale_b" in needs:
-            grads["scale_b"] = _inner(dU_b, op.B_up)
-    by_a, by_b = "scale_a" in needs and op.A_up_bias is not None, "scale_b" in needs and op.B_up_bias is not None
-    if by_a or by_b or not needs.isdisjoint(("bias", "A_up_bias", "B_up_bias")):
-        g = _column_sums(G)
-        if "bias" in needs:
-            grads["bias"] = g
-        if "A_up_bias" in needs:
-            grads["A_up_bias"] = _scaled(op.scale_a, g)
-        if "B_up_bias" in needs:
-            grads["B_up_bias"] = _scaled(op.scale_b, g)
-        if by_a:
-            grads["scale_a"] = grads["scale_a"] + _inner(g, op.A_up_bias)
-        if by_b:
-            grads["scale_b"] = grads["scale_b"] + _inner(g, op.B_up_bias)
+    grads = _composed_backward(G, op, saved, needs) if form == "composed" else _kept_backward(G, op, saved, needs)
+    if not needs.isdisjoint(_FROM_G):
+        _add_column_sums_of_G(grads, G, op, needs)
+    for name, grad in grads.items():
+        dtype = G.dtype if name == "x" else getattr(op, name).dtype
+        if grad.dtype != dtype:
+            grads[name] = grad.to(dtype)
     return grads
 
 
-def _input_side(grads: dict[str, Tensor], G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> None:
-    """Adds the gradients of x, of the down projections and their biases, and what b0 gets through the B branch."""
-    r_a, dtype = op.r_a, G.dtype
-    lo, hi = _columns(op, needs & {"x", "A_down", "A_down_bias"}, needs & {"x", "bias", "B_down", "B_down_bias"})
-    dZ = _mask_(G @ _stacked_up(op, dtype)[0][lo:hi].t(), op, lo, hi)
+# Which wanted gradients need dZ_a, dZ_b, dU_a, dU_b and g.
+_FROM_DZ_A, _FROM_DZ_B = ("x", "A_down", "A_down_bias"), ("x", "B_down", "B_down_bias", "bias")
+_FROM_DU_A, _FROM_DU_B = ("A_up", "scale_a"), ("B_up", "scale_b")
+_FROM_G = ("bias", "A_up_bias", "B_up_bias", "scale_a", "scale_b")
+
+
+def _composed_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Saved]:
+    D, d = _stacked_down(op, x.dtype)
+    Z = _mask_(_affine(x, D, d), op, 0, None)
+    # The low-rank part first: the GEMM adds to it before rounding, so small updates survive low precision.
+    h = _affine(Z, _stacked_up(op, x.dtype), _sum(op.bias, _up_bias(op, x.dtype))).addmm_(x, op.weight.t())
+    return h, (
+        x if "A_down" in needs or "B_down" in needs else None,
+        Z if not needs.isdisjoint(_FROM_DU_A + _FROM_DU_B) else None,
+        D if "x" in needs else None,
+    )
+
+
+def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -> dict[str, Tensor]:
+    x, Z, D = saved
+    r_a = op.r_a
+    grads: dict[str, Tensor] = {}
+    if Z is not None:
+        lo, hi = _columns(op, _FROM_DU_A, _FROM_DU_B, needs)
+        dUt = Z[:, lo:hi].t() @ G
+        _add_up_gradients(grads, dUt[: r_a - lo].t(), "A_up", op.A_up, "scale_a", op.scale_a, needs)
+        _add_up_gradients(grads, dUt[r_a - lo :].t(), "B_up", op.B_up, "scale_b", op.scale_b, needs)
+
+    lo, hi = _columns(op, _FROM_DZ_A, _FROM_DZ_B, needs)
+    if lo == hi:
+        return grads
+    dZ = _mask_(G @ _stacked_up(op, G.dtype)[:, lo:hi], op, lo, hi)
     dZ_a, dZ_b = dZ[:, : r_a - lo], dZ[:, r_a - lo :]
+    if D is not None:
+        grads["x"] = (dZ @ D).addmm_(G, op.weight)
+    if x is not None:
+        first, last = _columns(op, ("A_down",), ("B_down",), needs)
+        dD = dZ[:, first - lo : last - lo].t() @ x
+        if "A_down" in needs:
+            grads["A_down"] = dD[:r_a]
+        if "B_down" in needs:
+            grads["B_down"] = dD[r_a - first :] @ op.weight.t()
+            if op.bias is not None:
+                grads["B_down"].addr_(_column_sums(dZ_b), op.bias)
+    _add_column_sums_of_dZ(grads, dZ_a, dZ_b, op, needs)
+    return grads
+
+
+def _kept_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Saved]:
+    dtype, Z_a = x.dtype, None
+    y0 = F.linear(x, op.weight, op.bias)
+    Z_b = _mask_(F.linear(y0, _to(op.B_down, dtype), _to(op.B_down_bias, dtype)), op, op.r_a, None)
+    h = torch.addmm(y0, Z_b, _to(_scaled(op.scale_b, op.B_up), dtype).t())
+    if op.A_down is not None:
+        Z_a = _mask_(F.linear(x, _to(op.A_down, dtype), _to(op.A_down_bias, dtype)), op, 0, op.r_a)
+        h.addmm_(Z_a, _to(_scaled(op.scale_a, op.A_up), dtype).t())
+    u = _up_bias(op, dtype)
+    if u is not None:
+        h += u
+    return h, (
+        x if "A_down" in needs else None,
+        Z_a if not needs.isdisjoint(_FROM_DU_A) else None,
+        Z_b if not needs.isdisjoint(_FROM_DU_B) else None,
+        y0 if "B_down" in needs else None,
+    )
+
+
+def _kept_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -> dict[str, Tensor]:
+    x, Z_a, Z_b, y0 = saved
+    dtype, dZ_a, dZ_b = G.dtype, None, None
+    grads: dict[str, Tensor] = {}
+    if Z_a is not None:
+        _add_up_gradients(grads, (Z_a.t() @ G).t(), "A_up", op.A_up, "scale_a", op.scale_a, needs)
+    if Z_b is not None:
+        _add_up_gradients(grads, (Z_b.t() @ G).t(), "B_up", op.B_up, "scale_b", op.scale_b, needs)
+
+    if op.A_down is not None and not needs.isdisjoint(_FROM_DZ_A):
+        dZ_a = _mask_(G @ _to(_scaled(op.scale_a, op.A_up), dtype), op, 0, op.r_a)
+    if not needs.isdisjoint(_FROM_DZ_B):
+        dZ_b = _mask_(G @ _to(_scaled(op.scale_b, op.B_up), dtype), op, op.r_a, None)
+    if "x" in needs:
+        dy0 = torch.addmm(G, dZ_b, _to(op.B_down, dtype))
+        grads["x"] = dy0 @ op.weight if dZ_a is None else (dZ_a @ _to(op.A_down, dtype)).addmm_(dy0, op.weight)
+    if x is not None:
+        grads["A_down"] = dZ_a.t() @ x
+    if y0 is not None:
+        grads["B_down"] = dZ_b.t() @ y0
+    _add_column_sums_of_dZ(grads, dZ_a, dZ_b, op, needs)
+    return grads
+
+
+def _add_up_gradients(
+    grads: dict[str, Tensor],
+    dU: Tensor,
+    up_name: str,
+    up: Tensor,
+    scale_name: str,
+    scale: float | Tensor,
+    needs: Set[str],
+) -> None:
+    """d(up) = s dU, and <dU, up> of ds, for one branch."""
+    if up_name in needs:
+        grads[up_name] = _scaled(scale, _to(dU, up.dtype))
+    if scale_name in needs:
+        grads[scale_name] = _inner(dU, up)
+
+
+def _add_column_sums_of_dZ(grads: dict[str, Tensor], dZ_a: Tensor, dZ_b: Tensor, op: Operands, needs: Set[str]) -> None:
+    """da_d, db_d, and what b0 gets through the sequential branch."""
     if "A_down_bias" in needs:
         grads["A_down_bias"] = _column_sums(dZ_a)
     if "B_down_bias" in needs:
         grads["B_down_bias"] = _column_sums(dZ_b)
     if "bias" in needs and op.B_down is not None:
-        grads["bias"] = grads["bias"] + _column_sums(dZ_b) @ op.B_down.to(grads["bias"].dtype)
+        sums = _column_sums(dZ_b)
+        grads["bias"] = sums @ op.B_down.to(sums.dtype)
 
-    if form == "composed":
-        if saved.Dt is not None:
-            grads["x"] = (dZ @ saved.Dt.t()).addmm_(G, op.weight)
-        if saved.x is not None:
-            first, last = _columns(op, needs & {"A_down"}, needs & {"B_down"})
-            dD = dZ[:, first - lo : last - lo].t() @ saved.x
-            if "A_down" in needs:
-                grads["A_down"] = dD[:r_a]
-            if "B_down" in needs:
-                T = dD[r_a - first :]
-                grads["B_down"] = T @ op.weight.t()
-                if op.bias is not None:
-                    grads["B_down"].addr_(_column_sums(dZ_b), op.bias)
+
+def _add_column_sums_of_G(grads: dict[str, Tensor], G: Tensor, op: Operands, needs: Set[str]) -> None:
+    """da_u, db_u, a_u . g of ds_a, b_u . g of ds_b, and b0's own g."""
+    ds_a = "scale_a" in needs and op.A_up_bias is not None
+    ds_b = "scale_b" in needs and op.B_up_bias is not None
+    if not (ds_a or ds_b) and needs.isdisjoint(("bias", "A_up_bias", "B_up_bias")):
         return
-
-    if "x" in needs:
-        dy0 = torch.addmm(G, dZ_b, _to(op.B_down, dtype))
-        if op.A_down is None:
-            grads["x"] = dy0 @ op.weight
-        else:
-            grads["x"] = (dZ_a @ _to(op.A_down, dtype)).addmm_(dy0, op.weight)
-    if saved.x is not None:
-        grads["A_down"] = dZ_a.t() @ saved.x
-    if saved.y0 is not None:
-        grads["B_down"] = dZ_b.t() @ saved.y0
-
-
-def _stacked_up(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """U^T = [s_a A_up^T; s_b B_up^T] [R, N], contiguous, and u = s_a a_u + s_b b_u [N] or None."""
-    rows = [_scaled(s, up).t() for s, up in ((op.scale_a, op.A_up), (op.scale_b, op.B_up)) if up is not None]
-    offsets = [
-        _scaled(s, bias) for s, bias in ((op.scale_a, op.A_up_bias), (op.scale_b, op.B_up_bias)) if bias is not None
-    ]
-    Ut = torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
-    return Ut.to(dtype), sum(offsets[1:], offsets[0]).to(dtype) if offsets else None
+    g = _column_sums(G)
+    if "bias" in needs:
+        grads["bias"] = _sum(g, grads.get("bias"))
+    if "A_up_bias" in needs:
+        grads["A_up_bias"] = _scaled(op.scale_a, g)
+    if "B_up_bias" in needs:
+        grads["B_up_bias"] = _scaled(op.scale_b, g)
+    if ds_a:
+        grads["scale_a"] += _inner(g, op.A_up_bias)
+    if ds_b:
+        grads["scale_b"] += _inner(g, op.B_up_bias)
 
 
-def _composed_down(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """D^T = [A_down; B_down W0]^T [K, R], contiguous, and d = [a_d, B_down b0 + b_d] [R] or None."""
-    columns, offsets = [], []
-    if op.A_down is not None:
-        columns.append(_to(op.A_down, dtype).t())
-        offsets.append(_to(op.A_down_bias, dtype))
-    if op.B_down is not None:
-        B_down = _to(op.B_down, dtype)
-        columns.append((B_down @ op.weight).t())
-        c = None if op.bias is None else B_down @ op.bias
-        offsets.append(_sum(c, _to(op.B_down_bias, dtype)))
-    Dt = torch.cat(columns, 1) if len(columns) > 1 else columns[0].contiguous()
-    if all(offset is None for offset in offsets):
-        return Dt, None
-    return Dt, torch.cat([Dt.new_zeros(c.shape[1]) if o is None else o for c, o in zip(columns, offsets, strict=True)])
+def _columns(op: Operands, of_a: tuple[str, ...], of_b: tuple[str, ...], needs: Set[str]) -> tuple[int, int]:
+    """The range of the R columns whose branch has a wanted gradient among of_a or of_b; empty where neither has."""
+    return op.r_a if needs.isdisjoint(of_a) else 0, op.r_a if needs.isdisjoint(of_b) else op.r_a + op.r_b
 
 
-def _kept_down(x: Tensor, y0: Tensor, op: Operands) -> Tensor:
-    """[x A_down^T + a_d, y0 B_down^T + b_d] [M, R]."""
-    sides = ((x, op.A_down, op.A_down_bias), (y0, op.B_down, op.B_down_bias))
-    parts = [F.linear(v, _to(down, v.dtype), _to(bias, v.dtype)) for v, down, bias in sides if down is not None]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+def _stacked_up(op: Operands, dtype: torch.dtype) -> Tensor:
+    """U [N, R]."""
+    parts = [_scaled(s, up) for s, up in ((op.scale_a, op.A_up), (op.scale_b, op.B_up)) if up is not None]
+    return _to(torch.cat(parts, 1) if len(parts) > 1 else parts[0], dtype)
 
 
-def _columns(op: Operands, wants_a: object, wants_b: object) -> tuple[int, int]:
-    """The range of the R columns that the wanted branches occupy: a contiguous one, empty where neither is wanted."""
-    return 0 if wants_a else op.r_a, op.r_a + op.r_b if wants_b else op.r_a
+def _stacked_down(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """D [R, K], and d [R] or None where it is zero."""
+    if op.B_down is None:
+        return _to(op.A_down, dtype), _to(op.A_down_bias, dtype)
+    C = op.B_down @ op.weight
+    d = _sum(None if op.bias is None else op.B_down @ op.bias, op.B_down_bias)
+    if op.A_down is None:
+        return C, d
+    if d is not None or op.A_down_bias is not None:
+        d_a = C.new_zeros(op.r_a) if op.A_down_bias is None else op.A_down_bias
+        d = torch.cat((d_a, C.new_zeros(op.r_b) if d is None else d))
+    return torch.cat((op.A_down, C)), d
 
 
-def _mask_(Z: Tensor, op: Operands, lo: int = 0, hi: int | None = None) -> Tensor:
+def _up_bias(op: Operands, dtype: torch.dtype) -> Tensor | None:
+    """u [N], or None where it is zero."""
+    u_a = None if op.A_up_bias is None else _scaled(op.scale_a, op.A_up_bias)
+    u_b = None if op.B_up_bias is None else _scaled(op.scale_b, op.B_up_bias)
+    return _to(_sum(u_a, u_b), dtype)
+
+
+def _mask_(Z: Tensor, op: Operands, lo: int, hi: int | None) -> Tensor:
     """Applies columns lo:hi of the dropout mask to Z, in place."""
     if op.mask is not None:
         Z *= op.mask[:, lo:hi]
@@ -188,8 +232,8 @@ def _mask_(Z: Tensor, op: Operands, lo: int = 0, hi: int | None = None) -> Tenso
     return Z
 
 
-def _affine(v: Tensor, Wt: Tensor, bias: Tensor | None) -> Tensor:
-    return v @ Wt if bias is None else torch.addmm(bias, v, Wt)
+def _affine(v: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return v @ matrix.t() if bias is None else torch.addmm(bias, v, matrix.t())
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -204,13 +248,9 @@ def _scaled(scale: float | Tensor, t: Tensor) -> Tensor:
     return scale * t if isinstance(scale, Tensor) or scale != 1 else t
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _column_sums(t: Tensor) -> Tensor:
-    return t.sum(0, dtype=_wide(t.dtype))
+    return t.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a.to(_wide(a.dtype)) * b).sum()
+    return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum()

@@ -29,9 +29,9 @@ class Operands(NamedTuple):
     A_up_bias: Tensor | None
     B_down_bias: Tensor | None
     B_up_bias: Tensor | None
+    mask: Tensor | None
     scale_a: float | Tensor
     scale_b: float | Tensor
-    mask: Tensor | None
     mask_scale: float
 
     @property
@@ -43,16 +43,8 @@ class Operands(NamedTuple):
         return 0 if self.B_down is None else self.B_down.shape[0]
 
 
-class Saved(NamedTuple):
-    """What the backward reads besides the operands, None where no wanted gradient reads it.
-
-    x [M, K]; Z [M, R], the masked bottleneck; Dt [K, R], the composed down projection; y0 [M, N] (kept form).
-    """
-
-    x: Tensor | None
-    Z: Tensor | None
-    Dt: Tensor | None
-    y0: Tensor | None
+# What a forward leaves for its backward besides the operands; which tensors, each backend and form decides for itself.
+Saved = tuple[Tensor | None, ...]
 
 
 class Backend(Protocol):
