@@ -10,6 +10,9 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat $(PINS) | cksum))
 # Without an NVIDIA GPU the CPU build of the same torch will do; from PyPI a Linux machine gets gigabytes of CUDA.
 TORCH_SOURCE ?= $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 
+# The profiler that measures peak memory would print two lines a step.
+export KINETO_LOG_LEVEL := 99
+
 .PHONY: test table4 mutate lint clean
 
 test: $(STAMP)

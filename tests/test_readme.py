@@ -45,3 +45,9 @@ def test_everything_public_is_documented():
     for name in hk.__all__:
         assert getattr(hk, name).__doc__, name
     assert sorted(hk.__all__) == hk.__all__
+
+
+def test_the_measured_tables_are_those_of_the_stored_results():
+    from benchmarks import render
+
+    assert render.main(["--check"]) == 0
