@@ -32,7 +32,8 @@ lint: $(STAMP)
 # torch first, so that the package is built against the torch that will run it.
 $(STAMP): $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH_SOURCE) -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --no-deps $(TORCH_SOURCE) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench,test,lint]"
 	rm -f $(VENV)/.installed-*
 	touch $@

@@ -1,7 +1,8 @@
 """Hydra, LoRA and SeqLoRA adapters (arXiv 2309.06922) whose training step costs hardly more than the frozen layer."""
 
-from . import reference
+from . import analysis, reference
 from .backend import backends
+from .checkpoint import adapter_state_dict, load_adapters, save_adapters
 from .function import HydraFunction
 from .functional import hydra_linear
 from .layers import HydraLinear, LoRALinear, SeqLoRALinear
@@ -21,13 +22,17 @@ __all__ = [
     "HydraLinear",
     "LoRALinear",
     "SeqLoRALinear",
+    "adapter_state_dict",
+    "analysis",
     "backends",
     "hydra_linear",
     "inject",
+    "load_adapters",
     "mark_only_adapters_trainable",
     "merge",
     "merge_and_unload",
     "print_trainable_parameters",
     "reference",
+    "save_adapters",
     "unmerge",
 ]

@@ -81,23 +81,19 @@ def mark_only_adapters_trainable(model: nn.Module, bias: str = "none", keep: Ite
     layers = list(adapted_layers(model).values())
     if not layers:
         raise ValueError("model: it has no adapted layer; call inject first")
-    keep = [keep] if isinstance(keep, str) else list(keep)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for part in keep:
-        if not any(_contains(name, part) for name in parameters):
-            raise ValueError(f"keep: {part!r} names no module or parameter of the model; {_near(parameters, [part])}")
+    kept = names_containing(parameters, keep, "keep")
 
     trainable = {id(p) for layer in layers for p in layer.adapters().values()}
     if bias == "adapted":
         trainable |= {id(layer.bias) for layer in layers}
     frozen = {id(layer.weight) for layer in layers}
     for name, parameter in parameters.items():
-        kept = any(_contains(name, part) for part in keep)
-        if kept and id(parameter) in frozen:
+        if name in kept and id(parameter) in frozen:
             raise ValueError(
                 f"keep: {name!r} is the frozen weight of an adapted layer, whose gradient is never computed"
             )
-        if kept or (bias == "all" and name.rsplit(".", 1)[-1] == "bias"):
+        if name in kept or (bias == "all" and name.rsplit(".", 1)[-1] == "bias"):
             trainable.add(id(parameter))
     for parameter in parameters.values():
         parameter.requires_grad_(id(parameter) in trainable)
@@ -157,8 +153,15 @@ def _matches(name: str, targets: str | Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _contains(name: str, part: str) -> bool:
-    return f".{part}." in f".{name}."
+def names_containing(names: Iterable[str], parts: str | Iterable[str], argument: str) -> set[str]:
+    """Those of the dotted names that contain one of the parts at dots; ValueError where a part is in none."""
+    names, chosen = list(names), set()
+    for part in [parts] if isinstance(parts, str) else parts:
+        found = {name for name in names if f".{part}." in f".{name}."}
+        if not found:
+            raise ValueError(f"{argument}: {part!r} names no module or parameter of the model; {_near(names, [part])}")
+        chosen |= found
+    return chosen
 
 
 def _near(names: Iterable[str], targets: str | Iterable[str]) -> str:

@@ -1,0 +1,176 @@
+"""Adapters in a file: safetensors, with what the layers are in its metadata, written whole or not at all.
+
+The metadata has one key, "hydra_kernels": JSON of {"format": 1, "layers": {name: description}, "include": [names]}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .layers import HydraLinear
+from .model import adapted_layers, names_containing
+
+FORMAT = 1
+KEY = "hydra_kernels"
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' Parameters of every adapted layer by dotted name ("encoder.0.A_down"), detached, not copied.
+
+    A layer that stands in several places comes under its first name.
+    """
+    return {
+        f"{layer_name}.{name}" if layer_name else name: parameter.detach()
+        for layer_name, layer in adapted_layers(model).items()
+        for name, parameter in layer.adapters().items()
+    }
+
+
+def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Iterable[str] = ()) -> None:
+    """Writes the adapters of model, and what the layers are, to a safetensors file.
+
+    Args:
+        model: with adapted layers in it, merged or not.
+        path: the file; an old one is replaced only by a complete new one.
+        include: dotted names, or parts of them, of other parameters and buffers to store with them, such as the
+            ``["classifier"]`` that was trained too.
+
+    Raises:
+        ValueError: where model has no adapted layer, or nothing has a name in include.
+    """
+    if not adapted_layers(model):
+        raise ValueError("model: it has no adapted layer; call inject first")
+    include = [include] if isinstance(include, str) else list(include)
+    tensors = {**adapter_state_dict(model), **_included(model, include)}
+    description = {"format": FORMAT, "layers": _description(model), "include": include}
+    contiguous = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+    _write_whole(Path(path), save(contiguous, metadata={KEY: json.dumps(description)}))
+
+
+def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Copies what `save_adapters` wrote into model's own Parameters, on their devices and in their dtypes; unmerges.
+
+    Args:
+        model: with layers of the same names, kinds, sizes, ranks, biases and constant scales as the saved one's.
+        path: the file.
+
+    Raises:
+        ValueError: saying what differs or what is wrong with the file. Model is then unchanged.
+    """
+    description, tensors = _read(Path(path))
+    differences = _differences(description["layers"], _description(model))
+    if differences:
+        raise ValueError(f"load_adapters: {path} is of another model: {'; '.join(differences[:5])}")
+    targets = {**adapter_state_dict(model), **_included(model, description["include"])}
+    wrong = [
+        f"{name}: missing in the {'model' if name in tensors else 'file'}" for name in targets.keys() ^ tensors.keys()
+    ]
+    wrong += [
+        f"{name}: {list(tensors[name].shape)} in the file, {list(target.shape)} in the model"
+        for name, target in targets.items()
+        if name in tensors and tensors[name].shape != target.shape
+    ]
+    if wrong:
+        raise ValueError(f"load_adapters: the tensors of {path} do not fit: {'; '.join(sorted(wrong)[:5])}")
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+
+def _description(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What decides the function that a layer computes, by layer; and its dropout, for the reader."""
+    return {
+        name: {
+            "method": type(layer).__name__,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
+            "r_a": layer.r_a,
+            "r_b": layer.r_b,
+            "scale_a": _scale(layer, "scale_a"),
+            "scale_b": _scale(layer, "scale_b"),
+            "adapter_bias": layer.A_up_bias is not None or layer.B_up_bias is not None,
+            "dropout": layer.dropout,
+        }
+        for name, layer in adapted_layers(model).items()
+    }
+
+
+def _scale(layer: HydraLinear, name: str) -> float | str:
+    scale = getattr(layer, name)
+    return "learnable" if isinstance(scale, Tensor) else float(scale)
+
+
+def _differences(saved: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]) -> list[str]:
+    found = [f"layer {name!r} is not in the model" for name in saved.keys() - own.keys()]
+    found += [f"layer {name!r} is not in the file" for name in own.keys() - saved.keys()]
+    for name in saved.keys() & own.keys():
+        for key, value in own[name].items():
+            if key != "dropout" and saved[name].get(key) != value:
+                found.append(f"{name}: {key} is {saved[name].get(key)!r} in the file, {value!r} in the model")
+    return sorted(found)
+
+
+def _included(model: nn.Module, include: list[str]) -> dict[str, Tensor]:
+    """Parameters and buffers whose dotted names contain a name in include, but for the adapters."""
+    stored = adapter_state_dict(model)
+    everything = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    chosen = names_containing(everything, include, "include")
+    return {name: everything[name] for name in chosen if name not in stored}
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes beside path, to the disk, and renames: whoever reads path sees the old file or the new one."""
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file, checked as far as is possible without a model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"load_adapters: {path} is not a whole safetensors file: {error}") from error
+    if KEY not in metadata:
+        raise ValueError(f"load_adapters: {path} was not written by save_adapters: its metadata has no {KEY!r}")
+    try:
+        description = json.loads(metadata[KEY])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load_adapters: the metadata of {path} is not JSON: {error}") from error
+    if not _is_description(description):
+        raise ValueError(f"load_adapters: the metadata of {path} is not of format {FORMAT}")
+    return description, tensors
+
+
+def _is_description(d: object) -> bool:
+    return (
+        isinstance(d, dict)
+        and d.get("format") == FORMAT
+        and isinstance(d.get("layers"), dict)
+        and all(isinstance(layer, dict) for layer in d["layers"].values())
+        and isinstance(d.get("include"), list)
+        and all(isinstance(name, str) for name in d["include"])
+    )
