@@ -14,7 +14,10 @@ from .choice import FORMS, LOW_PRECISION, choose
 from .function import HydraFunction, autocast_is_on
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_LOW_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts: all but float64
+_CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts: all but float64
+_ADAPTER_DTYPES = {dtype: (dtype, torch.float32) if dtype in LOW_PRECISION else (dtype,) for dtype in DTYPES}
+_A = ("A_down", "A_up", "A_down_bias", "A_up_bias", "scale_a")
+_B = ("B_down", "B_up", "B_down_bias", "B_up_bias", "scale_b")
 
 
 def hydra_linear(
@@ -69,10 +72,12 @@ def hydra_linear(
     check_dropout("dropout_p", dropout_p)
     cast_to = _autocast_dtype(x)
     M, K, N = _check_frozen(x, weight, bias, cast_to)
-    r_a = _check_branch("A", A_down, A_up, A_down_bias, A_up_bias, scale_a, K, weight, cast_to)
-    r_b = _check_branch("B", B_down, B_up, B_down_bias, B_up_bias, scale_b, N, weight, cast_to)
+    device, dtype = x.device, cast_to or x.dtype
+    dtypes = _CAST if cast_to else _ADAPTER_DTYPES[dtype]
+    r_a = _check_branch(_A, A_down, A_up, A_down_bias, A_up_bias, scale_a, K, N, dtypes, device)
+    r_b = _check_branch(_B, B_down, B_up, B_down_bias, B_up_bias, scale_b, N, N, dtypes, device)
     if mask is not None:
-        _check_tensor("mask", mask, (M, r_a + r_b), _LOW_OR_SINGLE if cast_to else (x.dtype,), x.device)
+        _check_tensor("mask", mask, (M, r_a + r_b), _CAST if cast_to else (dtype,), device)
 
     if A_down is None and B_down is None:
         return F.linear(x, weight, bias)
@@ -96,7 +101,6 @@ def hydra_linear(
             mask=mask,
         )
 
-    dtype = cast_to or x.dtype
     choice = choose(M, K, N, r_a, r_b, dtype, form, backend)
     server = TABLE[choice.backend]
     reason = server.unavailable() or server.refusal(choice.form, dtype, r_b)
@@ -105,7 +109,7 @@ def hydra_linear(
 
     mask_scale = 1.0
     if mask is None and training and dropout_p > 0:
-        mask = torch.empty(M, r_a + r_b, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
+        mask = torch.empty(M, r_a + r_b, dtype=torch.bool, device=device).bernoulli_(1 - dropout_p)
         mask_scale = 1 / (1 - dropout_p)
     # A scale of an absent branch acts on nothing and gets no gradient.
     scale_a, scale_b = 1.0 if A_down is None else scale_a, 1.0 if B_down is None else scale_b
@@ -114,7 +118,7 @@ def hydra_linear(
     if cast_to is None:
         h = HydraFunction.apply(flat, weight, bias, *adapters, mask, scale_a, scale_b, mask_scale, choice)
     else:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             bias = None if bias is None else bias.to(dtype)
             mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
             operands = (weight.to(dtype), bias, *adapters, mask, scale_a, scale_b, mask_scale)
@@ -149,7 +153,7 @@ def check_finite(name: str, value: float, kind: str = "a number") -> None:
 
 def _autocast_dtype(x: object) -> torch.dtype | None:
     """The dtype in which autocast would run F.linear(x), or None where it would leave x alone."""
-    if not isinstance(x, Tensor) or x.dtype not in _LOW_OR_SINGLE or not autocast_is_on(x):
+    if not isinstance(x, Tensor) or x.dtype not in _CAST or not autocast_is_on(x):
         return None
     return torch.get_autocast_dtype(x.device.type)
 
@@ -171,10 +175,10 @@ def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, cast_to: torch
         raise ValueError(f"x: expected shape [*, {K}] for a weight of shape [{N}, {K}], got {list(x.shape)}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-    dtypes = _LOW_OR_SINGLE if cast_to else (x.dtype,)
+    dtypes = _CAST if cast_to else (x.dtype,)
     _check_tensor("weight", weight, (N, K), dtypes, x.device)
     if bias is not None:
-        _check_tensor("bias", bias, (N,), _LOW_OR_SINGLE if cast_to else (weight.dtype,), x.device)
+        _check_tensor("bias", bias, (N,), dtypes, x.device)
     M = 1
     for size in x.shape[:-1]:
         M *= size
@@ -182,44 +186,37 @@ def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, cast_to: torch
 
 
 def _check_branch(
-    side: str,
+    names: tuple[str, str, str, str, str],
     down: Tensor | None,
     up: Tensor | None,
     down_bias: Tensor | None,
     up_bias: Tensor | None,
     scale: float | Tensor,
     fan_in: int,
-    weight: Tensor,
-    cast_to: torch.dtype | None,
+    N: int,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
 ) -> int:
-    """Checks one branch against the weight; returns its rank, 0 where it is absent."""
-    scale_name = f"scale_{side.lower()}"
+    """Checks one branch, whose arguments have these names; returns its rank, 0 where it is absent."""
     if isinstance(scale, Tensor):
-        _check_tensor(scale_name, scale, (), DTYPES, weight.device)
+        _check_tensor(names[4], scale, (), DTYPES, device)
     else:
-        check_finite(scale_name, scale, "a number or a 0-dimensional tensor")
+        check_finite(names[4], scale, "a number or a 0-dimensional tensor")
     if down is None or up is None:
-        for name, t in (("up", up), ("down", down), ("down_bias", down_bias), ("up_bias", up_bias)):
+        missing = names[0] if down is None else names[1]
+        for name, t in zip(names, (down, up, down_bias, up_bias), strict=False):
             if t is not None:
-                missing = f"{side}_down" if down is None else f"{side}_up"
-                raise ValueError(f"{side}_{name}: given, but {missing} is None; a branch needs both projections")
+                raise ValueError(f"{name}: given, but {missing} is None; a branch needs both projections")
         return 0
     if not isinstance(down, Tensor):
-        raise TypeError(f"{side}_down: expected a Tensor, got {type(down).__name__}")
+        raise TypeError(f"{names[0]}: expected a Tensor, got {type(down).__name__}")
     r = down.shape[0] if down.dim() else 0
-    dtypes = (
-        _LOW_OR_SINGLE
-        if cast_to
-        else (weight.dtype,)
-        if weight.dtype not in LOW_PRECISION
-        else (weight.dtype, torch.float32)
-    )
-    _check_tensor(f"{side}_down", down, (r, fan_in), dtypes, weight.device)
-    _check_tensor(f"{side}_up", up, (weight.shape[0], r), dtypes, weight.device)
+    _check_tensor(names[0], down, (r, fan_in), dtypes, device)
+    _check_tensor(names[1], up, (N, r), dtypes, device)
     if down_bias is not None:
-        _check_tensor(f"{side}_down_bias", down_bias, (r,), dtypes, weight.device)
+        _check_tensor(names[2], down_bias, (r,), dtypes, device)
     if up_bias is not None:
-        _check_tensor(f"{side}_up_bias", up_bias, (weight.shape[0],), dtypes, weight.device)
+        _check_tensor(names[3], up_bias, (N,), dtypes, device)
     return r
 
 
