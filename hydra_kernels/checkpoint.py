@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,9 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     ]
     if wrong:
         raise ValueError(f"load_adapters: the tensors of {path} do not fit: {'; '.join(sorted(wrong)[:5])}")
+    nowhere = sorted(name for name, target in targets.items() if target.is_meta)
+    if nowhere:
+        raise ValueError(f"load_adapters: {nowhere[0]} is on the meta device; call to_empty(device=...) first")
     for layer in adapted_layers(model).values():
         layer.unmerge()
     with torch.no_grad():
@@ -123,24 +126,31 @@ def _differences(saved: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]
 
 
 def _included(model: nn.Module, include: list[str]) -> dict[str, Tensor]:
-    """Parameters and buffers whose dotted names contain a name in include, but for the adapters."""
-    stored = adapter_state_dict(model)
-    everything = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
-    chosen = names_containing(everything, include, "include")
-    return {name: everything[name] for name in chosen if name not in stored}
+    """Parameters and buffers whose dotted names contain a name in include, each once, the adapters not among them."""
+    everything = model.state_dict(keep_vars=True)
+    seen = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters().values()}
+    chosen = {}
+    for name in sorted(names_containing(everything, include, "include")):
+        if id(everything[name]) not in seen:
+            seen.add(id(everything[name]))
+            chosen[name] = everything[name].detach()
+    return chosen
 
 
 def _write_whole(path: Path, content: bytes) -> None:
     """Writes beside path, to the disk, and renames: whoever reads path sees the old file or the new one."""
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save_adapters: there is no folder {path.parent}")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        # Unlike a temporary file of tempfile's, it has the mode that any new file has.
+        with open(unfinished, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
-        os.unlink(unfinished)
+        unfinished.unlink(missing_ok=True)
         raise
 
 

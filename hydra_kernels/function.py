@@ -32,7 +32,7 @@ class HydraFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
         op, choice = Operands(*args[:-1]), args[-1]
         needs = frozenset(compress(_ARGUMENTS, ctx.needs_input_grad))
-        h, saved = TABLE[choice.backend].forward(x, op, needs, choice.form)
+        h, op, saved = TABLE[choice.backend].forward(x, op, needs, choice.form)
         scales = op.scale_a, op.scale_b, op.mask_scale
         ctx.save_for_backward(*op[:-3], *(s if isinstance(s, Tensor) else None for s in scales), *saved)
         ctx.scales = [None if isinstance(s, Tensor) else s for s in scales]

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from . import reference
 from .backend import NAMES, TABLE
-from .choice import FORMS, LOW_PRECISION, choose
+from .backend.interface import Operands
+from .choice import FORMS, LOW_PRECISION, Choice, choose
 from .function import HydraFunction, autocast_is_on
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -78,6 +79,8 @@ def hydra_linear(
     r_b = _check_branch(_B, B_down, B_up, B_down_bias, B_up_bias, scale_b, N, N, dtypes, device)
     if mask is not None:
         _check_tensor("mask", mask, (M, r_a + r_b), _CAST if cast_to else (dtype,), device)
+        if mask.requires_grad:
+            raise ValueError("mask: it requires grad, but a dropout mask gets none; pass mask.detach()")
 
     if A_down is None and B_down is None:
         return F.linear(x, weight, bias)
@@ -113,17 +116,23 @@ def hydra_linear(
         mask_scale = 1 / (1 - dropout_p)
     # A scale of an absent branch acts on nothing and gets no gradient.
     scale_a, scale_b = 1.0 if A_down is None else scale_a, 1.0 if B_down is None else scale_b
-    flat = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     adapters = (A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias)
+    flat = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     if cast_to is None:
-        h = HydraFunction.apply(flat, weight, bias, *adapters, mask, scale_a, scale_b, mask_scale, choice)
+        h = _run(flat, Operands(weight, bias, *adapters, mask, scale_a, scale_b, mask_scale), choice)
     else:
         with torch.autocast(device.type, enabled=False):
             bias = None if bias is None else bias.to(dtype)
             mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
-            operands = (weight.to(dtype), bias, *adapters, mask, scale_a, scale_b, mask_scale)
-            h = HydraFunction.apply(flat.to(dtype), *operands, choice)
+            op = Operands(weight.to(dtype), bias, *adapters, mask, scale_a, scale_b, mask_scale)
+            h = _run(flat.to(dtype), op, choice)
     return h if x.dim() == 2 else h.view(*x.shape[:-1], N)
+
+
+def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
+    if torch.is_grad_enabled():
+        return HydraFunction.apply(x, *op, choice)
+    return TABLE[choice.backend].forward(x, op, frozenset(), choice.form)[0]
 
 
 def check_route(form: str, backend: str) -> None:
@@ -171,14 +180,19 @@ def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, cast_to: torch
             "call weight.requires_grad_(False), or train it through F.linear"
         )
     N, K = weight.shape
+    dtypes = _CAST if cast_to else (weight.dtype,)
+    if weight.dtype not in (_CAST if cast_to else DTYPES):
+        raise TypeError(
+            f"weight: expected one of {', '.join(map(str, _CAST if cast_to else DTYPES))}, got {weight.dtype}"
+        )
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: expected shape [*, {K}] for a weight of shape [{N}, {K}], got {list(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-    dtypes = _CAST if cast_to else (x.dtype,)
-    _check_tensor("weight", weight, (N, K), dtypes, x.device)
+    if x.dtype not in dtypes:
+        raise TypeError(f"x: expected {weight.dtype}, as weight has, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x: expected on {weight.device}, where weight is, got {x.device}")
     if bias is not None:
-        _check_tensor("bias", bias, (N,), dtypes, x.device)
+        _check_tensor("bias", bias, (N,), dtypes, weight.device)
     M = 1
     for size in x.shape[:-1]:
         M *= size
@@ -211,7 +225,10 @@ def _check_branch(
     if not isinstance(down, Tensor):
         raise TypeError(f"{names[0]}: expected a Tensor, got {type(down).__name__}")
     r = down.shape[0] if down.dim() else 0
+    if r == 0:
+        raise ValueError(f"{names[0]}: expected shape [r >= 1, {fan_in}] or None, got {list(down.shape)}")
     _check_tensor(names[0], down, (r, fan_in), dtypes, device)
+    dtypes = (down.dtype,)
     _check_tensor(names[1], up, (N, r), dtypes, device)
     if down_bias is not None:
         _check_tensor(names[2], down_bias, (r,), dtypes, device)

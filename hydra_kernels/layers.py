@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .choice import LOW_PRECISION
 from .functional import DTYPES, check_dropout, check_finite, check_route, hydra_linear
@@ -53,9 +52,16 @@ class HydraLinear(nn.Module):
     """
 
     ADAPTERS = (
-        *("A_down", "A_up", "B_down", "B_up"),
-        *("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias"),
-        *("scale_a", "scale_b"),
+        "A_down",
+        "A_up",
+        "B_down",
+        "B_up",
+        "A_down_bias",
+        "A_up_bias",
+        "B_down_bias",
+        "B_up_bias",
+        "scale_a",
+        "scale_b",
     )
 
     weight: Tensor
@@ -98,6 +104,9 @@ class HydraLinear(nn.Module):
         _check_count("out_features", out_features, 1)
         _check_count("r_a", r_a, 0)
         _check_count("r_b", r_b, 0)
+        for name, flag in (("learnable_scale", learnable_scale), ("adapter_bias", adapter_bias)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected True or False, got {flag!r}")
         check_finite("scale_a", scale_a)
         check_finite("scale_b", scale_b)
         check_dropout("dropout", dropout)
@@ -110,8 +119,10 @@ class HydraLinear(nn.Module):
                 f"adapter_dtype: expected None, or torch.float32 over a base in float16 or bfloat16, "
                 f"got {adapter_dtype} over {dtype}"
             )
-        if init_std is not None and not (isinstance(init_std, (int, float)) and 0 <= init_std < math.inf):
-            raise ValueError(f"init_std: expected None or a finite number >= 0, got {init_std!r}")
+        if init_std is not None:
+            check_finite("init_std", init_std, "None or a number")
+            if init_std < 0:
+                raise ValueError(f"init_std: expected None or a number >= 0, got {init_std}")
         self.in_features, self.out_features, self.r_a, self.r_b = in_features, out_features, r_a, r_b
         self.dropout, self.init_std, self.form, self.backend = dropout, init_std, form, backend
         self.adapters_enabled = True
@@ -212,7 +223,7 @@ class HydraLinear(nn.Module):
 
     def branches(self, x: Tensor) -> Branches:
         """The three summands of h for x [*, K] (Fig. 4), from W0 also while merged; zeros for a branch that is off."""
-        y0 = F.linear(x, self.weight, self.bias)
+        y0 = hydra_linear(x, self.weight, self.bias, None, None, None, None)
         parallel = sequential = torch.zeros_like(y0)
         p = self.dropout
         if self.adapters_enabled and self.A_down is not None and self.A_up is not None:
@@ -279,16 +290,18 @@ class HydraLinear(nn.Module):
             f"bias={self.bias is not None}",
         ]
         shown += [f"r_a={self.r_a}", f"r_b={self.r_b}"]
-        for name, initial in self._initial_scales.items():
-            if isinstance(getattr(self, name), Tensor):
-                shown.append(f"{name}=learnable")
-            elif initial != 1:
-                shown.append(f"{name}={initial}")
+        for name in self._initial_scales:
+            scale = getattr(self, name)
+            if isinstance(scale, Tensor) or scale != 1:
+                shown.append(f"{name}={'learnable' if isinstance(scale, Tensor) else scale}")
         shown += [f"dropout={self.dropout}"] if self.dropout else []
         shown += ["adapter_bias=True"] if self.A_up_bias is not None or self.B_up_bias is not None else []
         shown += [f"{name}={v}" for name, v in (("form", self.form), ("backend", self.backend)) if v != "auto"]
-        return ", ".join(shown + (["merged=True"] if self.merged else []))
+        shown += ["merged=True"] if self.merged else []
+        return ", ".join(shown + ([] if self.adapters_enabled else ["adapters_enabled=False"]))
 
+    # Not in inference mode, even where the caller is: a later backward must be able to save the merged weight.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _merged_parameters(self) -> tuple[Tensor, Tensor | None]:
         return merged_parameters(
@@ -317,7 +330,9 @@ class LoRALinear(HydraLinear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, r: int = 8, scale: float = 1.0, **options: Any
     ) -> None:
-        super().__init__(in_features, out_features, bias, r_a=r, r_b=0, scale_a=scale, **options)
+        _check_count("r", r, 0)
+        check_finite("scale", scale)
+        super().__init__(in_features, out_features, bias, r_a=r, r_b=0, scale_a=scale, scale_b=1.0, **options)
 
 
 class SeqLoRALinear(HydraLinear):
@@ -326,7 +341,9 @@ class SeqLoRALinear(HydraLinear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, r: int = 8, scale: float = 1.0, **options: Any
     ) -> None:
-        super().__init__(in_features, out_features, bias, r_a=0, r_b=r, scale_b=scale, **options)
+        _check_count("r", r, 0)
+        check_finite("scale", scale)
+        super().__init__(in_features, out_features, bias, r_a=0, r_b=r, scale_a=1.0, scale_b=scale, **options)
 
 
 def check_wrappable(linear: nn.Module) -> None:
@@ -336,6 +353,8 @@ def check_wrappable(linear: nn.Module) -> None:
         raise TypeError(f"linear: expected an nn.Linear, got {kind}, which is already adapted")
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear: expected an nn.Linear, got {kind}")
+    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(f"linear: {kind} belongs to nn.MultiheadAttention, which reads its weight past its forward")
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         raise TypeError(f"linear: {kind} computes something else than nn.Linear in its forward")
     if not isinstance(linear._parameters.get("weight"), nn.Parameter):

@@ -6,12 +6,14 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from .layers import HydraLinear, LoRALinear, SeqLoRALinear, check_wrappable
 
+# Their fast paths hand the weights of their nn.Linear children to fused operators.
+READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 METHODS: dict[str, type[HydraLinear]] = {"hydra": HydraLinear, "lora": LoRALinear, "seqlora": SeqLoRALinear}
 
 
@@ -42,16 +44,26 @@ def inject(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     layer_class = METHODS[method]
-    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    names = [n for n in modules if _matches(n, targets) and not _matches(n, exclude)]
+    excluded = exclude if isinstance(exclude, str) else list(exclude)
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    try:
+        names = [n for n in modules if _matches(n, targets) and not _matches(n, excluded)]
+    except re.error as error:
+        raise ValueError(f"target_modules, exclude: {error.pattern!r} is no regular expression: {error}") from error
     if not names:
-        raise ValueError(f"target_modules: {target_modules!r} matches no module; {_near(modules, target_modules)}")
+        raise ValueError(f"target_modules: {targets!r} matches no module; {_near(modules, targets)}")
     for name in names:
         try:
             check_wrappable(modules[name])
         except (TypeError, ValueError) as error:
             raise type(error)(f"target_modules: {name!r} matches, but {error}") from None
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, READS_WEIGHTS):
+            raise TypeError(
+                f"target_modules: {name!r} matches, but torch's {type(parent).__name__} reads its layers' weights past "
+                "their forward, so adapters would be ignored there"
+            )
     for dtype in {modules[name].weight.dtype for name in names}:
         layer_class(1, 1, device="meta", dtype=dtype, **options)  # an invalid option raises before anything changes
 
@@ -118,19 +130,19 @@ def unmerge(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Puts a plain ``nn.Linear`` with the merged weight in place of every adapted layer, a shared one in every place.
 
-    Layers are replaced one by one, so that no second copy of the weights comes into being. Returns the model, which is
-    changed; where the model itself is an adapted layer, the ``nn.Linear``.
+    Layers are replaced one by one, each old weight freed before the next layer is merged. Hooks on the adapted layers
+    go with them. Returns the model, which is changed; where the model itself is an adapted layer, the ``nn.Linear``.
     """
-    plain: dict[int, nn.Linear] = {}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, HydraLinear):
-            continue
-        if id(layer) not in plain:
-            layer.unmerge()
-            plain[id(layer)] = layer.to_linear()
-        if not name:
-            return plain[id(layer)]
-        _replace(model, name, plain[id(layer)])
+    places: dict[int, list[str]] = {}
+    for name in [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, HydraLinear)]:
+        places.setdefault(id(model.get_submodule(name)), []).append(name)
+    if isinstance(model, HydraLinear):
+        return model.to_linear()
+    for names in places.values():
+        # Nothing else may refer to the layer: its weight goes when the last place is replaced.
+        plain = cast(HydraLinear, model.get_submodule(names[0])).to_linear()
+        for name in names:
+            _replace(model, name, plain)
     return model
 
 

@@ -303,28 +303,106 @@ def test_nothing_is_computed_for_what_needs_no_gradient(backend, form):
         assert counter.multiply_adds == expected, name
 
 
+def saved_elements(case: Case, form: str, backend: str, wanted: set[str], autocast: bool = False) -> int:
+    """Elements kept for the backward, each storage once, the parameters' not counted."""
+    t, _ = operands(case, F32)
+    t = {name: v.requires_grad_(name in wanted) for name, v in t.items()}
+    parameters = {v.data_ptr() for name, v in t.items() if name != "x"}
+    saved: dict[int, int] = {}
+
+    def pack(v):
+        if v.data_ptr() not in parameters:
+            saved[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes() // v.element_size()
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v), torch.autocast("cpu", BF16, enabled=autocast):
+        h = call(hk.hydra_linear, t, case, form=form, backend=backend)
+    total = sum(saved.values())
+    del h
+    return total
+
+
 @pytest.mark.parametrize(("backend", "form"), FORMS)
-def test_saved_bytes(backend, form):
-    """Composed: x, Z and D (1 + R/K + R/M times x); kept: x where r_a > 0, Z and y0. Parameters are not counted."""
+@pytest.mark.parametrize("r_a", [2, 0])
+def test_what_is_saved_is_what_the_wanted_gradients_read(backend, form, r_a):
+    """Composed: x, Z and D (1 + R/K + R/M times x); kept: x where r_a > 0, Z and y0."""
     M, K, N, r_b = 64, 32, 48, 3
-    for r_a in (2, 0):
-        R = r_a + r_b
-        elements = M * K + M * R + R * K if form == "composed" else (M * K if r_a else 0) + M * R + M * N
-        case = Case((M,), K, N, r_a, r_b)
-        t, _ = operands(case, F32)
-        t = {name: v.requires_grad_(name not in ("weight", "bias")) for name, v in t.items()}
-        parameters = {v.data_ptr() for name, v in t.items() if name != "x"}
-        saved: dict[int, int] = {}
+    R = r_a + r_b
+    case = Case((M,), K, N, r_a, r_b)
+    downs = {"A_down", "B_down"} if r_a else {"B_down"}
+    ups = {"A_up", "B_up"} if r_a else {"B_up"}
+    if form == "composed":
+        expected = {"all": M * K + M * R + R * K, "downs": M * K, "x": R * K}
+    else:
+        expected = {"all": (M * K if r_a else 0) + M * R + M * N, "downs": (M * K if r_a else 0) + M * N, "x": 0}
+    assert saved_elements(case, form, backend, {"x"} | downs | ups) == expected["all"]
+    assert saved_elements(case, form, backend, downs) == expected["downs"]
+    assert saved_elements(case, form, backend, ups) == M * R
+    assert saved_elements(case, form, backend, {"B_up"}) == (M * R if form == "composed" else M * r_b)
+    assert saved_elements(case, form, backend, {"x"}) == expected["x"]
 
-        def pack(v, saved=saved, parameters=parameters):
-            if v.data_ptr() not in parameters:
-                saved[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
-            return v
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
-            h = call(hk.hydra_linear, t, case, form=form, backend=backend)
-        assert sum(saved.values()) == 4 * elements
-        del h
+def test_autocasts_copy_of_the_weight_is_kept_only_where_it_is_read():
+    M, K, N = 64, 32, 48
+    case = Case((M,), K, N, 2, 3)
+    adapters = {"A_down", "A_up", "B_down", "B_up"}
+    without_dx = M * K + M * 5 + M * N
+    assert saved_elements(case, "auto", "auto", adapters, autocast=True) == without_dx
+    assert saved_elements(case, "auto", "auto", adapters | {"x"}, autocast=True) == without_dx + N * K
+
+
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_a_frozen_operand_that_no_gradient_reads_may_change_before_the_backward(backend, form):
+    """As after nn.Linear, whose backward does not read its bias, nor its weight where x needs no gradient."""
+    case = replace(PLAIN, r_b=0)
+    t, G = operands(case, F64)
+    t["A_down"].requires_grad_()
+    h = call(hk.hydra_linear, t, case, form=form, backend=backend)
+    t["weight"].zero_()
+    t["bias"].zero_()
+    h.backward(G)
+    torch.testing.assert_close(t["A_down"].grad, (G @ t["A_up"]).t() @ t["x"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_a_strided_gradient_that_blas_takes_is_not_copied(backend, form, layout):
+    t, G = operands(PLAIN, F64)
+    wide = torch.cat([G, G], 1)[:, : G.shape[1]] if layout == "rows" else G.t().contiguous().t()
+    t["x"].requires_grad_()
+    h = call(hk.hydra_linear, t, PLAIN, form=form, backend=backend)
+    with CopyCounter() as counter:
+        h.backward(wide)
+    assert counter.copies == 0
+
+
+class CopyCounter(TorchDispatchMode):
+    copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.copies += func.overloadpacket.__name__ in ("clone", "contiguous", "copy_", "_to_copy")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("base", [BF16, F16], ids=str)
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_sums_over_rows_are_fp32(base, backend, form):
+    """Of 20,000 rows a sum in the base dtype would lose all digits; each is exact here up to its own rounding."""
+    if TABLE[backend].refusal(form, base, 1) is not None:
+        form = "kept"
+    M = 20_000
+    case = Case((M,), 4, 6, 2, 3, adapter_bias=True)
+    t, _ = operands(case, base, F32)
+    for name in ("A_up_bias", "B_up_bias", "A_down_bias", "B_down_bias"):
+        t[name].requires_grad_()
+    G = (1 + torch.arange(6) / 8).to(base).expand(M, 6)
+    call(hk.hydra_linear, t, case, form=form, backend=backend).backward(G)
+    expected = M * (1 + torch.arange(6, dtype=F64) / 8)
+    for side in ("A", "B"):
+        torch.testing.assert_close(t[f"{side}_up_bias"].grad.double(), expected, rtol=1e-6, atol=0)
+        up = t[f"{side}_up"].to(base).double()
+        dz = (G[:1].double() @ up).to(base).double()[0]
+        torch.testing.assert_close(t[f"{side}_down_bias"].grad.double(), M * dz, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("zeroed", NAMES)
@@ -380,6 +458,16 @@ def test_autocast_is_the_naive_layers(dtype, case, backward_inside):
     ours, naive = under_autocast(hk.hydra_linear), under_autocast(hk.reference.hydra_linear)
     assert {name: v.dtype for name, v in ours.items()} == {name: v.dtype for name, v in naive.items()}
     assert not violations(ours, naive, true, dtype)
+
+
+def test_the_scale_of_an_absent_branch_gets_no_gradient():
+    case = replace(PLAIN, r_b=0)
+    t, G = operands(case, F64)
+    scale_b = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    t["x"].requires_grad_()
+    call(hk.hydra_linear, {**t, "scale_b": scale_b}, case).backward(G)
+    assert scale_b.grad is None
+    assert t["x"].grad.any()
 
 
 def test_autocast_leaves_float64_alone():

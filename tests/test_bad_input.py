@@ -42,11 +42,28 @@ CALLS = [
     ({"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
     ({"x": torch.randn(M, K + 1)}, ValueError, "x: expected shape [*, 13] for a weight of shape [11, 13], got [5, 14]"),
     ({"x": torch.tensor(1.0)}, ValueError, "x: expected shape [*, 13] for a weight of shape [11, 13], got []"),
-    ({"x": torch.ones(M, K, dtype=torch.int64)}, TypeError, "x: expected one of torch.float64, torch.float32"),
+    (
+        {"x": torch.ones(M, K, dtype=torch.int64)},
+        TypeError,
+        "x: expected torch.float32, as weight has, got torch.int64",
+    ),
     ({"x": torch.ones(M, K, dtype=torch.complex64)}, TypeError, "got torch.complex64"),
-    ({"x": torch.randn(M, K, dtype=torch.float64)}, TypeError, "weight: expected torch.float64, got torch.float32"),
-    ({"x": torch.randn(M, K, dtype=torch.bfloat16)}, TypeError, "weight: expected torch.bfloat16, got torch.float32"),
-    ({"x": torch.empty(M, K, device="meta")}, ValueError, "weight: expected on meta, got cpu"),
+    (
+        {"x": torch.randn(M, K, dtype=torch.float64)},
+        TypeError,
+        "x: expected torch.float32, as weight has, got torch.float64",
+    ),
+    (
+        {"x": torch.randn(M, K, dtype=torch.bfloat16)},
+        TypeError,
+        "x: expected torch.float32, as weight has, got torch.bfloat16",
+    ),
+    ({"x": torch.empty(M, K, device="meta")}, ValueError, "x: expected on cpu, where weight is, got meta"),
+    (
+        {"weight": torch.ones(N, K, dtype=torch.int64)},
+        TypeError,
+        "weight: expected one of torch.float64, torch.float32",
+    ),
     ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
     ({"weight": torch.randn(N)}, ValueError, "weight: expected shape [N, K], got [11]"),
     ({"weight": nn.Parameter(torch.randn(N, K))}, ValueError, "weight: it requires grad, but W0 is frozen"),
@@ -61,7 +78,12 @@ CALLS = [
     ({"A_down": None, "A_up": None, "A_up_bias": None}, ValueError, "A_down_bias: given, but A_down is None"),
     ({"B_down": None, "B_up": None, "B_down_bias": None}, ValueError, "B_up_bias: given, but B_down is None"),
     ({"A_down": torch.randn(R_A, N)}, ValueError, "A_down: expected shape [2, 13], got [2, 11]"),
-    ({"A_down": torch.randn(())}, ValueError, "A_down: expected shape [0, 13], got []"),
+    ({"A_down": torch.randn(())}, ValueError, "A_down: expected shape [r >= 1, 13] or None, got []"),
+    (
+        {"A_down": torch.randn(0, K), "A_up": torch.randn(N, 0)},
+        ValueError,
+        "A_down: expected shape [r >= 1, 13] or None",
+    ),
     ({"A_down": "no"}, TypeError, "A_down: expected a Tensor, got str"),
     ({"A_up": torch.randn(N, R_A + 1)}, ValueError, "A_up: expected shape [11, 2], got [11, 3]"),
     ({"A_up": torch.randn(R_A, N)}, ValueError, "A_up: expected shape [11, 2], got [2, 11]"),
@@ -86,6 +108,7 @@ CALLS = [
     ({"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number in [0, 1), got str"),
     ({"mask": torch.ones(M, R_A)}, ValueError, "mask: expected shape [5, 5], got [5, 2]"),
     ({"mask": torch.ones(M, R_A + R_B, dtype=torch.bool)}, TypeError, "mask: expected torch.float32, got torch.bool"),
+    ({"mask": torch.ones(M, R_A + R_B).requires_grad_()}, ValueError, "mask: it requires grad"),
     ({"mask": [[1.0]]}, TypeError, "mask: expected a Tensor, got list"),
     ({"form": "fast"}, ValueError, "form: expected one of auto, composed, kept, got 'fast'"),
     ({"backend": "cuda"}, ValueError, "backend: expected one of auto, reference, aten, got 'cuda'"),
@@ -129,8 +152,11 @@ CONSTRUCTIONS = [
     ({"adapter_dtype": torch.float64}, ValueError, "adapter_dtype: expected None, or torch.float32 over"),
     ({"adapter_dtype": torch.bfloat16}, ValueError, "got torch.bfloat16 over torch.float32"),
     ({"dtype": torch.float64, "adapter_dtype": torch.float32}, ValueError, "got torch.float32 over torch.float64"),
-    ({"init_std": -1.0}, ValueError, "init_std: expected None or a finite number >= 0, got -1.0"),
-    ({"init_std": NAN}, ValueError, "init_std: expected None or a finite number >= 0, got nan"),
+    ({"init_std": -1.0}, ValueError, "init_std: expected None or a number >= 0, got -1.0"),
+    ({"init_std": NAN}, ValueError, "init_std: expected a finite number, got nan"),
+    ({"init_std": True}, TypeError, "init_std: expected None or a number, got bool"),
+    ({"adapter_bias": "no"}, TypeError, "adapter_bias: expected True or False, got 'no'"),
+    ({"learnable_scale": 0}, TypeError, "learnable_scale: expected True or False, got 0"),
     ({"form": "composd"}, ValueError, "form: expected one of auto, composed, kept, got 'composd'"),
     ({"backend": "tritn"}, ValueError, "backend: expected one of auto, reference, aten, got 'tritn'"),
 ]
@@ -148,12 +174,20 @@ def test_a_layer_names_its_argument_too():
     layer = hk.HydraLinear(13, 11)
     with pytest.raises(ValueError, match=re.escape("x: expected shape [*, 13]")):
         layer(torch.randn(2, 12))
+    with pytest.raises(ValueError, match=re.escape("x: expected shape [*, 13]")):
+        layer.branches(torch.randn(2, 12))
     layer.eval().merge()
-    with pytest.raises(TypeError, match=re.escape("weight: expected torch.float64, got torch.float32")):
+    with pytest.raises(TypeError, match=re.escape("x: expected torch.float32, as weight has, got torch.float64")):
         layer(torch.randn(2, 13, dtype=torch.float64))
     layer.disable_adapters()
     with pytest.raises(TypeError, match=re.escape("x: expected a Tensor, got int")):
         layer(3)
+
+
+def test_one_branch_has_one_dtype():
+    low = {name: v.bfloat16() for name, v in arguments().items()}
+    with pytest.raises(TypeError, match=r"A_up: expected torch.bfloat16, got torch.float32"):
+        hk.hydra_linear(**{**low, "A_up": low["A_up"].float()})
 
 
 def test_a_weight_that_was_unfrozen_is_refused():
@@ -165,10 +199,13 @@ def test_a_weight_that_was_unfrozen_is_refused():
 
 @pytest.mark.parametrize("kind", [hk.LoRALinear, hk.SeqLoRALinear])
 def test_ranks_of_a_single_branch_have_one_name(kind):
-    with pytest.raises(TypeError):
-        kind(3, 4, r_a=2)
-    with pytest.raises(ValueError, match=r"r_[ab]: expected an integer >= 0, got -2"):
+    for other in ("r_a", "r_b", "scale_a", "scale_b"):
+        with pytest.raises(TypeError, match=other):
+            kind(3, 4, **{other: 2})
+    with pytest.raises(ValueError, match=r"^r: expected an integer >= 0, got -2"):
         kind(3, 4, r=-2)
+    with pytest.raises(ValueError, match=r"^scale: expected a finite number, got nan"):
+        kind(3, 4, scale=NAN)
 
 
 def test_the_package_contains_no_assert():

@@ -94,6 +94,30 @@ def test_included_parameters_come_back(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_tied_and_shared_tensors_are_stored_once(tmp_path):
+    source, target = adapted(1), adapted(2)
+    with torch.no_grad():
+        source.embedding.weight.fill_(3)
+    hk.save_adapters(source, tmp_path / "a", include=["lm_head", "embedding", "shared"])
+    hk.load_adapters(target, tmp_path / "a")
+    assert target.lm_head.weight is target.embedding.weight
+    assert target.embedding.weight.eq(3).all()
+
+
+def test_the_meta_device_is_refused(tmp_path):
+    hk.save_adapters(adapted(1), tmp_path / "a")
+    with pytest.raises(ValueError, match="is on the meta device"):
+        hk.load_adapters(adapted(2).to("meta"), tmp_path / "a")
+
+
+def test_a_new_file_has_the_mode_of_any_new_file(tmp_path):
+    hk.save_adapters(adapted(1), tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing"):
+        hk.save_adapters(adapted(1), tmp_path / "missing" / "a")
+
+
 def test_loading_keeps_the_models_dtype(tmp_path):
     source, target = adapted(1), adapted(2).double()
     hk.save_adapters(source, tmp_path / "a")

@@ -188,9 +188,9 @@ def test_from_linear_takes_the_same_parameters_and_freezes_them():
     assert hk.SeqLoRALinear.from_linear(nn.Linear(3, 4), r=2, scale=0.5).scale_b == 0.5
 
 
-def hooked():
+def hooked(register):
     linear = nn.Linear(3, 4)
-    linear.register_forward_hook(lambda *args: None)
+    getattr(linear, register)(lambda *args: None)
     return linear
 
 
@@ -208,7 +208,11 @@ def patched():
         (lambda: Doubled(3, 4), "Doubled"),
         (lambda: hk.LoRALinear(3, 4), "LoRALinear, which is already adapted"),
         (lambda: torch.nn.utils.parametrizations.orthogonal(nn.Linear(3, 4)), "ParametrizedLinear"),
-        (hooked, "has hooks"),
+        (lambda: hooked("register_forward_hook"), "has hooks"),
+        (lambda: hooked("register_forward_pre_hook"), "has hooks"),
+        (lambda: hooked("register_full_backward_hook"), "has hooks"),
+        (lambda: hooked("register_full_backward_pre_hook"), "has hooks"),
+        (lambda: nn.MultiheadAttention(4, 2).out_proj, "belongs to nn.MultiheadAttention"),
         (patched, "computes something else"),
         (lambda: nn.Linear(3, 4).weight, "Parameter"),
     ],
@@ -263,9 +267,10 @@ def test_merging_in_training_mode_is_refused():
     [
         lambda layer: layer.train(),
         lambda layer: layer.load_state_dict(layer.state_dict()),
+        lambda layer: layer.reset_adapters(),
         lambda layer: layer.unmerge(),
     ],
-    ids=["train", "load_state_dict", "unmerge"],
+    ids=["train", "load_state_dict", "reset_adapters", "unmerge"],
 )
 def test_what_ends_a_merge(end):
     layer = trained(hk.HydraLinear(3, 4)).eval()
@@ -273,6 +278,27 @@ def test_what_ends_a_merge(end):
     end(layer)
     assert not layer.merged
     assert list(layer.buffers()) == []
+
+
+def test_a_merge_made_in_inference_mode_serves_a_backward():
+    layer = trained(hk.HydraLinear(3, 4)).eval()
+    with torch.inference_mode():
+        layer.merge()
+    x = torch.randn(5, 3, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.merged_weight.sum(0).expand(5, 3))
+
+
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_without_gradients_the_output_is_the_same(form):
+    layer = trained(hk.HydraLinear(13, 11, form=form, **ALL_OPTIONS))
+    x = torch.randn(5, 13)
+    expected = layer(x).detach()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            h = layer(x)
+        assert not h.requires_grad
+        torch.testing.assert_close(h, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_merged_layer_stays_merged_in_eval():
@@ -338,6 +364,8 @@ def test_to_linear_is_a_plain_frozen_linear(kind, dtype, bias):
     assert type(linear) is nn.Linear
     assert not any(p.requires_grad for p in linear.parameters())
     assert (linear.in_features, linear.out_features, linear.training) == (13, 11, False)
+    assert layer.train().to_linear().training
+    layer.eval()
     layer.merge()
     assert torch.equal(linear(x), layer(x))
     assert linear.weight.data_ptr() not in (layer.weight.data_ptr(), layer.merged_weight.data_ptr())
@@ -391,6 +419,10 @@ def test_repr_tells_what_differs_from_the_defaults():
     layer.merge()
     assert repr(layer).endswith("merged=True)")
     assert "scale_a=learnable" in repr(hk.HydraLinear(3, 4, learnable_scale=True))
+    changed = hk.HydraLinear(3, 4)
+    changed.scale_b = 0.25
+    changed.disable_adapters()
+    assert repr(changed).endswith("scale_b=0.25, adapters_enabled=False)")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """Adapters in whole models: what inject takes, refuses, freezes and leaves alone; merging a model; what trains."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_inject_takes_suffixes_and_regular_expressions(targets, exclude, expecte
     adapted = {n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, hk.HydraLinear)}
     assert adapted >= set(expected)
     assert all(model.get_submodule(name).r_b == 3 for name in expected)
+    assert sum(isinstance(m, hk.HydraLinear) for _, m in model.named_modules(remove_duplicate=False)) == len(adapted)
     assert all(torch.equal(a, b) for a, b in zip(model(TOKENS), before, strict=True))
 
 
@@ -147,6 +149,41 @@ def test_a_wrong_option_changes_nothing(method, options, error):
         hk.inject(model, ["fc1", "fc2"], method, **options)
     assert not [m for m in model.modules() if isinstance(m, hk.HydraLinear)]
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_generators_serve_as_targets_and_exclusions():
+    model = Model()
+    assert hk.inject(model, (n for n in ["fc1", "fc2"]), exclude=(n for n in ["fc1"])) == [
+        "blocks.0.mlp.fc2",
+        "blocks.1.mlp.fc2",
+        "shared.mlp.fc2",
+    ]
+    with pytest.raises(ValueError, match=r"target_modules: \['fc9'\] matches no module; near names: "):
+        hk.inject(Model(), (n for n in ["fc9"]))
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+        hk.inject(Model(), "(")
+
+
+def test_an_option_that_fits_only_some_dtypes_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4).double())
+    with pytest.raises(ValueError, match="adapter_dtype"):
+        hk.inject(model, ["0", "1"], adapter_dtype=torch.float32)
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "name"),
+    [
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16), ["linear1", "linear2"], "TransformerEncoderLayer"),
+        (lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), ["out_proj"], "MultiheadAttention"),
+    ],
+)
+def test_modules_that_read_weights_past_the_forward_are_refused(model, targets, name):
+    model = model()
+    with pytest.raises(TypeError, match=f"matches, but .*{name}"):
+        hk.inject(model, targets)
+    assert not [m for m in model.modules() if isinstance(m, hk.HydraLinear)]
 
 
 def test_adapting_twice_is_refused_by_name():
@@ -250,6 +287,22 @@ def test_merge_and_unload_leaves_plain_linear_layers(method, merged_before):
     assert state(model).keys() == state(Model()).keys()
     for plain, adapted in zip(model(TOKENS), before, strict=True):
         torch.testing.assert_close(plain, adapted, rtol=1e-11, atol=1e-11)
+
+
+def test_merge_and_unload_frees_each_old_weight_before_the_next_merge(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    hk.inject(model, r"\d")
+    old = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+    to_linear = hk.HydraLinear.to_linear
+
+    def counting(layer):
+        alive.append(sum(weight() is not None for weight in old))
+        return to_linear(layer)
+
+    monkeypatch.setattr(hk.HydraLinear, "to_linear", counting)
+    hk.merge_and_unload(model)
+    assert alive == [4, 3, 2, 1]
 
 
 def test_merge_and_unload_spares_a_tied_embedding():

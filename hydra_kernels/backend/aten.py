@@ -37,18 +37,24 @@ def refusal(form: str, dtype: torch.dtype, r_b: int) -> str | None:
     return None
 
 
-def forward(x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Saved]:
-    return _composed_forward(x, op, needs) if form == "composed" else _kept_forward(x, op, needs)
+def forward(x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
+    h, saved = _composed_forward(x, op, needs) if form == "composed" else _kept_forward(x, op, needs)
+    # Under autocast weight is a copy, which must not stay in memory unread.
+    through_W0 = form == "composed" and "B_down" in needs
+    if not through_W0:
+        op = op._replace(weight=op.weight if "x" in needs else None, bias=None)
+    return h, op, saved
 
 
 def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
-    if not (G.is_contiguous() or G.t().is_contiguous()):
+    (M, N), (stride_m, stride_n) = G.shape, G.stride()
+    if not ((stride_n == 1 and stride_m >= N) or (stride_m == 1 and stride_n >= M)):
         G = G.contiguous()  # once, where every product would copy an expanded or strided G again
     grads = _composed_backward(G, op, saved, needs) if form == "composed" else _kept_backward(G, op, saved, needs)
     if not needs.isdisjoint(_FROM_G):
         _add_column_sums_of_G(grads, G, op, needs)
     for name, grad in grads.items():
-        dtype = G.dtype if name == "x" else getattr(op, name).dtype
+        dtype = G.dtype if name in ("x", "bias") else getattr(op, name).dtype
         if grad.dtype != dtype:
             grads[name] = grad.to(dtype)
     return grads
@@ -106,7 +112,8 @@ def _kept_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Sav
     dtype, Z_a = x.dtype, None
     y0 = F.linear(x, op.weight, op.bias)
     Z_b = _mask_(F.linear(y0, _to(op.B_down, dtype), _to(op.B_down_bias, dtype)), op, op.r_a, None)
-    h = torch.addmm(y0, Z_b, _to(_scaled(op.scale_b, op.B_up), dtype).t())
+    U_b = _to(_scaled(op.scale_b, op.B_up), dtype)
+    h = torch.addmm(y0, Z_b, U_b.t()) if "B_down" in needs else y0.addmm_(Z_b, U_b.t())
     if op.A_down is not None:
         Z_a = _mask_(F.linear(x, _to(op.A_down, dtype), _to(op.A_down_bias, dtype)), op, 0, op.r_a)
         h.addmm_(Z_a, _to(_scaled(op.scale_a, op.A_up), dtype).t())

@@ -14,12 +14,13 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """All of one call but x: weight [N, K] of x's dtype, adapters of that dtype or fp32, None where absent.
+    """All of one call but x: weight [N, K] of x's dtype, adapters of that dtype or fp32, None where absent. For a
+    backward, weight and bias are None where it does not read them.
 
     ``mask`` [M, R] is boolean with ``mask_scale`` 1/(1-p), or of x's dtype and already scaled with ``mask_scale`` 1.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     A_down: Tensor | None
     A_up: Tensor | None
@@ -54,8 +55,8 @@ class Backend(Protocol):
     def refusal(self, form: str, dtype: torch.dtype, r_b: int) -> str | None:
         """Why it cannot serve such a call, or None."""
 
-    def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Saved]:
-        """h [M, N] for x [M, K], and what the backward will need for the gradients named in needs."""
+    def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
+        """h [M, N] for x [M, K]; what the backward will read again of op, and what it will read besides."""
 
     def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
         """The gradients named in needs from G = dL/dh [M, N], each with the shape and dtype of its operand."""
