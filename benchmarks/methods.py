@@ -1,6 +1,7 @@
 """The methods that benchmarks compare, each built once here, and the proof that ours and naive compute the same.
 
-A method is full_tuning, linear_probing, or naive_ or ours_ followed by lora, seqlora or hydra.
+A method is full_tuning, linear_probing (whole models), frozen (one layer), or an owner and a kind: naive_, ours_,
+compiled_ (naive under torch.compile) or peft_ followed by lora, seqlora or hydra.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ METHODS = (
     *("full_tuning", "linear_probing", "naive_lora", "naive_seqlora", "naive_hydra"),
     *("ours_lora", "ours_seqlora", "ours_hydra"),
 )
+LAYER_METHODS = (
+    *("frozen", "naive_hydra", "naive_lora", "naive_seqlora", "ours_hydra", "ours_lora", "ours_seqlora"),
+    *("compiled_hydra", "compiled_lora", "compiled_seqlora", "peft_lora"),
+)
+# What every layer is compared with.
+BASELINES = ("frozen", "naive_hydra", "naive_lora")
 LEARNING_RATE = 1e-4
 # The up projections and the biases start at zero, which would make the first gradients of the down projections zero and
 # hide an error in them: a benchmark starts them here instead.
@@ -47,7 +54,9 @@ class Tolerance(NamedTuple):
 # a missing, wrong or strongly scaled term; a smaller error is below what rounding does to the naive layer itself, and
 # it is the run in fp32 that vouches for the algebra.
 TOLERANCES = {torch.float32: Tolerance(1e-5, 2e-5), torch.bfloat16: Tolerance(1e-2, 2e-1)}
-
+# The same for one layer, output and gradients alike: rounding gave up to 8.1e-7 in fp32 and 3.4e-3 in bf16 on shapes
+# from 8x16x24 to 256x4096x4096; the rest is room for other GEMM libraries and longer sums.
+LAYER_TOLERANCES = {torch.float32: 4e-6, torch.bfloat16: 8e-3}
 
 # See _scales.
 FEW_ELEMENTS = 64
@@ -56,7 +65,7 @@ FEW_ELEMENTS = 64
 class Naive(nn.Module):
     """A frozen linear layer with adapters as one writes them by hand; parameters and their names are our layer's."""
 
-    def __init__(self, linear: nn.Linear, ranks: Ranks) -> None:
+    def __init__(self, linear: nn.Linear, ranks: Ranks, adapter_bias: bool = True) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         out_features, in_features = linear.weight.shape
@@ -68,7 +77,8 @@ class Naive(nn.Module):
                 (f"{branch}_down_bias", (rank,)),
                 (f"{branch}_up_bias", (out_features,)),
             ):
-                self.register_parameter(name, nn.Parameter(new(shape)) if rank else None)
+                present = rank and (adapter_bias or not name.endswith("bias"))
+                self.register_parameter(name, nn.Parameter(new(shape)) if present else None)
             if rank:
                 nn.init.normal_(self.get_parameter(f"{branch}_down"), std=1 / math.sqrt(fan_in))
 
@@ -117,6 +127,21 @@ class NaiveSeqLoRA(Naive):
 
 
 NAIVE = {"lora": NaiveLoRA, "seqlora": NaiveSeqLoRA, "hydra": NaiveHydra}
+OURS = {"lora": hk.LoRALinear, "seqlora": hk.SeqLoRALinear, "hydra": hk.HydraLinear}
+
+
+def widths(kind: str, ranks: Ranks) -> dict[str, int]:
+    """The ranks as the arguments of our layers."""
+    return ranks._asdict() if kind == "hydra" else {"r": sum(ranks)}
+
+
+def start_adapters(module: nn.Module, head: str | None = None) -> None:
+    """Fills the trainable parameters that are all zero, the head's apart."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            in_head = head is not None and name.startswith(f"{head}.")
+            if parameter.requires_grad and not in_head and not parameter.any():
+                parameter.normal_(std=START_STD)
 
 
 def build(base: nn.Module, method: str, ranks: Mapping[str, Ranks], *, target: str, head: str, seed: int) -> nn.Module:
@@ -135,8 +160,7 @@ def build(base: nn.Module, method: str, ranks: Mapping[str, Ranks], *, target: s
     torch.manual_seed(seed)
     owner, _, kind = method.partition("_")
     if owner == "ours":
-        widths = ranks[kind]._asdict() if kind == "hydra" else {"r": sum(ranks[kind])}
-        hk.inject(model, [target], method=kind, adapter_bias=True, **widths)
+        hk.inject(model, [target], method=kind, adapter_bias=True, **widths(kind, ranks[kind]))
         hk.mark_only_adapters_trainable(model, keep=(head,))
     elif owner == "naive":
         names = [name for name, _ in model.named_modules() if name.endswith(target)]
@@ -144,11 +168,65 @@ def build(base: nn.Module, method: str, ranks: Mapping[str, Ranks], *, target: s
             raise ValueError(f"target is {target!r}, which ends the name of no module")
         for name in names:
             model.set_submodule(name, NAIVE[kind](model.get_submodule(name), ranks[kind]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not name.startswith(f"{head}.") and not parameter.any():
-                parameter.normal_(std=START_STD)
+    start_adapters(model, head)
     return model.train()
+
+
+def build_layer(
+    linear: nn.Linear, method: str, ranks: Ranks, *, seed: int, form: str = "auto", backend: str = "auto"
+) -> nn.Module:
+    """One layer of ``method`` over ``linear``, which is frozen and shared; its adapters have no biases.
+
+    Equal ranks, kind and seed give equal adapters, whoever's layer it is. ``form`` and ``backend`` are for ours.
+    """
+    if method not in LAYER_METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(LAYER_METHODS)}")
+    linear.requires_grad_(False)
+    if method == "frozen":
+        return linear
+    owner, _, kind = method.partition("_")
+    torch.manual_seed(seed)
+    naive = NAIVE[kind](linear, ranks, adapter_bias=False)
+    start_adapters(naive)
+    if owner == "compiled":
+        naive.compile(fullgraph=True, dynamic=False)
+    if owner in ("naive", "compiled"):
+        return naive
+    if owner == "ours":
+        layer = OURS[kind].from_linear(linear, form=form, backend=backend, **widths(kind, ranks))
+    else:
+        # Its import takes seconds, which only a run that measures it should pay.
+        from peft import LoraConfig
+        from peft.tuners.lora.layer import Linear
+
+        config = LoraConfig(r=ranks.r_a, lora_alpha=ranks.r_a, lora_dropout=0.0)
+        layer = Linear(linear, "default", config=config, r=ranks.r_a, lora_alpha=ranks.r_a)
+    with torch.no_grad():
+        for name, parameter in layer_adapters(layer).items():
+            parameter.copy_(naive.get_parameter(name))
+    return layer
+
+
+def layer_adapters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a layer by the names that ours have."""
+    theirs = {"lora_A.default.weight": "A_down", "lora_B.default.weight": "A_up"}
+    return {theirs.get(name, name): p for name, p in layer.named_parameters() if p.requires_grad}
+
+
+def forget(layer: nn.Module, x: Tensor) -> None:
+    """Drops the gradients of a step, so that the next one writes its own instead of adding to them."""
+    x.grad = None
+    for parameter in layer.parameters():
+        parameter.grad = None
+
+
+def layer_step(layer: nn.Module, x: Tensor, G: Tensor) -> dict[str, Tensor | None]:
+    """One forward and backward: the output and every gradient, by what they are; no gradient is left behind."""
+    h = layer(x)
+    h.backward(G)
+    gradients = {"x": x.grad, **{name: parameter.grad for name, parameter in layer_adapters(layer).items()}}
+    forget(layer, x)
+    return {"the output": h.detach(), **{f"the gradient of {name}": gradient for name, gradient in gradients.items()}}
 
 
 @dataclass
@@ -211,8 +289,9 @@ class Difference(NamedTuple):
 
 
 def naive_of(method: str) -> str | None:
-    """The naive method that computes the same as ours, None for any other method."""
-    return method.replace("ours_", "naive_") if method.startswith("ours_") else None
+    """The naive method that computes the same, None for naive methods and those without one."""
+    owner, _, kind = method.partition("_")
+    return f"naive_{kind}" if owner in ("ours", "compiled", "peft") else None
 
 
 def settle(contestants: Mapping[str, Contestant], tolerance: Tolerance) -> dict[str, Difference]:
@@ -226,48 +305,60 @@ def settle(contestants: Mapping[str, Contestant], tolerance: Tolerance) -> dict[
 
 
 def compare(ours: Contestant, naive: Contestant, tolerance: Tolerance) -> Difference:
-    """Compares the latest step of both, which started from equal weights on one batch; raises ParityError.
-
-    A gradient's difference is the norm of (ours - naive) over the norm of naive's (see ``_scales`` for small ones).
-    """
+    """Compares the latest step of both, which started from equal weights on one batch; raises ParityError."""
     loss = _norm(ours.loss - naive.loss) / _norm(naive.loss)
     if not loss <= tolerance.loss:
         raise ParityError(f"{ours.method}: loss differs from {naive.method} by {loss:.2e}, allowed {tolerance.loss:g}")
-    expected, found = naive.trainable(), ours.trainable()
+    expected, found = (
+        {f"the gradient of {name}": parameter.grad for name, parameter in contestant.trainable().items()}
+        for contestant in (naive, ours)
+    )
+    gradient, tensor = worst_difference(ours.method, naive.method, found, expected, tolerance.gradient)
+    return Difference(loss, gradient, tensor.removeprefix("the gradient of "))
+
+
+def worst_difference(
+    method: str,
+    partner: str,
+    found: Mapping[str, Tensor | None],
+    expected: Mapping[str, Tensor | None],
+    allowed: float,
+) -> tuple[float, str]:
+    """The largest relative difference between two methods' tensors, and which tensor it is; raises ParityError.
+
+    A difference is the norm of (found - expected) over the norm of the expected (see ``_scales`` for small ones).
+    """
     if expected.keys() != found.keys():
-        odd = sorted(expected.keys() ^ found.keys())
-        raise ParityError(f"{ours.method} and {naive.method} do not train the same parameters: {odd}")
-    for contestant, parameters in ((naive, expected), (ours, found)):
-        for name, parameter in parameters.items():
+        odd = sorted(name.removeprefix("the gradient of ") for name in expected.keys() ^ found.keys())
+        raise ParityError(f"{method} and {partner} do not train the same parameters: {odd}")
+    for owner, tensors in ((partner, expected), (method, found)):
+        for name, tensor in tensors.items():
             # Two gradients that are not there would agree about nothing.
-            if parameter.grad is None or not parameter.grad.any():
-                raise ParityError(f"{contestant.method}: the gradient of {name} is missing or zero")
+            if tensor is None or not tensor.any():
+                raise ParityError(f"{owner}: {name} is missing or zero")
     scales = _scales(expected)
     differences = []
-    for name, parameter in expected.items():
-        difference = _norm(found[name].grad.double() - parameter.grad.double()) / scales[name]
-        if not difference <= tolerance.gradient:
-            raise ParityError(
-                f"{ours.method}: the gradient of {name} differs from {naive.method} by {difference:.2e}, "
-                f"allowed {tolerance.gradient:g}"
-            )
-        differences.append(Difference(loss, difference, name))
-    return max(differences, key=lambda step: step.gradient)
+    for name, tensor in expected.items():
+        difference = _norm(found[name].double() - tensor.double()) / scales[name]
+        if not difference <= allowed:
+            raise ParityError(f"{method}: {name} differs from {partner} by {difference:.2e}, allowed {allowed:g}")
+        differences.append((difference, name))
+    return max(differences)
 
 
-def _scales(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
-    """What the difference of each gradient is measured by: its own norm.
+def _scales(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """What the difference of each tensor is measured by: its own norm.
 
     A gradient of a few elements (a down projection's bias has one a rank) is a sum over the batch that may happen to
     cancel, and what is left of it is then all rounding. It is measured by the root mean square of the norms that its
     kind has over the layers, where that is greater.
     """
-    norms = {name: _norm(parameter.grad) for name, parameter in parameters.items()}
+    norms = {name: _norm(tensor) for name, tensor in tensors.items()}
     kinds: dict[str, list[float]] = {}
     for name, norm in norms.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(norm)
-    for name, parameter in parameters.items():
-        if parameter.numel() <= FEW_ELEMENTS:
+    for name, tensor in tensors.items():
+        if tensor.numel() <= FEW_ELEMENTS:
             kin = kinds[name.rpartition(".")[2]]
             norms[name] = max(norms[name], math.sqrt(sum(norm * norm for norm in kin) / len(kin)))
     return norms

@@ -7,29 +7,56 @@ changes nothing and exits with 1 where the README is stale.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks import timing
 from benchmarks.methods import naive_of
-from benchmarks.timing import Environment, Table4Row
+from benchmarks.timing import Environment, LayerRow, Table4Row
 
+OWNERS = {"ours": "our", "peft": "PEFT"}
 KINDS = {"lora": "LoRA", "seqlora": "SeqLoRA", "hydra": "Hydra"}
 COLOURS = {"naive": "tab:blue", "ours": "tab:green"}
 MEGA = 1e6
+BYTES = {"fp32": 4, "bf16": 2}
+# The layer table's ratios of a step: (heading, method, over what).
+LAYER_RATIOS = (
+    ("naive Hydra / frozen", "naive_hydra", "frozen"),
+    ("naive LoRA / frozen", "naive_lora", "frozen"),
+    ("compiled Hydra / frozen", "compiled_hydra", "frozen"),
+    ("PEFT LoRA / frozen", "peft_lora", "frozen"),
+    ("our Hydra / frozen", "ours_hydra", "frozen"),
+    ("ours / naive Hydra", "ours_hydra", "naive_hydra"),
+    ("ours / naive LoRA, equal R", "ours_hydra", "naive_lora"),
+    ("ours / naive LoRA, equal parameters", "ours_hydra", "naive_lora@parameters"),
+    ("ours / naive SeqLoRA, equal parameters", "ours_hydra", "naive_seqlora@parameters"),
+)
+LARGE, SMALL = "M >= 256", "M <= 64"
+# What our Hydra's geometric means should be at most in fp32 on a CPU, by backend, sizes and what they are over.
+LAYER_GOALS = {
+    "aten": {(LARGE, "naive_hydra"): 0.80, (LARGE, "naive_lora"): 1.00, (SMALL, "naive_hydra"): 0.95},
+    "native": {
+        (LARGE, "naive_hydra"): 0.76,
+        (LARGE, "naive_lora"): 0.93,
+        (LARGE, "frozen"): 1.06,
+        (SMALL, "naive_hydra"): 0.87,
+    },
+}
 
 
-def label(row: Table4Row) -> str:
+def label(row: Table4Row | LayerRow) -> str:
     """A method and its ranks as a reader knows them: "our Hydra 3+3", "naive LoRA 4", "full tuning"."""
     owner, _, kind = row["method"].partition("_")
     if kind not in KINDS:
         return row["method"].replace("_", " ")
-    ranks = "+".join(str(rank) for rank in row["ranks"] or [] if rank)
-    return f"{'our' if owner == 'ours' else owner} {KINDS[kind]} {ranks}"
+    ranks = (row["ranks"] or []) if "ranks" in row else [row["r_a"], row["r_b"]]
+    return f"{OWNERS.get(owner, owner)} {KINDS[kind]} {'+'.join(str(rank) for rank in ranks if rank)}"
 
 
 def over_their_naive(rows: Sequence[Table4Row]) -> dict[str, float]:
@@ -60,6 +87,17 @@ def table4_cells(rows: Sequence[Table4Row]) -> tuple[list[str], list[list[str]]]
     return headings, cells
 
 
+def environment_note(environment: Environment) -> str:
+    commit = "no commit" if environment["commit"] is None else f"commit {environment['commit'][:12]}"
+    versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment[name]]
+    driver = f", driver {environment['driver']}" if environment["driver"] else f", {environment['threads']} threads"
+    return (
+        f"{environment['device']} ({environment['capability']}{driver}); {environment['date'][:10]}; {commit}"
+        f"{' with local changes' if environment['dirty'] else ''}; {', '.join(versions)}, "
+        f"Python {environment['python']}."
+    )
+
+
 def table4_notes(environment: Environment, rows: Sequence[Table4Row]) -> list[str]:
     """What a reader must know beside the figures: the run, what they mean, how ours stands, and what was proved."""
     row = rows[0]
@@ -70,13 +108,8 @@ def table4_notes(environment: Environment, rows: Sequence[Table4Row]) -> list[st
         )
     else:
         epoch = f"sec/epoch is one whole epoch of 50,000 images in batches of {row['batch']}"
-    commit = "no commit" if environment["commit"] is None else f"commit {environment['commit'][:12]}"
-    versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment[name]]
-    driver = f", driver {environment['driver']}" if environment["driver"] else f", {environment['threads']} threads"
     notes = [
-        f"{environment['device']} ({environment['capability']}{driver}); {environment['date'][:10]}; {commit}"
-        f"{' with local changes' if environment['dirty'] else ''}; {', '.join(versions)}, "
-        f"Python {environment['python']}.",
+        environment_note(environment),
         f"{row['model']}, {row['weights']} weights, {row['data']} at {row['image_size']}x{row['image_size']}, "
         f"{row['dtype']}, {row['mode']}, batch {row['batch']}, {row['steps']} rounds of all methods in shuffled order; "
         f"{epoch}. Saved: kept for the backward. Peak: parameters, optimizer state and the step's peak above them.",
@@ -109,19 +142,26 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def table4_terminal(rows: Sequence[Table4Row]) -> Table:
     headings, cells = table4_cells(rows)
-    table = Table(title=f"Table 4: {rows[0]['model']}, {rows[0]['dtype']}, batch {rows[0]['batch']}")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for row, line in zip(rows, cells, strict=True):
-        table.add_row(*line, style="bold" if row["method"].startswith("ours_") else None)
+    title = f"Table 4: {rows[0]['model']}, {rows[0]['dtype']}, batch {rows[0]['batch']}"
+    return terminal(title, headings, cells, bold=[row["method"].startswith("ours_") for row in rows])
+
+
+def terminal(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], bold: Sequence[bool]) -> Table:
+    table = Table(title=title)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left")
+    for line, stands_out in zip(cells, bold, strict=True):
+        table.add_row(*line, style="bold" if stands_out else None)
     return table
 
 
-def table4_markdown(environment: Environment, rows: Sequence[Table4Row]) -> str:
-    headings, cells = table4_cells(rows)
+def markdown(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{' '.join(table4_notes(environment, rows))}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table4_markdown(environment: Environment, rows: Sequence[Table4Row]) -> str:
+    return f"{markdown(*table4_cells(rows))}\n\n{' '.join(table4_notes(environment, rows))}"
 
 
 def table4_chart(environment: Environment, rows: Sequence[Table4Row], path: Path) -> None:
@@ -169,17 +209,159 @@ def table4_chart(environment: Environment, rows: Sequence[Table4Row], path: Path
     figure.savefig(path, dpi=150)
 
 
-def table4_block(results: Path) -> str:
-    """The README's block: every stored Table 4, in the order of the file names."""
+def is_rival(name: str, method: str) -> bool:
+    """Whether ours must not be slower than the other: our Hydra than any, our LoRA and SeqLoRA than their own kind."""
+    owner, _, kind = method.partition("_")
+    return (
+        owner == "ours" and not name.startswith(("ours_", "frozen")) and (kind == "hydra" or name.endswith(f"_{kind}"))
+    )
+
+
+def layer_steps(rows: Sequence[LayerRow]) -> Iterator[tuple[str, list[dict[str, LayerRow]]]]:
+    """The measured steps of each Hydra: its ranks, and for each shape the row by method or method@parameters."""
+    tables: dict[tuple[int, ...], dict[tuple[int, ...], dict[str, LayerRow]]] = {}
+    for row in rows:
+        if row["phase"] == "step" and row["unavailable"] is None:
+            shapes = tables.setdefault(tuple(row["hydra"]), {})
+            name = f"{row['method']}@parameters" if row["pair"] == "parameters" else row["method"]
+            shapes.setdefault((row["M"], row["K"], row["N"]), {})[name] = row
+    for ranks, shapes in tables.items():
+        yield "+".join(map(str, ranks)), list(shapes.values())
+
+
+def layer_means(steps: Sequence[Mapping[str, LayerRow]], method: str, rival: str) -> dict[str, float]:
+    """Geometric means, over large and small M, of the median ratios of a step of one method over another."""
+    means = {}
+    for sizes, belongs in ((LARGE, lambda M: M >= 256), (SMALL, lambda M: M <= 64)):
+        found = [made[method] for made in steps if method in made and belongs(made[method]["M"])]
+        ratios = [row["over"][rival][1] for row in found if rival in row["over"]]
+        if ratios:
+            means[sizes] = statistics.geometric_mean(ratios)
+    return means
+
+
+def layer_goals(steps: Sequence[Mapping[str, LayerRow]]) -> dict[tuple[str, str], float]:
+    """The goals of our Hydra's means; none where another device, dtype or backend ran."""
+    ours = next((made["ours_hydra"] for made in steps if "ours_hydra" in made), None)
+    if ours is None or (ours["device"], ours["dtype"]) != ("cpu", "fp32"):
+        return {}
+    return LAYER_GOALS.get(ours["backend"], {})
+
+
+def saved_over_x(row: LayerRow) -> tuple[float, float | None]:
+    """Bytes kept for the backward over x's, and how many they may be: a goal of our composed form alone."""
+    goal = 1.01 + (row["r_a"] + row["r_b"]) * (1 / row["K"] + 1 / row["M"]) if row["form"] == "composed" else None
+    return row["saved_bytes"] / (row["M"] * row["K"] * BYTES[row["dtype"]]), goal
+
+
+def layer_cells(steps: Sequence[Mapping[str, LayerRow]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of one layer table: a line a shape, then the geometric means beside their goals."""
+    headings = ["M x K x N", *(heading for heading, *_ in LAYER_RATIOS), "naive Hydra saved / x", "ours saved / x"]
+    goals, cells = layer_goals(steps), []
+    for made in steps:
+        first = next(iter(made.values()))
+        line = [f"{first['M']} x {first['K']} x {first['N']}"]
+        for _, method, rival in LAYER_RATIOS:
+            ratio = made[method]["over"].get(rival) if method in made else None
+            line.append("-" if ratio is None else f"{ratio[1]:.3f}")
+        for method in ("naive_hydra", "ours_hydra"):
+            saved, goal = saved_over_x(made[method]) if method in made else (None, None)
+            line.append(_or_dash(saved, ".3f") + ("" if goal is None else f" (goal {goal:.3f})"))
+        cells.append(line)
+    for sizes in (LARGE, SMALL):
+        line = [f"geometric mean, {sizes}"]
+        for _, method, rival in LAYER_RATIOS:
+            goal = goals.get((sizes, rival)) if method == "ours_hydra" else None
+            mean = _or_dash(layer_means(steps, method, rival).get(sizes), ".3f")
+            line.append(mean + ("" if goal is None else f" (goal {goal:.2f})"))
+        cells.append([*line, "-", "-"])
+    return headings, cells
+
+
+def layer_losses(steps: Sequence[Mapping[str, LayerRow]]) -> list[str]:
+    """One line a shape at which a step of ours is slower than a rival's, and one a goal that is missed."""
+    lines, missed = [], []
+    for made in steps:
+        slower = {}
+        for row in made.values():
+            shape = f"{row['M']} x {row['K']} x {row['N']}"
+            for name, (q1, ratio, q3) in row["over"].items():
+                if is_rival(name, row["method"]) and ratio > 1:
+                    rival = made.get(name) or made[name.removesuffix("@parameters")]
+                    # Of equal rank and of equal parameters may be one and the same: one loss.
+                    slower.setdefault(label(row), {})[label(rival)] = f"{ratio:.3f} ({q1:.3f} to {q3:.3f})"
+            saved, goal = saved_over_x(row)
+            if goal is not None and saved > goal:
+                missed.append(f"GOAL MISSED: {label(row)} saves {saved:.3f} times x at {shape}, goal {goal:.3f}")
+        for ours, rivals in slower.items():
+            against = ", ".join(f"{rival} {ratio}" for rival, ratio in rivals.items())
+            lines.append(f"LOSS at {shape}: {ours} over {against}")
+    for (sizes, rival), goal in layer_goals(steps).items():
+        mean = layer_means(steps, "ours_hydra", rival).get(sizes)
+        if mean is not None and mean > goal:
+            name = rival.replace("_", " ").replace("hydra", "Hydra").replace("lora", "LoRA of equal R")
+            missed.append(f"GOAL MISSED: our Hydra over {name} {mean:.3f} at {sizes}, goal {goal:.2f}")
+    return lines + missed or ["No loss: at every shape ours is no slower than any rival, and no goal is missed"]
+
+
+def layer_notes(environment: Environment, rows: Sequence[LayerRow]) -> list[str]:
+    """What a reader must know beside the figures: the run, what was not measured, what was proved, every loss."""
+    row, runs = rows[0], [row["runs"] for row in rows if row["unavailable"] is None]
+    notes = [
+        f"{environment_note(environment)} {row['dtype']}, {row['mode']}, x requires grad, no dropout, no adapter "
+        f"biases; {min(runs, default=0)} to {max(runs, default=0)} rounds of all methods in shuffled order, medians of "
+        "paired steps (forward and backward), inputs cold in L2. Saved: kept for the backward."
+    ]
+    proofs = [row["parity"] for row in rows if row["parity"]]
+    if proofs:
+        notes[0] += (
+            f" Output and every gradient against the naive layer's from equal weights: within "
+            f"{max(proof['difference'] for proof in proofs):.1e} (allowed {proofs[0]['allowed']:g})."
+        )
+    reasons = [f"Not measured: {label(row)}: {row['unavailable']}" for row in rows if row["unavailable"]]
+    notes += dict.fromkeys(reasons)
+    for ranks, steps in layer_steps(rows):
+        notes += [f"Hydra {ranks}: {line}." for line in layer_losses(steps)]
+    return notes
+
+
+def layer_terminal(rows: Sequence[LayerRow]) -> Iterator[Table]:
+    for ranks, steps in layer_steps(rows):
+        headings, cells = layer_cells(steps)
+        title = f"Layer, {rows[0]['dtype']}, Hydra {ranks} beside LoRA and SeqLoRA: ratios of a step"
+        yield terminal(title, headings, cells, bold=[place >= len(steps) for place in range(len(cells))])
+
+
+def layer_markdown(environment: Environment, rows: Sequence[LayerRow]) -> str:
+    tables = [
+        f"Hydra {ranks}, ratios of a step:\n\n{markdown(*layer_cells(steps))}" for ranks, steps in layer_steps(rows)
+    ]
+    first, *others = layer_notes(environment, rows)
+    return "\n\n".join([*tables, first, "\n".join(f"- {note}" for note in others)])
+
+
+def stored_block(
+    results: Path, name: str, schema: type, to_markdown: Callable[[Environment, Sequence[Any]], str]
+) -> str | None:
+    """The README's block of one benchmark: every stored result in the order of the file names, None without any."""
     blocks = []
-    for path in sorted(results.glob("table4*.json")):
-        environment, rows = timing.read_result(path, Table4Row)
+    for path in sorted(results.glob(f"{name}*.json")):
+        environment, rows = timing.read_result(path, schema)
         if any(row["dry"] for row in rows):
             raise ValueError(f"{path} is from a dry run: its figures mean nothing and are not published")
-        blocks.append(table4_markdown(environment, rows))
-    if not blocks:
-        raise ValueError(f"results: {results} holds no table4*.json")
-    return "\n\n".join(blocks)
+        blocks.append(to_markdown(environment, rows))
+    return "\n\n".join(blocks) or None
+
+
+def rendered(text: str, results: Path) -> str:
+    """The README's text with every block anew. A block needs both its markers and its results, or neither."""
+    for name, schema, to_markdown in (("table4", Table4Row, table4_markdown), ("layer", LayerRow, layer_markdown)):
+        block, marked = stored_block(results, name, schema, to_markdown), f"measured:{name} -->" in text
+        if block is None and marked:
+            raise ValueError(f"README has markers for {name}, but {results} holds no {name}*.json")
+        if block is not None:
+            text = replace_block(text, name, block)
+    return text
 
 
 def replace_block(text: str, name: str, block: str) -> str:
@@ -200,15 +382,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         current = options.readme.read_text(encoding="utf-8")
-        rendered = replace_block(current, "table4", table4_block(options.results))
+        fresh = rendered(current, options.results)
     except (OSError, ValueError) as error:
         print(f"render: {error}", file=sys.stderr)
         return 2
     if options.check:
-        if rendered != current:
+        if fresh != current:
             print(f"{options.readme.name} is stale: run python -m benchmarks.render", file=sys.stderr)
-        return int(rendered != current)
-    options.readme.write_text(rendered, encoding="utf-8")
+        return int(fresh != current)
+    options.readme.write_text(fresh, encoding="utf-8")
     return 0
 
 

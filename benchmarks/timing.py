@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
+
+# Above the L2 of any CPU core today, the L2 caches of two cores together.
+CPU_L2_BYTES = 8 << 20
 
 
 class Environment(TypedDict):
@@ -78,6 +82,71 @@ class Table4Row(TypedDict):
     dry: bool
 
 
+class LayerRow(TypedDict):
+    """One phase of one method on one layer, or why the method could not run (``unavailable``; its figures are None)."""
+
+    # x is [M, K], the weight [N, K].
+    M: int
+    K: int
+    N: int
+    # The method's own ranks, 0 and 0 for the frozen layer, and those of the Hydra layer that it is measured beside.
+    r_a: int
+    r_b: int
+    hydra: list[int]
+    # "cpu" or "cuda"; the environment has its name.
+    device: str
+    # Equal to that Hydra layer's in "rank" (r_a + r_b), in "parameters" (the nearest), in "both"; None: frozen.
+    pair: str | None
+    dtype: str
+    mode: str
+    # "forward", "backward" or "step".
+    phase: str
+    method: str
+    # Of ours, what ran.
+    backend: str | None
+    form: str | None
+    # Microseconds of one call over the rounds, each the mean of ``calls`` calls.
+    median_us: float | None
+    q1_us: float | None
+    q3_us: float | None
+    runs: int
+    calls: int
+    dropout: float
+    trainable: int
+    # [q1, median, q3] of the paired rounds over other methods, "@parameters": over the one of equal parameters.
+    over: dict[str, list[float]]
+    # Of a step: kept for the backward, and the peak above what was there before it.
+    saved_bytes: int | None
+    peak_bytes: int | None
+    # The largest difference from the naive layer, and what was allowed.
+    parity: dict[str, Any] | None
+    unavailable: str | None
+    dry: bool
+
+
+class SweepRow(TypedDict):
+    """A step of our Hydra in both forms at one shape, x [M, K], weight [N, K]."""
+
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    device: str
+    dtype: str
+    mode: str
+    backend: str
+    # Medians of a call, in microseconds.
+    composed_us: float
+    kept_us: float
+    # Composed over kept in paired rounds: [q1, median, q3].
+    over: list[float]
+    runs: int
+    # The form that the package chooses here.
+    chosen: str
+    dry: bool
+
+
 class Quartiles(NamedTuple):
     q1: float
     median: float
@@ -120,6 +189,36 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
     synchronize(device)
     return time.perf_counter() - start
+
+
+class Stopwatch:
+    """Marks moments in the device's own time without waiting for it, so that its queue stays full."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+        synchronize(device)
+
+    def mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def laps(self) -> list[float]:
+        """Seconds from each mark to the next."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            return [first.elapsed_time(second) / 1e3 for first, second in itertools.pairwise(self._marks)]
+        return [second - first for first, second in itertools.pairwise(self._marks)]
+
+
+def cold_copies(bytes_each: int, device: torch.device) -> int:
+    """How many inputs to take in turn so that none is left in the L2 cache when its turn comes again: 2 to 64."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_L2_BYTES
+    return min(64, max(2, math.ceil(2 * l2 / bytes_each)))
 
 
 def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:

@@ -1,0 +1,470 @@
+"""What one adapted layer costs beside the frozen one and its rivals. ``python -m benchmarks.layer``
+
+Every round takes one sample of every method in a new random order; ratios are medians of paired rounds. Inputs and
+output gradients come from buffers in turn, so that none is hot from the call before. Before anything is timed, every
+method's output and gradients are compared with the naive layer's from identical weights: a difference beyond rounding
+ends the run, and nothing is printed or stored.
+
+The same cases under pytest-benchmark, one at a time: ``pytest benchmarks/layer.py --benchmark-only -k 64x768x768``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+import hydra_kernels as hk
+from benchmarks import methods, render, timing
+from benchmarks.methods import Ranks
+from benchmarks.timing import LayerRow
+from hydra_kernels.choice import choose
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODES = ("eager",)
+PHASES = ("forward", "backward", "step")
+# A sample of a small shape is the mean of as many calls as last this long, in seconds: clocks and scheduler hide less.
+SAMPLE_SECONDS = 2e-3
+# The profiler that measures the peak slows a tiny step by less than this.
+PROFILER_SLOWDOWN = 50
+MIN_ROUNDS = 3
+
+
+class Shape(NamedTuple):
+    """x is [M, K], the weight [N, K]."""
+
+    M: int
+    K: int
+    N: int
+
+    def __str__(self) -> str:
+        return f"{self.M}x{self.K}x{self.N}"
+
+
+# ViT-B/32 (50 tokens an image) fc2, fc1 and attention, ViT-L fc2, a language model's layer, and small batches.
+CPU_SHAPES = (
+    *(Shape(6400, 3072, 768), Shape(6400, 768, 3072), Shape(6400, 768, 768), Shape(3200, 4096, 1024)),
+    *(Shape(2048, 4096, 4096), Shape(256, 4096, 4096)),
+    *(Shape(64, 768, 768), Shape(64, 3072, 768), Shape(48, 1024, 1024), Shape(16, 3072, 768), Shape(16, 4096, 4096)),
+)
+# ViT-B/32 and /16 (197 tokens), ViT-L/16, RoBERTa's fc2, language models, and few tokens.
+CUDA_SHAPES = (
+    *(Shape(M, K, N) for K, N in ((3072, 768), (768, 3072), (768, 768)) for M in (128 * 50, 128 * 197)),
+    *(Shape(128 * 197, 4096, 1024), Shape(8192, 3072, 768)),
+    *(Shape(M, K, N) for K, N in ((4096, 4096), (14336, 4096), (4096, 14336)) for M in (8192, 256, 16)),
+)
+DRY_SHAPES = (Shape(256, 24, 16), Shape(16, 16, 24))
+
+
+class Entry(NamedTuple):
+    """A method at one shape, and in what it equals the Hydra layer that it is measured beside (`LayerRow.pair`)."""
+
+    method: str
+    ranks: Ranks
+    pair: str | None
+
+    def names(self) -> tuple[str, ...]:
+        """Under which names others are compared with it."""
+        both = (self.method, f"{self.method}@parameters")
+        return both if self.pair == "both" else both[1:] if self.pair == "parameters" else both[:1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: torch.device
+    dtype: str
+    mode: str
+    shapes: tuple[Shape, ...]
+    ranks: tuple[Ranks, ...]
+    methods: tuple[str, ...]
+    backend: str
+    rounds: int
+    # Seconds within which all shapes are measured, but for MIN_ROUNDS of each.
+    time_limit: float
+    seed: int
+    dry: bool
+
+
+@dataclass
+class Contestant:
+    """A layer ready to be timed, with what was found before: ``samples`` has (forward, backward) seconds a round."""
+
+    entry: Entry
+    layer: nn.Module
+    saved_bytes: int = 0
+    peak_bytes: int = 0
+    parity: dict[str, float | str] | None = None
+    calls: int = 1
+    samples: list[tuple[float, float]] = field(default_factory=list)
+
+    def seconds(self, phase: str) -> list[float]:
+        return [{"forward": f, "backward": b, "step": f + b}[phase] for f, b in self.samples]
+
+
+class Inputs:
+    """x, which requires grad, and G = dL/dh, taken in turn from enough buffers that none is still in the L2 cache."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        draw = torch.Generator(device).manual_seed(seed)
+        new = partial(torch.randn, device=device, dtype=dtype, generator=draw)
+        copies = timing.cold_copies(shape.M * (shape.K + shape.N) * dtype.itemsize, device)
+        self.buffers = [(new(shape.M, shape.K).requires_grad_(), new(shape.M, shape.N)) for _ in range(copies)]
+        self._turn = 0
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        self._turn = (self._turn + 1) % len(self.buffers)
+        return self.buffers[self._turn]
+
+
+def trainable(shape: Shape, ranks: Ranks) -> int:
+    """Parameters of adapters without biases: A_down and A_up over K + N, B_down and B_up over N twice."""
+    return ranks.r_a * (shape.K + shape.N) + ranks.r_b * 2 * shape.N
+
+
+def equal_parameters(shape: Shape, hydra: Ranks) -> dict[str, Ranks]:
+    """LoRA's and SeqLoRA's ranks whose parameters come nearest to Hydra's."""
+    wanted = trainable(shape, hydra)
+    return {
+        "lora": Ranks(max(1, round(wanted / trainable(shape, Ranks(1, 0)))), 0),
+        "seqlora": Ranks(0, max(1, round(wanted / trainable(shape, Ranks(0, 1))))),
+    }
+
+
+def entries_of(shape: Shape, hydra: Ranks, names: Sequence[str]) -> list[Entry]:
+    """What is measured beside one Hydra layer: every method at equal rank, naive LoRA and SeqLoRA at equal parameters.
+
+    Where equal parameters mean equal rank, as SeqLoRA's do in a square layer, the method is measured once.
+    """
+    equal_rank = {"hydra": hydra, "lora": Ranks(sum(hydra), 0), "seqlora": Ranks(0, sum(hydra))}
+    near = equal_parameters(shape, hydra)
+    entries = []
+    for method in names:
+        if method == "frozen":
+            entries.append(Entry(method, Ranks(0, 0), None))
+            continue
+        kind = method.partition("_")[2]
+        same = kind == "hydra" or near[kind] == equal_rank[kind]
+        entries.append(Entry(method, equal_rank[kind], "both" if same else "rank"))
+        if method in ("naive_lora", "naive_seqlora") and not same:
+            entries.append(Entry(method, near[kind], "parameters"))
+    return entries
+
+
+class Bench:
+    """One shape: its frozen layer, its inputs, and the naive layers' results, which every other method must give."""
+
+    def __init__(self, shape: Shape, settings: Settings) -> None:
+        self.settings, self.device, dtype = settings, settings.device, DTYPES[settings.dtype]
+        torch.manual_seed(settings.seed)
+        self.linear = nn.Linear(shape.K, shape.N, device=self.device, dtype=dtype)
+        self.inputs = Inputs(shape, dtype, self.device, settings.seed)
+        self.allowed = methods.LAYER_TOLERANCES[dtype]
+        self._expected: dict[tuple[str, Ranks], Mapping[str, Tensor | None]] = {}
+
+    def build(self, method: str, ranks: Ranks, form: str = "auto") -> nn.Module:
+        seed, backend = self.settings.seed, self.settings.backend
+        return methods.build_layer(self.linear, method, ranks, seed=seed, form=form, backend=backend)
+
+    def expected(self, method: str, ranks: Ranks) -> Mapping[str, Tensor | None]:
+        """What the naive layer gives from the same weights and inputs."""
+        if (method, ranks) not in self._expected:
+            self._expected[method, ranks] = methods.layer_step(self.build(method, ranks), *self.inputs.buffers[0])
+        return self._expected[method, ranks]
+
+    def prepare(self, entry: Entry, form: str = "auto") -> Contestant | str:
+        """A contestant whose sums are proved and whose memory is measured, or why its library cannot run it here."""
+        found: dict[str, Tensor | None] = {}
+        try:
+            contestant = Contestant(entry, self.build(entry.method, entry.ranks, form))
+            layer = contestant.layer
+            step = partial(methods.layer_step, layer, *self.inputs.buffers[0])
+            if entry.method.startswith("compiled_"):
+                step()  # compiles, which must not happen under the hooks that count what is saved
+            contestant.saved_bytes = timing.saved_bytes(lambda: found.update(step()), layer.parameters())
+        except (ImportError, RuntimeError) as error:
+            if entry.method.partition("_")[0] not in ("compiled", "peft"):
+                raise
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if partner := methods.naive_of(entry.method):
+            expected = self.expected(partner, entry.ranks)
+            worst, tensor = methods.worst_difference(entry.method, partner, found, expected, self.allowed)
+            contestant.parity = {"difference": worst, "tensor": tensor, "allowed": self.allowed}
+        elif entry.method != "frozen":
+            self._expected[entry.method, entry.ranks] = found
+        start = time.perf_counter()
+        contestant.peak_bytes = timing.peak_bytes(step, self.device)
+        if time.perf_counter() - start < PROFILER_SLOWDOWN * SAMPLE_SECONDS:
+            fastest = min(sum(self.sample(layer, 1)) for _ in range(5))
+            contestant.calls = max(1, math.ceil(SAMPLE_SECONDS / fastest))
+        return contestant
+
+    def sample(self, layer: nn.Module, calls: int) -> tuple[float, float]:
+        """Mean seconds of a forward and of a backward over some calls, each with the next inputs and no gradients."""
+        watch = timing.Stopwatch(self.device)
+        for _ in range(calls):
+            x, G = self.inputs.take()
+            watch.mark()
+            h = layer(x)
+            watch.mark()
+            h.backward(G)
+            watch.mark()
+            del h
+            methods.forget(layer, x)
+        laps = watch.laps()
+        # Every third lap lies between two calls.
+        return sum(laps[0::3]) / calls, sum(laps[1::3]) / calls
+
+
+def play(bench: Bench, contestants: Mapping[str, Contestant], deadline: float) -> None:
+    """Rounds of one sample of every contestant in shuffled order, until the settings' rounds or the deadline."""
+    settings = bench.settings
+    for number, order in enumerate(timing.shuffled_rounds(list(contestants), settings.rounds, settings.seed)):
+        started = time.perf_counter()
+        for name in order:
+            contestant = contestants[name]
+            contestant.samples.append(bench.sample(contestant.layer, contestant.calls))
+        now = time.perf_counter()
+        if number + 1 >= MIN_ROUNDS and 2 * now - started > deadline:
+            break
+
+
+def deadlines(shapes: Sequence[Shape], end: float) -> list[tuple[Shape, Callable[[], float]]]:
+    """The shapes from the cheapest on, each with a call that gives the end of its share of the time left then.
+
+    A share goes with the arithmetic; what small shapes leave over goes to the large ones. A constant for each shape
+    stands for building and compiling.
+    """
+    cheapest_first = sorted(shapes, key=math.prod)
+    weights = [math.prod(shape) + (4 << 30) for shape in cheapest_first]
+
+    def share(place: int) -> float:
+        now = time.perf_counter()
+        return now + max(0.0, end - now) * weights[place] / sum(weights[place:])
+
+    return [(shape, partial(share, place)) for place, shape in enumerate(cheapest_first)]
+
+
+def measure(shape: Shape, hydra: Ranks, settings: Settings, deadline: float) -> list[LayerRow]:
+    """The rows of one shape: every phase of every method."""
+    # A compiled forward is specialised for a shape, and torch gives up on a function after a few: each starts afresh.
+    torch.compiler.reset()
+    bench = Bench(shape, settings)
+    entries = entries_of(shape, hydra, settings.methods)
+    prepared = {entry.names()[0]: bench.prepare(entry) for entry in entries}
+    contestants = {name: made for name, made in prepared.items() if isinstance(made, Contestant)}
+    play(bench, contestants, deadline)
+    rivals = {name: contestant for contestant in contestants.values() for name in contestant.entry.names()}
+    return [
+        row_of(shape, hydra, entry, made, rivals, phase, settings)
+        for entry, made in zip(entries, prepared.values(), strict=True)
+        for phase in PHASES
+    ]
+
+
+def row_of(
+    shape: Shape,
+    hydra: Ranks,
+    entry: Entry,
+    made: Contestant | str,
+    rivals: Mapping[str, Contestant],
+    phase: str,
+    settings: Settings,
+) -> LayerRow:
+    ran = isinstance(made, Contestant)
+    seconds = made.seconds(phase) if ran else []
+    micro = timing.quartiles([taken * 1e6 for taken in seconds]) if ran else None
+    over = {
+        name: timing.paired_ratios(seconds, rival.seconds(phase))
+        for name, rival in rivals.items()
+        if ran and (name in methods.BASELINES or render.is_rival(name, entry.method))
+    }
+    ours = entry.method.startswith("ours_")
+    choice = choose(*shape, *entry.ranks, DTYPES[settings.dtype], backend=settings.backend) if ours else None
+    return LayerRow(
+        **shape._asdict(),
+        **entry.ranks._asdict(),
+        hydra=list(hydra),
+        device=settings.device.type,
+        pair=entry.pair,
+        dtype=settings.dtype,
+        mode=settings.mode,
+        phase=phase,
+        method=entry.method,
+        backend=choice and choice.backend,
+        form=choice and choice.form,
+        median_us=micro and round(micro.median, 3),
+        q1_us=micro and round(micro.q1, 3),
+        q3_us=micro and round(micro.q3, 3),
+        runs=len(seconds),
+        calls=made.calls if ran else 0,
+        dropout=0.0,
+        trainable=trainable(shape, entry.ranks),
+        over={name: [round(ratio, 4) for ratio in ratios] for name, ratios in over.items()},
+        saved_bytes=made.saved_bytes if ran else None,
+        peak_bytes=made.peak_bytes if ran else None,
+        parity=made.parity if ran else None,
+        unavailable=None if ran else made,
+        dry=settings.dry,
+    )
+
+
+def run(settings: Settings, progress: Progress) -> list[LayerRow]:
+    """Measures every shape with every pair of ranks; rows in the order of the settings."""
+    end = time.perf_counter() + settings.time_limit
+    cases = len(settings.shapes) * len(settings.ranks)
+    bar = progress.add_task("shapes", total=cases)
+    rows: dict[tuple[Shape, Ranks], list[LayerRow]] = {}
+    for shape, share in deadlines(settings.shapes, end):
+        finish, start = share(), time.perf_counter()
+        for number, hydra in enumerate(settings.ranks):
+            deadline = start + (finish - start) * (number + 1) / len(settings.ranks)
+            rows[shape, hydra] = measure(shape, hydra, settings, deadline)
+            progress.advance(bar)
+            if not progress.console.is_terminal:
+                taken, runs = time.perf_counter() - start, rows[shape, hydra][0]["runs"]
+                progress.console.print(f"{shape} {hydra.r_a}+{hydra.r_b}: {runs} rounds, {taken:.1f} s")
+    return [row for hydra in settings.ranks for shape in settings.shapes for row in rows[shape, hydra]]
+
+
+def shape_option(text: str) -> Shape:
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"shape is {text!r}, expected M,K,N of 1 and more")
+    return Shape(*map(int, sizes))
+
+
+def ranks_option(text: str) -> Ranks:
+    parts = text.split("+")
+    if len(parts) != 2 or not all(map(str.isdecimal, parts)) or not any(map(int, parts)):
+        raise ValueError(f"ranks is {text!r}, expected A+B, not both 0")
+    return Ranks(*map(int, parts))
+
+
+def device_option(text: str) -> torch.device:
+    if text.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device is {text!r}, expected cpu or cuda")
+    if text.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {text!r}, but torch sees no GPU here")
+    return torch.device(text)
+
+
+def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
+    """The command line as settings and the folder for the results; ValueError names a bad option."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--shape", action="append", metavar="M,K,N", help="may be repeated")
+    parser.add_argument("--ranks", action="append", metavar="A+B", help="of Hydra's branches; may be repeated")
+    parser.add_argument("--methods", default=",".join(methods.LAYER_METHODS))
+    parser.add_argument("--backend", default="auto", help="of ours")
+    parser.add_argument("--rounds", type=int, help="at most so many a shape: 100, in a dry run 3")
+    parser.add_argument("--mode", choices=MODES, default="eager")
+    parser.add_argument("--time-limit", type=float, default=430.0, help="seconds for all shapes; each gets 3 rounds")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that everything runs")
+    options = parser.parse_args(arguments)
+    device = device_option(options.device)
+    names = options.methods.split(",")
+    for name in names:
+        if name not in methods.LAYER_METHODS:
+            raise ValueError(f"methods: {name!r}, expected some of {','.join(methods.LAYER_METHODS)}")
+    usable = hk.backends()
+    if options.backend != "auto" and (options.backend not in usable or usable[options.backend]):
+        reason = usable.get(options.backend) or f"expected auto or one of {', '.join(usable)}"
+        raise ValueError(f"backend is {options.backend!r}: {reason}")
+    rounds = options.rounds if options.rounds is not None else 3 if options.dry else 100
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected 1 or more")
+    default_shapes = DRY_SHAPES if options.dry else CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
+    settings = Settings(
+        device=device,
+        dtype=options.dtype,
+        mode=options.mode,
+        shapes=tuple(dict.fromkeys(map(shape_option, options.shape))) if options.shape else default_shapes,
+        ranks=tuple(dict.fromkeys(map(ranks_option, options.ranks or ["8+8"]))),
+        methods=tuple(name for name in methods.LAYER_METHODS if name in names),
+        backend=options.backend,
+        rounds=rounds,
+        time_limit=options.time_limit,
+        seed=options.seed,
+        dry=options.dry,
+    )
+    return settings, options.out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        settings, out = settings_of(arguments)
+        environment = timing.environment(settings.device)
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            rows = run(settings, progress)
+    except (OSError, ValueError, methods.ParityError) as error:
+        print(f"layer: {error}", file=sys.stderr)
+        return 1
+    path = out / f"layer-{'dry-' if settings.dry else ''}{settings.device.type}-{settings.dtype}.json"
+    timing.write_result(path, environment, rows, LayerRow)
+    # Without a terminal rich assumes 80 columns, which would break every cell.
+    report = Console(width=None if sys.stdout.isatty() else 200)
+    for table in render.layer_terminal(rows):
+        report.print(table)
+    for note in render.layer_notes(environment, rows):
+        report.print(note, highlight=False)
+    report.print(f"Stored: {path}", highlight=False)
+    return 0
+
+
+def pytest_cases() -> list[object]:
+    """Every default shape of this machine with every method, as parameters of `test_layer`."""
+    shapes = CUDA_SHAPES if torch.cuda.is_available() else CPU_SHAPES
+    return [
+        pytest.param(shape, entry, id=f"{shape}-{entry.names()[0]}")
+        for shape in shapes
+        for entry in entries_of(shape, Ranks(8, 8), methods.LAYER_METHODS)
+    ]
+
+
+# torch.compile warns of torch's own deprecations while it is imported.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("shape", "entry"), pytest_cases())
+def test_layer(benchmark, shape: Shape, entry: Entry, phase: str) -> None:
+    settings, _ = settings_of(["--methods", entry.method])
+    torch.compiler.reset()
+    bench = Bench(shape, settings)
+    contestant = bench.prepare(entry)
+    if isinstance(contestant, str):
+        pytest.skip(contestant)
+    layer = contestant.layer
+
+    def next_call() -> tuple[tuple[Tensor, Tensor], dict[str, object]]:
+        x, G = bench.inputs.take()
+        methods.forget(layer, x)
+        return (layer(x) if phase == "backward" else x, G), {}
+
+    def call(first: Tensor, G: Tensor) -> None:
+        h = first if phase == "backward" else layer(first)
+        if phase != "forward":
+            h.backward(G)
+        timing.synchronize(settings.device)
+
+    rounds = max(MIN_ROUNDS, min(settings.rounds, math.ceil(0.5 / sum(bench.sample(layer, 1)))))
+    benchmark.extra_info.update(saved_bytes=contestant.saved_bytes, peak_bytes=contestant.peak_bytes)
+    benchmark.pedantic(call, setup=next_call, rounds=rounds, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,539 @@
+"""The layer benchmark's honesty: its ranks, its pairs and rounds, its arithmetic, its losses, and parity that fails."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import layer, methods, render, sweep, timing
+from benchmarks.layer import Bench, Contestant, Entry, Shape
+from benchmarks.methods import ParityError, Ranks
+from benchmarks.timing import LayerRow, SweepRow
+
+# torch.compile warns of torch's own deprecations while it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+CPU = torch.device("cpu")
+SMALL = Shape(5, 11, 7)
+RANKS = {"hydra": Ranks(3, 2), "lora": Ranks(4, 0), "seqlora": Ranks(0, 3)}
+ADAPTED = [name for name in methods.LAYER_METHODS if methods.naive_of(name) and not name.startswith("compiled")]
+
+
+def settings_of(*arguments: str) -> layer.Settings:
+    return layer.settings_of(["--device", "cpu", "--dry", *arguments])[0]
+
+
+def step(method: str, linear: nn.Linear, x: torch.Tensor, G: torch.Tensor) -> dict[str, torch.Tensor]:
+    made = methods.build_layer(linear, method, RANKS[method.rpartition("_")[2]], seed=3)
+    return methods.layer_step(made, x, G)
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    x = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
+    return nn.Linear(11, 7, dtype=torch.float64), x, torch.randn(5, 7, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+def test_the_same_seed_gives_every_owner_the_function_of_the_naive_layer(method, problem):
+    """PEFT's and ours: in float64 nothing but the weights could make a difference."""
+    found, expected = step(method, *problem), step(methods.naive_of(method), *problem)
+    assert expected.keys() >= {"the output", "the gradient of x"}
+    assert len(expected) == (6 if method.endswith("hydra") else 4)
+    worst, _ = methods.worst_difference(method, "naive", found, expected, 1e-13)
+    assert worst < 1e-13
+    frozen = problem[0](problem[1])
+    assert (expected["the output"] - frozen).norm() > 1e-3 * frozen.norm()
+
+
+def test_a_difference_of_one_in_a_hundred_thousand_is_no_parity(problem):
+    linear, x, G = problem
+    single = (linear.float(), x.detach().float().requires_grad_(), G.float())
+    allowed = methods.LAYER_TOLERANCES[torch.float32]
+    expected = step("naive_hydra", *single)
+    methods.worst_difference("ours_hydra", "naive_hydra", step("ours_hydra", *single), expected, allowed)
+    for name in expected:
+        found = step("ours_hydra", *single)
+        found[name] *= 1 - 1e-5
+        with pytest.raises(ParityError, match=f"{name} differs from naive_hydra"):
+            methods.worst_difference("ours_hydra", "naive_hydra", found, expected, allowed)
+        with pytest.raises(ParityError, match=f"{name} is missing or zero"):
+            methods.worst_difference("ours_hydra", "naive_hydra", {**found, name: None}, expected, allowed)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter"),
+    [
+        ("ours_hydra", "B_down"),
+        ("ours_hydra", "A_up"),
+        ("ours_lora", "A_down"),
+        ("ours_seqlora", "B_up"),
+        ("peft_lora", "lora_B.default.weight"),
+    ],
+)
+def test_a_gradient_scaled_by_099_ends_the_run_before_anything_is_timed(
+    method, parameter, tmp_path, monkeypatch, capsys
+):
+    build, played = methods.build_layer, []
+
+    def build_wrong(linear, name, *args, **kwargs):
+        made = build(linear, name, *args, **kwargs)
+        if name == method:
+            made.get_parameter(parameter).register_hook(lambda gradient: gradient * 0.99)
+        return made
+
+    monkeypatch.setattr(layer, "play", lambda *_: played.append(1))
+    monkeypatch.setattr(methods, "build_layer", build_wrong)
+    # Not even asked for, the naive layer is what the method is compared with.
+    assert layer.main(["--device", "cpu", "--dry", "--methods", f"frozen,{method}", "--out", str(tmp_path / "o")]) == 1
+    printed = capsys.readouterr()
+    assert f"{method}: the gradient of" in printed.err
+    assert f"differs from {methods.naive_of(method)} by 1.00e-02" in printed.err
+    assert printed.out == ""
+    assert not played
+    assert not (tmp_path / "o").exists()
+
+
+def test_equal_parameters_are_the_design_s_at_fc2():
+    fc2 = Shape(6400, 3072, 768)
+    assert layer.trainable(fc2, Ranks(8, 8)) == 43_008
+    near = layer.equal_parameters(fc2, Ranks(8, 8))
+    assert near == {"lora": Ranks(11, 0), "seqlora": Ranks(0, 28)}
+    assert [layer.trainable(fc2, ranks) for ranks in near.values()] == [42_240, 43_008]
+
+
+@pytest.mark.parametrize("shape", [*layer.CPU_SHAPES, *layer.CUDA_SHAPES, *layer.DRY_SHAPES, SMALL], ids=str)
+@pytest.mark.parametrize("hydra", [Ranks(2, 2), Ranks(4, 8), Ranks(8, 8), Ranks(1, 32), Ranks(0, 1)], ids=str)
+def test_no_other_rank_comes_nearer_to_hydras_parameters(shape, hydra):
+    wanted = layer.trainable(shape, hydra)
+    for kind, ranks in layer.equal_parameters(shape, hydra).items():
+        distances = {
+            r: abs(layer.trainable(shape, Ranks(r, 0) if kind == "lora" else Ranks(0, r)) - wanted)
+            for r in range(1, 200)
+        }
+        assert distances[sum(ranks)] == min(distances.values())
+
+
+@pytest.mark.parametrize("method", [*ADAPTED, "naive_hydra", "naive_lora", "naive_seqlora", "frozen"])
+def test_the_count_of_trainable_parameters_is_the_layers(method):
+    ranks = RANKS.get(method.rpartition("_")[2], Ranks(0, 0))
+    made = methods.build_layer(nn.Linear(11, 7), method, ranks, seed=0)
+    counted = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
+    assert counted == layer.trainable(SMALL, ranks)
+
+
+def test_a_rank_that_is_equal_in_both_ways_is_measured_once():
+    square = layer.entries_of(Shape(64, 768, 768), Ranks(8, 8), methods.LAYER_METHODS)
+    assert [entry.method for entry in square] == list(methods.LAYER_METHODS)
+    assert {entry.pair for entry in square[1:]} == {"both"}
+    entries = layer.entries_of(Shape(64, 3072, 768), Ranks(8, 8), ["frozen", "naive_hydra", "naive_lora", "peft_lora"])
+    assert entries == [
+        Entry("frozen", Ranks(0, 0), None),
+        Entry("naive_hydra", Ranks(8, 8), "both"),
+        Entry("naive_lora", Ranks(16, 0), "rank"),
+        Entry("naive_lora", Ranks(11, 0), "parameters"),
+        Entry("peft_lora", Ranks(16, 0), "rank"),
+    ]
+    assert [entry.names() for entry in entries[2:4]] == [("naive_lora",), ("naive_lora@parameters",)]
+    assert square[2].names() == ("naive_lora", "naive_lora@parameters")
+
+
+def contestant(name: str, forward: np.ndarray, backward: np.ndarray) -> Contestant:
+    samples = list(zip(forward.tolist(), backward.tolist(), strict=True))
+    entry = Entry(name, RANKS.get(name.rpartition("_")[2], Ranks(0, 0)), None if name == "frozen" else "both")
+    return Contestant(entry, nn.Identity(), samples=samples)
+
+
+def test_ratios_are_of_paired_rounds():
+    draw = np.random.default_rng(1)
+    # Rounds that differ tenfold, as on a busy machine: only pairs know that ours takes 0.9 of naive.
+    forward, backward = draw.uniform(1, 10, 21), draw.uniform(1, 10, 21)
+    rivals = {
+        "frozen": contestant("frozen", draw.uniform(1, 10, 21), draw.uniform(1, 10, 21)),
+        "naive_hydra": contestant("naive_hydra", forward, backward),
+        "compiled_lora": contestant("compiled_lora", forward[::-1], backward[::-1]),
+    }
+    ours = contestant("ours_hydra", 0.9 * forward, 0.9 * backward)
+    settings = settings_of()
+    for phase, taken in (("forward", forward), ("backward", backward), ("step", forward + backward)):
+        row = layer.row_of(SMALL, RANKS["hydra"], ours.entry, ours, rivals, phase, settings)
+        assert row["over"].keys() == rivals.keys()
+        assert row["over"]["naive_hydra"] == [0.9, 0.9, 0.9]
+        assert row["over"]["compiled_lora"] == pytest.approx(
+            np.percentile(0.9 * taken / taken[::-1], [25, 50, 75]), abs=5e-5
+        )
+        assert [row["q1_us"], row["median_us"], row["q3_us"]] == pytest.approx(
+            np.percentile(0.9e6 * taken, [25, 50, 75]), abs=5e-4
+        )
+        assert row["runs"] == 21
+    lora = contestant("ours_lora", forward, backward)
+    row = layer.row_of(SMALL, RANKS["hydra"], lora.entry, lora, rivals, "step", settings)
+    assert row["over"].keys() == {"frozen", "naive_hydra", "compiled_lora"}
+    naive = rivals["naive_hydra"]
+    row = layer.row_of(SMALL, RANKS["hydra"], naive.entry, naive, rivals, "step", settings)
+    assert row["over"].keys() == {"frozen", "naive_hydra"}
+
+
+def test_a_sample_takes_cold_inputs_in_turn_and_times_fresh_gradients(monkeypatch):
+    bench = Bench(SMALL, settings_of())
+    # 5*(11+7) floats are 360 bytes: as many copies as are ever taken. Large inputs need no more than two.
+    assert len(bench.inputs.buffers) == 64
+    assert timing.cold_copies(1 << 30, CPU) == 2
+    assert 9 * timing.cold_copies(1 << 20, CPU) > 9 * 2 * timing.CPU_L2_BYTES / (1 << 20) - 9
+    made = bench.build("ours_hydra", RANKS["hydra"])
+    seen = []
+
+    def record(module, arguments):
+        x = arguments[0]
+        gradients = [x.grad, *(parameter.grad for parameter in module.parameters())]
+        assert all(gradient is None for gradient in gradients)
+        seen.append(x.data_ptr())
+
+    made.register_forward_pre_hook(record)
+    laps = iter([[1.0, 10.0, 500.0, 2.0, 20.0, 700.0, 6.0, 60.0]])
+    monkeypatch.setattr(timing.Stopwatch, "laps", lambda self: next(laps))
+    assert bench.sample(made, 3) == (3.0, 30.0)
+    assert len(set(seen)) == 3
+    assert all(x.grad is None for x, _ in bench.inputs.buffers)
+
+
+def test_laps_are_the_time_between_marks(monkeypatch):
+    clock = iter([1.0, 1.5, 4.0])
+    watch = timing.Stopwatch(CPU)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    for _ in range(3):
+        watch.mark()
+    assert watch.laps() == [0.5, 2.5]
+
+
+def test_a_sample_of_a_tiny_shape_lasts_two_milliseconds(monkeypatch):
+    bench = Bench(SMALL, settings_of())
+    monkeypatch.setattr(Bench, "sample", lambda self, made, calls: (1e-4, 2e-4))
+    assert bench.prepare(Entry("frozen", Ranks(0, 0), None)).calls == math.ceil(2e-3 / 3e-4) == 7
+    monkeypatch.setattr(Bench, "sample", lambda self, made, calls: (1.0, 2.0))
+    assert bench.prepare(Entry("frozen", Ranks(0, 0), None)).calls == 1
+
+
+def test_rounds_are_interleaved_and_stop_at_the_deadline(monkeypatch):
+    bench = Bench(SMALL, settings_of("--rounds", "40"))
+    order = []
+    monkeypatch.setattr(Bench, "sample", lambda self, made, calls: order.append(made) or (1.0, 1.0))
+    contestants = {name: Contestant(Entry(name, Ranks(0, 0), None), nn.Identity()) for name in "abcd"}
+    layer.play(bench, contestants, math.inf)
+    rounds = [order[place : place + 4] for place in range(0, 160, 4)]
+    assert len(order) == 160
+    assert all(len(set(map(id, names))) == 4 for names in rounds)
+    assert len({tuple(map(id, names)) for names in rounds}) > 10
+    assert all(len(made.samples) == 40 for made in contestants.values())
+    layer.play(bench, contestants, 0.0)
+    assert len(order) == 160 + 4 * layer.MIN_ROUNDS
+
+
+def test_what_small_shapes_leave_over_goes_to_the_large(monkeypatch):
+    monkeypatch.setattr(layer.time, "perf_counter", lambda: 20.0)
+    large, small = Shape(6400, 768, 768), Shape(64, 768, 768)
+    (first, share), (last, rest) = layer.deadlines([large, small], 120.0)
+    assert (first, last) == (small, large)
+    weights = [math.prod(shape) + 2**32 for shape in (small, large)]
+    assert share() == pytest.approx(20 + 100 * weights[0] / sum(weights))
+    assert rest() == 120.0
+    monkeypatch.setattr(layer.time, "perf_counter", lambda: 130.0)
+    assert rest() == 130.0
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert layer.main(["--device", "cpu", "--dry", "--out", str(out)]) == 0
+    return out / "layer-dry-cpu-fp32.json"
+
+
+def test_the_command_stores_every_phase_of_every_method(dry_run):
+    environment, rows = timing.read_result(dry_run, LayerRow)
+    assert environment["torch"] == torch.__version__
+    wanted = [
+        (*shape, *entry.ranks, entry.method, entry.pair, phase)
+        for shape in layer.DRY_SHAPES
+        for entry in layer.entries_of(shape, Ranks(8, 8), methods.LAYER_METHODS)
+        for phase in layer.PHASES
+    ]
+    keys = ("M", "K", "N", "r_a", "r_b", "method", "pair", "phase")
+    assert [tuple(row[key] for key in keys) for row in rows] == wanted
+    for row in rows:
+        assert row["unavailable"] is None, row["unavailable"]
+        assert (row["dry"], row["runs"], row["mode"], row["dropout"]) == (True, 3, "eager", 0.0)
+        assert 0 < row["q1_us"] <= row["median_us"] <= row["q3_us"]
+        assert (row["parity"] is None) == (row["method"] == "frozen" or row["method"].startswith("naive_"))
+        if row["parity"]:
+            assert row["parity"]["difference"] <= row["parity"]["allowed"] == 4e-6
+        assert {"frozen", "naive_hydra", "naive_lora"} <= row["over"].keys()
+        assert (row["form"] is not None) == row["method"].startswith("ours_")
+        x = 4 * row["M"] * row["K"]
+        if row["method"] == "frozen":
+            assert row["saved_bytes"] == 0
+            # h and dx at the least.
+            assert row["peak_bytes"] >= x + 4 * row["M"] * row["N"]
+        elif row["form"] == "composed" and row["method"] == "ours_hydra":
+            # x, Z [M, 16] and D [16, K].
+            assert row["saved_bytes"] == x + 4 * 16 * (row["M"] + row["K"])
+        else:
+            assert row["saved_bytes"] > 0
+
+
+def test_the_tables_show_what_is_stored(dry_run):
+    environment, rows = timing.read_result(dry_run, LayerRow)
+    [(ranks, steps)] = render.layer_steps(rows)
+    headings, cells = render.layer_cells(steps)
+    assert ranks == "8+8"
+    assert [line[0] for line in cells[:2]] == ["256 x 24 x 16", "16 x 16 x 24"]
+    [ours] = [r for r in rows if r["method"] == "ours_hydra" and r["phase"] == "step" and r["M"] == 256]
+    line = dict(zip(headings, cells[0], strict=True))
+    assert line["our Hydra / frozen"] == f"{ours['over']['frozen'][1]:.3f}"
+    assert line["ours / naive LoRA, equal parameters"] == f"{ours['over']['naive_lora@parameters'][1]:.3f}"
+    bound = 1.01 + 16 / 24 + 16 / 256
+    assert line["ours saved / x"] == f"{ours['saved_bytes'] / (4 * 256 * 24):.3f} (goal {bound:.3f})"
+    assert render.layer_markdown(environment, rows).count("\n| ") == 2 + 4
+
+
+@pytest.fixture
+def fair(dry_run):
+    """The rows of the dry run, with every ratio 0.5 and every saved byte that of x: no loss and no goal missed."""
+    environment, rows = timing.read_result(dry_run, LayerRow)
+    for row in rows:
+        row["over"] = {name: [0.4, 0.5, 0.6] for name in row["over"]}
+        row["saved_bytes"], row["dry"] = 4 * row["M"] * row["K"], False
+    return environment, rows
+
+
+def find(rows, method: str, M: int, pair: str = "both"):
+    [row] = [r for r in rows if (r["method"], r["phase"], r["M"], r["pair"]) == (method, "step", M, pair)]
+    return row
+
+
+def losses(rows) -> list[str]:
+    [(_, steps)] = render.layer_steps(rows)
+    return render.layer_losses(steps)
+
+
+def test_every_loss_and_missed_goal_is_named(fair):
+    _, rows = fair
+    assert losses(rows) == ["No loss: at every shape ours is no slower than any rival, and no goal is missed"]
+    find(rows, "ours_hydra", 16)["over"]["naive_seqlora@parameters"] = [0.99, 1.002, 1.1]
+    find(rows, "ours_hydra", 16)["over"]["frozen"] = [2.0, 2.0, 2.0]
+    assert losses(rows) == ["LOSS at 16 x 16 x 24: our Hydra 8+8 over naive SeqLoRA 15 1.002 (0.990 to 1.100)"]
+    find(rows, "ours_lora", 256, "rank")["over"]["peft_lora"] = [1.0, 1.5, 1.75]
+    find(rows, "ours_lora", 256, "rank")["over"]["compiled_lora"] = [1.0, 2.0, 2.5]
+    assert losses(rows)[0] == (
+        "LOSS at 256 x 24 x 16: our LoRA 16 over compiled LoRA 16 2.000 (1.000 to 2.500), "
+        "PEFT LoRA 16 1.500 (1.000 to 1.750)"
+    )
+    before = losses(rows)
+    find(rows, "ours_hydra", 256)["over"]["naive_hydra"] = [0.8, 0.81, 0.9]
+    find(rows, "ours_seqlora", 256, "rank")["saved_bytes"] += 10**6
+    find(rows, "ours_hydra", 256)["saved_bytes"] = 10**6
+    assert losses(rows) == [
+        *before,
+        f"GOAL MISSED: our Hydra 8+8 saves {10**6 / (4 * 256 * 24):.3f} times x at 256 x 24 x 16, goal 1.739",
+        "GOAL MISSED: our Hydra over naive Hydra 0.810 at M >= 256, goal 0.80",
+    ]
+
+
+def test_goals_are_only_for_what_they_were_set_for(fair):
+    _, rows = fair
+    for row in rows:
+        row["over"] = {name: [0.99, 0.99, 0.99] for name in row["over"]}
+    assert [line.split()[-1] for line in losses(rows)] == ["0.80", "0.95"]
+    for key, other in (("dtype", "bf16"), ("device", "cuda"), ("backend", "reference")):
+        changed = [{**row, key: other, "saved_bytes": 0} for row in copy.deepcopy(rows)]
+        assert [line[:7] for line in losses(changed)] == ["No loss"]
+
+
+def test_geometric_means_are_over_large_and_small_m_apart():
+    rows = [
+        {"M": M, "over": {"naive_hydra": [0.0, ratio, 9.0]}}
+        for M, ratio in [(6400, 0.5), (256, 0.72), (255, 7.0), (65, 9.0), (64, 2.0), (16, 0.125), (1, 4.0)]
+    ]
+    steps = [{"ours_hydra": row} for row in rows] + [{"naive_lora": rows[0]}]
+    means = render.layer_means(steps, "ours_hydra", "naive_hydra")
+    assert means == pytest.approx({"M >= 256": 0.6, "M <= 64": 1.0}, rel=1e-12)
+    assert render.layer_means(steps, "ours_hydra", "naive_lora") == {}
+
+
+def test_the_readme_gets_both_blocks_and_dry_rows_are_refused(fair, dry_run, tmp_path, capsys):
+    environment, rows = fair
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    plain, marked = "before\n\nafter\n", "before\n<!-- measured:layer -->\noutdated\n<!-- /measured:layer -->\nafter\n"
+    readme.write_text(plain, encoding="utf-8")
+    assert render.main([*arguments, "--check"]) == 0
+    readme.write_text(marked, encoding="utf-8")
+    assert render.main(arguments) == 2
+    assert "README has markers for layer" in capsys.readouterr().err
+    timing.write_result(results / "layer-cpu-fp32.json", environment, rows, LayerRow)
+    assert render.main([*arguments, "--check"]) == 1
+    assert readme.read_text(encoding="utf-8") == marked
+    assert render.main(arguments) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- measured:layer -->\nHydra 8+8")
+    assert text.endswith("<!-- /measured:layer -->\nafter\n")
+    assert "outdated" not in text
+    assert "| geometric mean, M >= 256 | 0.500 |" in text
+    assert "No loss" in text
+    assert render.main([*arguments, "--check"]) == 0
+    readme.write_text(plain, encoding="utf-8")
+    assert render.main(arguments) == 2
+    assert "README needs one <!-- measured:layer -->" in capsys.readouterr().err
+    readme.write_text(marked, encoding="utf-8")
+    (results / dry_run.name).write_text(dry_run.read_text(encoding="utf-8"), encoding="utf-8")
+    assert render.main(arguments) == 2
+    assert f"{dry_run.name} is from a dry run" in capsys.readouterr().err
+    assert readme.read_text(encoding="utf-8") == marked
+
+
+def test_a_rival_that_cannot_run_is_stored_and_printed_with_its_reason(tmp_path, monkeypatch, capsys):
+    build = methods.build_layer
+
+    def without_compiler(linear, name, *args, **kwargs):
+        if name.startswith("compiled_"):
+            raise RuntimeError("No working C++ compiler found")
+        return build(linear, name, *args, **kwargs)
+
+    monkeypatch.setattr(methods, "build_layer", without_compiler)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    names = "frozen,naive_lora,ours_lora,compiled_lora,peft_lora"
+    arguments = ["--device", "cpu", "--dry", "--shape", "5,11,7", "--ranks", "2+1", "--methods", names]
+    assert layer.main([*arguments, "--out", str(tmp_path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Not measured: compiled LoRA 3: RuntimeError: No working C++ compiler found" in printed
+    assert "Not measured: PEFT LoRA 3: ModuleNotFoundError: import of peft halted" in printed
+    _, rows = timing.read_result(tmp_path / "layer-dry-cpu-fp32.json", LayerRow)
+    missing = [row for row in rows if row["unavailable"]]
+    assert {row["method"] for row in missing} == {"compiled_lora", "peft_lora"}
+    assert all(row["median_us"] is None and row["runs"] == 0 and not row["over"] for row in missing)
+    assert all("compiled_lora" not in row["over"] for row in rows)
+
+
+def test_ours_has_no_excuse(tmp_path, monkeypatch):
+    def broken(linear, name, *args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(methods, "build_layer", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer.main(["--device", "cpu", "--dry", "--methods", "ours_lora", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "ours_lora,qlora"], "'qlora'"),
+        (["--ranks", "8"], "'8'"),
+        (["--ranks", "0+0"], "'0+0'"),
+        (["--ranks", "8+x"], "'8+x'"),
+        (["--shape", "3,4"], "'3,4'"),
+        (["--shape", "0,4,5"], "'0,4,5'"),
+        (["--rounds", "0"], "rounds is 0"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--backend", "fast"], "'fast'"),
+    ],
+)
+def test_bad_options_are_named(arguments, message, tmp_path, capsys):
+    assert layer.main(["--dry", "--out", str(tmp_path), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cases_run_under_pytest_benchmark_too(tmp_path):
+    every = {parameter.id for parameter in layer.pytest_cases()}
+    assert {f"{shape}-{method}" for shape in layer.CPU_SHAPES for method in methods.LAYER_METHODS} <= every or (
+        torch.cuda.is_available()
+    )
+    root, stored = Path(layer.__file__).parent.parent, tmp_path / "stored.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/layer.py", "--benchmark-only", "-p", "no:xdist"]
+    command += ["-k", "16x3072x768-ours_hydra", f"--benchmark-json={stored}"]
+    # Without the outer run's variables: under xdist pytest-benchmark would measure nothing.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = json.loads(stored.read_text(encoding="utf-8"))["benchmarks"]
+    assert sorted(case["params"]["phase"] for case in measured) == ["backward", "forward", "step"]
+    assert all(case["stats"]["median"] > 0 and case["extra_info"]["saved_bytes"] > 0 for case in measured)
+
+
+def sweep_rows(ratios: dict[int, float], K: int = 400, N: int = 800, chosen: str = "kept") -> list[SweepRow]:
+    return [{"M": M, "K": K, "N": N, "over": [0.0, ratio, 9.0], "chosen": chosen} for M, ratio in ratios.items()]
+
+
+def test_composed_starts_to_win_where_the_ratio_crosses_one():
+    # log 2 above and log 2 below: the geometric middle of 100 and 400.
+    assert sweep.crossing(sweep_rows({50: 3.0, 100: 2.0, 400: 0.5, 800: 0.4})) == pytest.approx(200 / 400)
+    # A win that is lost again at larger M is none.
+    assert sweep.crossing(sweep_rows({50: 0.9, 100: 1.25, 400: 0.8})) == pytest.approx(200 / 400)
+    assert sweep.crossing(sweep_rows({50: 0.9, 100: 0.8})) == 50 / 400
+    assert sweep.crossing(sweep_rows({50: 0.9, 100: 1.0})) is None
+
+
+def test_the_loss_of_a_rule_is_over_the_better_form():
+    rows = sweep_rows({50: 1.25, 100: 0.8, 200: 0.5})
+    assert [sweep.loss(row, "kept") for row in rows] == [1.0, 1.25, 2.0]
+    assert [sweep.loss(row, "composed") for row in rows] == [1.25, 1.0, 1.0]
+    assert sweep.mean_loss(rows, 0.25) == 1.0
+    assert sweep.mean_loss(rows, 0.5) == pytest.approx(1.25 ** (1 / 3))
+    assert sweep.mean_loss(rows, 0.125) == pytest.approx(1.25 ** (1 / 3))
+    assert sweep.mean_loss(rows, math.inf) == pytest.approx(2.5 ** (1 / 3))
+    assert sweep.best_threshold(rows) == 0.25
+    assert sweep.best_threshold(sweep_rows({50: 1.25, 100: 1.1})) == math.inf
+    first, last = sweep.verdicts(rows)
+    assert "from M = 0.177 min(K, N) on" in first
+    assert "at most 2.000, at M = 200" in first
+    assert "the rule loses 35.72% in the geometric mean, composed from a quarter on 0.00%" in last
+    assert "the best threshold measured, 0.25, 0.00%" in last
+
+
+def test_the_sweep_times_both_forms_of_the_same_layer(tmp_path, monkeypatch, capsys):
+    play, seen = layer.play, []
+
+    def spy(bench, contestants, deadline):
+        seen.append({name: made.layer.form for name, made in contestants.items()})
+        play(bench, contestants, deadline)
+
+    monkeypatch.setattr(layer, "play", spy)
+    assert sweep.main(["--device", "cpu", "--dry", "--weight", "24,16", "--out", str(tmp_path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "K x N = 24 x 16: composed wins" in printed
+    _, rows = timing.read_result(tmp_path / "sweep-dry-cpu-fp32.json", SweepRow)
+    assert [row["M"] for row in rows] == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert seen == [{"composed": "composed", "kept": "kept"}] * 8
+    assert [row["chosen"] for row in rows] == ["kept"] * 3 + ["composed"] * 5
+    assert all(row["dry"] and row["runs"] == 3 and row["over"][0] <= row["over"][1] <= row["over"][2] for row in rows)
+
+
+def test_the_sweep_ends_with_a_wrong_gradient(tmp_path, monkeypatch, capsys):
+    build = methods.build_layer
+
+    def build_wrong(linear, name, *args, form="auto", **kwargs):
+        made = build(linear, name, *args, form=form, **kwargs)
+        if form == "kept":
+            made.B_down.register_hook(lambda gradient: gradient * 0.99)
+        return made
+
+    monkeypatch.setattr(methods, "build_layer", build_wrong)
+    assert sweep.main(["--device", "cpu", "--dry", "--out", str(tmp_path)]) == 1
+    assert "ours_hydra: the gradient of B_down differs from naive_hydra" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sweep_needs_a_sequential_branch(tmp_path, capsys):
+    assert sweep.main(["--dry", "--ranks", "8+0", "--out", str(tmp_path)]) == 1
+    assert "'8+0'" in capsys.readouterr().err
