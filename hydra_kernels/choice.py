@@ -35,6 +35,8 @@ def _form(M: int, K: int, N: int, r_a: int, dtype: torch.dtype) -> str:
         return "kept"  # ATen rounds C = B_down W0 to the base dtype: less exact than the naive layer
     if r_a == 0 and N < K:
         return "kept"  # y0 is smaller than x, which then need not be saved
-    if min(K, N) > 4 * M:
-        return "kept"  # composing reads W0 twice more, and activations are small beside it
+    if 5 * M < 2 * K:
+        return "kept"  # composing reads W0 twice more to spare passes over [M, N]: measured to win from M = 0.4 K on
+    if M * K * N < 2**23:
+        return "kept"  # so small that the number of calls decides, and the kept form makes fewer
     return "composed"
