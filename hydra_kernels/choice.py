@@ -37,6 +37,6 @@ def _form(M: int, K: int, N: int, r_a: int, dtype: torch.dtype) -> str:
         return "kept"  # y0 is smaller than x, which then need not be saved
     if 5 * M < 2 * K:
         return "kept"  # composing reads W0 twice more to spare passes over [M, N]: measured to win from M = 0.4 K on
-    if M * K * N < 2**23:
+    if M * K * N < 2**24:
         return "kept"  # so small that the number of calls decides, and the kept form makes fewer
     return "composed"
