@@ -1,5 +1,6 @@
 # make test      the tests            make lint     ruff and mypy
 # make table4    the main benchmark   make mutate   each named defect must turn the tests red
+# make layer     one layer beside its rivals (7 minutes)
 # Options of the benchmark: make table4 ARGS="--device cuda --dtype bf16"
 
 PYTHON ?= python3
@@ -13,13 +14,16 @@ TORCH_SOURCE ?= $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-u
 # The profiler that measures peak memory would print two lines a step.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: test table4 mutate lint clean
+.PHONY: test table4 layer mutate lint clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 table4: $(STAMP)
 	$(BIN)/python -m benchmarks.table4 $(ARGS)
+
+layer: $(STAMP)
+	$(BIN)/python -m benchmarks.layer $(ARGS)
 
 mutate: $(STAMP)
 	$(BIN)/python -m tests.mutate $(ARGS)

@@ -69,8 +69,14 @@ _FROM_G = ("bias", "A_up_bias", "B_up_bias", "scale_a", "scale_b")
 def _composed_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Saved]:
     D, d = _stacked_down(op, x.dtype)
     Z = _mask_(_affine(x, D, d), op, 0, None)
+    U, b = _stacked_up(op, x.dtype), _sum(op.bias, _up_bias(op, x.dtype))
     # The low-rank part first: the GEMM adds to it before rounding, so small updates survive low precision.
-    h = _affine(Z, _stacked_up(op, x.dtype), _sum(op.bias, _up_bias(op, x.dtype))).addmm_(x, op.weight.t())
+    if b is not None and x.device.type == "cpu":
+        # There a bias is a pass of its own over h: as one more column of U it costs nothing.
+        h = torch.cat((Z, Z.new_ones(len(Z), 1)), 1) @ torch.cat((U, b[:, None]), 1).t()
+    else:
+        h = _affine(Z, U, b)
+    h.addmm_(x, op.weight.t())
     return h, (
         x if "A_down" in needs or "B_down" in needs else None,
         Z if not needs.isdisjoint(_FROM_DU_A + _FROM_DU_B) else None,
