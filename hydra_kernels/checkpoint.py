@@ -103,7 +103,7 @@ def _description(model: nn.Module) -> dict[str, dict[str, Any]]:
             "r_b": layer.r_b,
             "scale_a": _scale(layer, "scale_a"),
             "scale_b": _scale(layer, "scale_b"),
-            "adapter_bias": layer.A_up_bias is not None or layer.B_up_bias is not None,
+            "adapter_bias": layer.adapter_bias,
             "dropout": layer.dropout,
         }
         for name, layer in adapted_layers(model).items()

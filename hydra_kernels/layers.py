@@ -51,18 +51,8 @@ class HydraLinear(nn.Module):
         ValueError, TypeError: naming the argument, at construction; in the forward, as ``hydra_linear``.
     """
 
-    ADAPTERS = (
-        "A_down",
-        "A_up",
-        "B_down",
-        "B_up",
-        "A_down_bias",
-        "A_up_bias",
-        "B_down_bias",
-        "B_up_bias",
-        "scale_a",
-        "scale_b",
-    )
+    _BIASES = ("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias")
+    ADAPTERS = ("A_down", "A_up", "B_down", "B_up", *_BIASES, "scale_a", "scale_b")
 
     weight: Tensor
     bias: Tensor | None
@@ -124,7 +114,8 @@ class HydraLinear(nn.Module):
             if init_std < 0:
                 raise ValueError(f"init_std: expected None or a number >= 0, got {init_std}")
         self.in_features, self.out_features, self.r_a, self.r_b = in_features, out_features, r_a, r_b
-        self.dropout, self.init_std, self.form, self.backend = dropout, init_std, form, backend
+        self.dropout, self.adapter_bias, self.init_std = dropout, adapter_bias, init_std
+        self.form, self.backend = form, backend
         self.adapters_enabled = True
         self._initial_scales = {"scale_a": scale_a, "scale_b": scale_b}
 
@@ -199,8 +190,10 @@ class HydraLinear(nn.Module):
         """h [*, N] for x [*, K]."""
         if not self.adapters_enabled:
             return hydra_linear(x, self.weight, self.bias, None, None, None, None)
-        if self.merged_weight is not None:
+        # Not self.merged_weight: what is found through Module.__getattr__ costs host time in every forward.
+        if self._buffers["merged_weight"] is not None:
             return hydra_linear(x, self.merged_weight, self.merged_bias, None, None, None, None)
+        biases = {name: getattr(self, name) for name in self._BIASES} if self.adapter_bias else {}
         return hydra_linear(
             x,
             self.weight,
@@ -209,10 +202,7 @@ class HydraLinear(nn.Module):
             self.A_up,
             self.B_down,
             self.B_up,
-            A_down_bias=self.A_down_bias,
-            A_up_bias=self.A_up_bias,
-            B_down_bias=self.B_down_bias,
-            B_up_bias=self.B_up_bias,
+            **biases,
             scale_a=self.scale_a,
             scale_b=self.scale_b,
             dropout_p=self.dropout,
@@ -295,7 +285,7 @@ class HydraLinear(nn.Module):
             if isinstance(scale, Tensor) or scale != 1:
                 shown.append(f"{name}={'learnable' if isinstance(scale, Tensor) else scale}")
         shown += [f"dropout={self.dropout}"] if self.dropout else []
-        shown += ["adapter_bias=True"] if self.A_up_bias is not None or self.B_up_bias is not None else []
+        shown += ["adapter_bias=True"] if self.adapter_bias else []
         shown += [f"{name}={v}" for name, v in (("form", self.form), ("backend", self.backend)) if v != "auto"]
         shown += ["merged=True"] if self.merged else []
         return ", ".join(shown + ([] if self.adapters_enabled else ["adapters_enabled=False"]))
@@ -304,20 +294,10 @@ class HydraLinear(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _merged_parameters(self) -> tuple[Tensor, Tensor | None]:
-        return merged_parameters(
-            self.weight,
-            self.bias,
-            self.A_down,
-            self.A_up,
-            self.B_down,
-            self.B_up,
-            A_down_bias=self.A_down_bias,
-            A_up_bias=self.A_up_bias,
-            B_down_bias=self.B_down_bias,
-            B_up_bias=self.B_up_bias,
-            scale_a=self.scale_a,
-            scale_b=self.scale_b,
-        )
+        biases = {name: getattr(self, name) for name in self._BIASES}
+        scales = {"scale_a": self.scale_a, "scale_b": self.scale_b}
+        operands = (self.weight, self.bias, self.A_down, self.A_up, self.B_down, self.B_up)
+        return merged_parameters(*operands, **biases, **scales)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()
