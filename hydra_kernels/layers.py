@@ -294,10 +294,20 @@ class HydraLinear(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _merged_parameters(self) -> tuple[Tensor, Tensor | None]:
-        biases = {name: getattr(self, name) for name in self._BIASES}
-        scales = {"scale_a": self.scale_a, "scale_b": self.scale_b}
-        operands = (self.weight, self.bias, self.A_down, self.A_up, self.B_down, self.B_up)
-        return merged_parameters(*operands, **biases, **scales)
+        return merged_parameters(
+            self.weight,
+            self.bias,
+            self.A_down,
+            self.A_up,
+            self.B_down,
+            self.B_up,
+            A_down_bias=self.A_down_bias,
+            A_up_bias=self.A_up_bias,
+            B_down_bias=self.B_down_bias,
+            B_up_bias=self.B_up_bias,
+            scale_a=self.scale_a,
+            scale_b=self.scale_b,
+        )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()
