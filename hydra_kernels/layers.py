@@ -191,8 +191,9 @@ class HydraLinear(nn.Module):
         if not self.adapters_enabled:
             return hydra_linear(x, self.weight, self.bias, None, None, None, None)
         # Not self.merged_weight: what is found through Module.__getattr__ costs host time in every forward.
-        if self._buffers["merged_weight"] is not None:
-            return hydra_linear(x, self.merged_weight, self.merged_bias, None, None, None, None)
+        merged_weight = self._buffers["merged_weight"]
+        if merged_weight is not None:
+            return hydra_linear(x, merged_weight, self.merged_bias, None, None, None, None)
         biases = {name: getattr(self, name) for name in self._BIASES} if self.adapter_bias else {}
         return hydra_linear(
             x,
