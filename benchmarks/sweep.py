@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import layer, methods, render, timing
-from benchmarks.layer import Bench, Entry, Settings, Shape
+from benchmarks.layer import Bench, Settings
 from benchmarks.methods import Ranks
+from benchmarks.shapes import Entry, Shape
 from benchmarks.timing import SweepRow
 from hydra_kernels.choice import choose
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import layer, methods, render, sweep, timing
-from benchmarks.layer import Bench, Contestant, Entry, Shape
+from benchmarks import layer, methods, render, shapes, sweep, timing
+from benchmarks.layer import Bench, Contestant
 from benchmarks.methods import ParityError, Ranks
+from benchmarks.shapes import Entry, Shape
 from benchmarks.timing import LayerRow, SweepRow
 
 # torch.compile warns of torch's own deprecations while it is imported.
@@ -107,19 +108,19 @@ def test_a_gradient_scaled_by_099_ends_the_run_before_anything_is_timed(
 
 def test_equal_parameters_are_the_design_s_at_fc2():
     fc2 = Shape(6400, 3072, 768)
-    assert layer.trainable(fc2, Ranks(8, 8)) == 43_008
-    near = layer.equal_parameters(fc2, Ranks(8, 8))
+    assert shapes.trainable(fc2, Ranks(8, 8)) == 43_008
+    near = shapes.equal_parameters(fc2, Ranks(8, 8))
     assert near == {"lora": Ranks(11, 0), "seqlora": Ranks(0, 28)}
-    assert [layer.trainable(fc2, ranks) for ranks in near.values()] == [42_240, 43_008]
+    assert [shapes.trainable(fc2, ranks) for ranks in near.values()] == [42_240, 43_008]
 
 
-@pytest.mark.parametrize("shape", [*layer.CPU_SHAPES, *layer.CUDA_SHAPES, *layer.DRY_SHAPES, SMALL], ids=str)
+@pytest.mark.parametrize("shape", [*shapes.CPU_SHAPES, *shapes.CUDA_SHAPES, *shapes.DRY_SHAPES, SMALL], ids=str)
 @pytest.mark.parametrize("hydra", [Ranks(2, 2), Ranks(4, 8), Ranks(8, 8), Ranks(1, 32), Ranks(0, 1)], ids=str)
 def test_no_other_rank_comes_nearer_to_hydras_parameters(shape, hydra):
-    wanted = layer.trainable(shape, hydra)
-    for kind, ranks in layer.equal_parameters(shape, hydra).items():
+    wanted = shapes.trainable(shape, hydra)
+    for kind, ranks in shapes.equal_parameters(shape, hydra).items():
         distances = {
-            r: abs(layer.trainable(shape, Ranks(r, 0) if kind == "lora" else Ranks(0, r)) - wanted)
+            r: abs(shapes.trainable(shape, Ranks(r, 0) if kind == "lora" else Ranks(0, r)) - wanted)
             for r in range(1, 200)
         }
         assert distances[sum(ranks)] == min(distances.values())
@@ -130,14 +131,14 @@ def test_the_count_of_trainable_parameters_is_the_layers(method):
     ranks = RANKS.get(method.rpartition("_")[2], Ranks(0, 0))
     made = methods.build_layer(nn.Linear(11, 7), method, ranks, seed=0)
     counted = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
-    assert counted == layer.trainable(SMALL, ranks)
+    assert counted == shapes.trainable(SMALL, ranks)
 
 
 def test_a_rank_that_is_equal_in_both_ways_is_measured_once():
-    square = layer.entries_of(Shape(64, 768, 768), Ranks(8, 8), methods.LAYER_METHODS)
+    square = shapes.entries_of(Shape(64, 768, 768), Ranks(8, 8), methods.LAYER_METHODS)
     assert [entry.method for entry in square] == list(methods.LAYER_METHODS)
     assert {entry.pair for entry in square[1:]} == {"both"}
-    entries = layer.entries_of(Shape(64, 3072, 768), Ranks(8, 8), ["frozen", "naive_hydra", "naive_lora", "peft_lora"])
+    entries = shapes.entries_of(Shape(64, 3072, 768), Ranks(8, 8), ["frozen", "naive_hydra", "naive_lora", "peft_lora"])
     assert entries == [
         Entry("frozen", Ranks(0, 0), None),
         Entry("naive_hydra", Ranks(8, 8), "both"),
@@ -264,8 +265,8 @@ def test_the_command_stores_every_phase_of_every_method(dry_run):
     assert environment["torch"] == torch.__version__
     wanted = [
         (*shape, *entry.ranks, entry.method, entry.pair, phase)
-        for shape in layer.DRY_SHAPES
-        for entry in layer.entries_of(shape, Ranks(8, 8), methods.LAYER_METHODS)
+        for shape in shapes.DRY_SHAPES
+        for entry in shapes.entries_of(shape, Ranks(8, 8), methods.LAYER_METHODS)
         for phase in layer.PHASES
     ]
     keys = ("M", "K", "N", "r_a", "r_b", "method", "pair", "phase")
@@ -464,7 +465,7 @@ def test_bad_options_are_named(arguments, message, tmp_path, capsys):
 
 def test_the_cases_run_under_pytest_benchmark_too(tmp_path):
     every = {parameter.id for parameter in layer.pytest_cases()}
-    assert {f"{shape}-{method}" for shape in layer.CPU_SHAPES for method in methods.LAYER_METHODS} <= every or (
+    assert {f"{shape}-{method}" for shape in shapes.CPU_SHAPES for method in methods.LAYER_METHODS} <= every or (
         torch.cuda.is_available()
     )
     root, stored = Path(layer.__file__).parent.parent, tmp_path / "stored.json"

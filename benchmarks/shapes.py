@@ -1,0 +1,81 @@
+"""The layer benchmark's shapes, and what is measured at each: which method, at which ranks, paired by what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from benchmarks.methods import Ranks
+
+
+class Shape(NamedTuple):
+    """x is [M, K], the weight [N, K]."""
+
+    M: int
+    K: int
+    N: int
+
+    def __str__(self) -> str:
+        return f"{self.M}x{self.K}x{self.N}"
+
+
+# ViT-B/32 (50 tokens an image) fc2, fc1 and attention, ViT-L fc2, a language model's layer, and small batches.
+CPU_SHAPES = (
+    *(Shape(6400, 3072, 768), Shape(6400, 768, 3072), Shape(6400, 768, 768), Shape(3200, 4096, 1024)),
+    *(Shape(2048, 4096, 4096), Shape(256, 4096, 4096)),
+    *(Shape(64, 768, 768), Shape(64, 3072, 768), Shape(48, 1024, 1024), Shape(16, 3072, 768), Shape(16, 4096, 4096)),
+)
+# ViT-B/32 and /16 (197 tokens), ViT-L/16, RoBERTa's fc2, language models, and few tokens.
+CUDA_SHAPES = (
+    *(Shape(M, K, N) for K, N in ((3072, 768), (768, 3072), (768, 768)) for M in (128 * 50, 128 * 197)),
+    *(Shape(128 * 197, 4096, 1024), Shape(8192, 3072, 768)),
+    *(Shape(M, K, N) for K, N in ((4096, 4096), (14336, 4096), (4096, 14336)) for M in (8192, 256, 16)),
+)
+DRY_SHAPES = (Shape(256, 24, 16), Shape(16, 16, 24))
+
+
+class Entry(NamedTuple):
+    """A method at one shape, and in what it equals the Hydra layer that it is measured beside (`LayerRow.pair`)."""
+
+    method: str
+    ranks: Ranks
+    pair: str | None
+
+    def names(self) -> tuple[str, ...]:
+        """Under which names others are compared with it."""
+        both = (self.method, f"{self.method}@parameters")
+        return both if self.pair == "both" else both[1:] if self.pair == "parameters" else both[:1]
+
+
+def trainable(shape: Shape, ranks: Ranks) -> int:
+    """Parameters of adapters without biases: A_down and A_up over K + N, B_down and B_up over N twice."""
+    return ranks.r_a * (shape.K + shape.N) + ranks.r_b * 2 * shape.N
+
+
+def equal_parameters(shape: Shape, hydra: Ranks) -> dict[str, Ranks]:
+    """LoRA's and SeqLoRA's ranks whose parameters come nearest to Hydra's."""
+    wanted = trainable(shape, hydra)
+    return {
+        "lora": Ranks(max(1, round(wanted / trainable(shape, Ranks(1, 0)))), 0),
+        "seqlora": Ranks(0, max(1, round(wanted / trainable(shape, Ranks(0, 1))))),
+    }
+
+
+def entries_of(shape: Shape, hydra: Ranks, names: Sequence[str]) -> list[Entry]:
+    """What is measured beside one Hydra layer: every method at equal rank, naive LoRA and SeqLoRA at equal parameters.
+
+    Where equal parameters mean equal rank, as SeqLoRA's do in a square layer, the method is measured once.
+    """
+    equal_rank = {"hydra": hydra, "lora": Ranks(sum(hydra), 0), "seqlora": Ranks(0, sum(hydra))}
+    near = equal_parameters(shape, hydra)
+    entries = []
+    for method in names:
+        if method == "frozen":
+            entries.append(Entry(method, Ranks(0, 0), None))
+            continue
+        kind = method.partition("_")[2]
+        same = kind == "hydra" or near[kind] == equal_rank[kind]
+        entries.append(Entry(method, equal_rank[kind], "both" if same else "rank"))
+        if method in ("naive_lora", "naive_seqlora") and not same:
+            entries.append(Entry(method, near[kind], "parameters"))
+    return entries
