@@ -8,6 +8,7 @@ import torch
 
 FORMS = ("auto", "composed", "kept")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+COMPOSED_ONLY = ("hybrid", "triton")
 
 
 class Choice(NamedTuple):
@@ -23,7 +24,7 @@ def choose(
     """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b; what the user fixed stays fixed."""
     if backend == "auto":
         backend = "aten"
-    if r_b == 0:
+    if r_b == 0 or (form == "auto" and backend in COMPOSED_ONLY):
         form = "composed"  # without a sequential branch nothing needs y0
     elif form == "auto":
         form = _form(M, K, N, r_a, dtype)

@@ -106,7 +106,7 @@ def hydra_linear(
 
     choice = choose(M, K, N, r_a, r_b, dtype, form, backend)
     server = TABLE[choice.backend]
-    reason = server.unavailable() or server.refusal(choice.form, dtype, r_b)
+    reason = server.unavailable() or server.refusal(choice.form, dtype, r_a, r_b, device)
     if reason is not None:
         raise ValueError(f"backend: {choice.backend!r} cannot serve this call: {reason}")
 

@@ -18,6 +18,7 @@ from .cases import CASES, PLAIN, ROUNDING, Case, operands
 from .oracle import Tensors, differentiate, hydra, median_violations, out_of_bounds, violations
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+CPU = torch.device("cpu")
 # (base, adapters)
 DTYPES = [(F64, F64), (F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]
 SERVED = [
@@ -25,7 +26,7 @@ SERVED = [
     for name, reason in hk.backends().items()
     for form in ("composed", "kept")
     for dtypes in DTYPES
-    if name != "reference" and reason is None and TABLE[name].refusal(form, dtypes[0], 1) is None
+    if name != "reference" and reason is None and TABLE[name].refusal(form, dtypes[0], 1, 1, CPU) is None
 ]
 FORMS = [
     pytest.param(name, form, id=f"{name}-{form}")
@@ -388,7 +389,7 @@ class CopyCounter(TorchDispatchMode):
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 def test_sums_over_rows_are_fp32(base, backend, form):
     """Of 20,000 rows a sum in the base dtype would lose all digits; each is exact here up to its own rounding."""
-    if TABLE[backend].refusal(form, base, 1) is not None:
+    if TABLE[backend].refusal(form, base, 2, 3, CPU) is not None:
         form = "kept"
     M = 20_000
     case = Case((M,), 4, 6, 2, 3, adapter_bias=True)
@@ -423,12 +424,12 @@ def test_a_scaled_result_is_a_violation(name, scale):
 def test_refused_combinations_raise_and_name_the_reason():
     for name, form in [p.values for p in FORMS]:
         for dtype in (F16, BF16):
-            reason = TABLE[name].refusal(form, dtype, 5)
+            reason = TABLE[name].refusal(form, dtype, 3, 5, CPU)
             if reason is not None:
                 t, _ = operands(PLAIN, dtype)
                 with pytest.raises(ValueError, match=f"backend: '{name}' cannot serve this call: .*{dtype}"):
                     call(hk.hydra_linear, t, PLAIN, form=form, backend=name)
-                assert TABLE[name].refusal(form, dtype, 0) is None
+                assert TABLE[name].refusal(form, dtype, 3, 0, CPU) is None
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from . import aten
+from .gpu import TritonBackend
 from .interface import Backend
 
-TABLE: dict[str, Backend] = {"aten": aten}
+TABLE: dict[str, Backend] = {
+    "aten": aten,
+    "hybrid": TritonBackend(fused=False),
+    "triton": TritonBackend(fused=True),
+}
 NAMES = ("auto", "reference", *TABLE)
 
 

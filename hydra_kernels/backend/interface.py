@@ -52,7 +52,7 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine, or None."""
 
-    def refusal(self, form: str, dtype: torch.dtype, r_b: int) -> str | None:
+    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int, device: torch.device) -> str | None:
         """Why it cannot serve such a call, or None."""
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:

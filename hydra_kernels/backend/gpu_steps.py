@@ -1,0 +1,144 @@
+"""A forward and a backward of the composed form (see `aten`) as a sequence of kernels.
+
+forward     compose: D, C's rounding rest, d, U, u    triton: gemm          hybrid: down, then two GEMMs of cuBLAS
+backward    grad_z: dZ, partial dU, sums over rows    triton: gemm for dx   hybrid: two GEMMs of cuBLAS
+            grad_w: partial dD                        reduce: every other gradient
+
+So 2 + 4 launches on the fused path where every gradient is wanted, and fewer where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+
+import torch
+import triton
+from torch import Tensor
+
+from ..choice import LOW_PRECISION
+from ..kernels import configs, gemm, reduce, skinny
+from ..kernels.configs import Architecture
+from ..kernels.launch import Launch
+from .interface import Operands, Saved
+
+Run = Callable[[Launch], None]  # how a launch is carried out; a report collects them instead
+_ADAPTERS = ("A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias")
+
+
+def forward(
+    x: Tensor, op: Operands, needs: Set[str], fused: bool, tiles: Architecture, run: Run = Launch.run
+) -> tuple[Tensor, Operands, Saved]:
+    op = _contiguous(op)
+    precision = _precision(x.dtype)
+    (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
+    up_bias = op.A_up_bias is not None or op.B_up_bias is not None
+    down_bias = op.A_down_bias is not None or op.B_down_bias is not None or (op.bias is not None and op.r_b > 0)
+    D, U = x.new_empty(R, K), x.new_empty(N, R)
+    rest = x.new_empty(op.r_b, K) if op.r_b > 0 and (x.dtype in LOW_PRECISION or precision == "tf32") else None
+    d = x.new_empty(R, dtype=torch.float32) if down_bias else None
+    u = None
+    if up_bias or (fused and op.bias is not None):
+        u = x.new_empty(N, dtype=torch.float32 if fused else x.dtype)
+    adapters = {name: getattr(op, name) for name in _ADAPTERS}
+    scales = op.scale_a, op.scale_b
+    with_bias = fused and op.bias is not None
+    run(skinny.compose(op.weight, op.bias, adapters, scales, D, rest, d, U, u, with_bias, tiles.compose, precision))
+
+    saves_Z = not needs.isdisjoint(("A_up", "B_up", "scale_a", "scale_b"))
+    Z = x.new_empty(M, R) if saves_Z or not fused else None
+    if fused:
+        h = x.new_empty(M, N)
+        config = tiles.gemm(x.dtype)
+        run(gemm.forward(x, op.weight, u, D, rest, d, U, op.mask, op.mask_scale, h, Z, config, precision))
+    else:
+        run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, tiles.down, precision))
+        h = _around_cublas(x, op.weight, op.bias, Z, U, u)
+    saved = (
+        x if "A_down" in needs or "B_down" in needs else None,
+        Z if saves_Z else None,
+        D if "x" in needs else None,
+    )
+    return h, _for_backward(op, needs), saved
+
+
+def _around_cublas(x: Tensor, weight: Tensor, bias: Tensor | None, Z: Tensor, U: Tensor, u: Tensor | None) -> Tensor:
+    """x W0^T + Z U^T + (b0 + u)."""
+    if bias is None:
+        # The small part first: the GEMM adds to it before rounding, so small updates survive low precision.
+        h = Z @ U.t() if u is None else torch.addmm(u, Z, U.t())
+        return h.addmm_(x, weight.t())
+    # b0 may cancel W0 x, so the two must meet before anything is rounded, as in the naive layer.
+    h = torch.addmm(bias, x, weight.t()).addmm_(Z, U.t())
+    return h if u is None else h.add_(u)
+
+
+def backward(
+    G: Tensor, op: Operands, saved: Saved, needs: Set[str], fused: bool, tiles: Architecture, run: Run = Launch.run
+) -> dict[str, Tensor]:
+    x, Z, D = saved
+    precision = _precision(G.dtype)
+    (M, N), r_a, r_b, scales = G.shape, op.r_a, op.r_b, (op.scale_a, op.scale_b)
+    R = r_a + r_b
+    grads = {name: torch.empty_like(getattr(op, name)) for name in reduce.GRADIENTS if name in needs and name != "bias"}
+    if "bias" in needs:
+        grads["bias"] = G.new_empty(N)
+
+    def partial(wanted: bool, *shape: int) -> Tensor | None:
+        return G.new_empty(shape, dtype=torch.float32) if wanted else None
+
+    config = tiles.grad_z_for(M)
+    P, S = triton.cdiv(M, config.BLOCK_ROWS), 0 if x is None else tiles.splits(M, x.shape[1])
+    of_scales = "scale_a" in needs or "scale_b" in needs
+    z_sums = not needs.isdisjoint(("A_down_bias", "B_down_bias")) or (
+        r_b > 0 and ("bias" in needs or ("B_down" in needs and op.bias is not None))
+    )
+    partials = reduce.Partials(
+        dU=partial("A_up" in needs or "B_up" in needs, P, N, R),
+        g=partial(not needs.isdisjoint(("bias", "A_up_bias", "B_up_bias")), P, N),
+        z_sums=partial(z_sums, P, R),
+        scales=partial(of_scales, P, triton.cdiv(R, configs.rank_block(R)), 2),
+        dD=partial(x is not None, S, R, 0 if x is None else x.shape[1]),
+    )
+    dZ = G.new_empty(M, R) if z_sums or x is not None or "x" in needs else None
+    up_biases = (op.A_up_bias if "scale_a" in needs else None, op.B_up_bias if "scale_b" in needs else None)
+    run(skinny.grad_z(
+        G, (op.A_up, op.B_up), up_biases, scales, Z, op.mask, op.mask_scale,
+        dZ, partials.dU, partials.g, partials.z_sums, partials.scales, config, precision,
+    ))  # fmt: skip
+    dx = {}
+    if "x" in needs:
+        if fused:
+            dx["x"] = G.new_empty(M, D.shape[1])
+            run(gemm.dx(G, op.weight, dZ, D, dx["x"], tiles.gemm(G.dtype), precision))
+        else:
+            dx["x"] = (dZ @ D).addmm_(G, op.weight)
+    if partials.dD is not None:
+        run(skinny.grad_w(x, dZ, partials.dD, tiles.grad_w, precision))
+    if grads:
+        bias = op.bias if "B_down" in needs else None
+        shape = (N, 0 if x is None else x.shape[1], r_a, r_b)
+        weight = op.weight if "B_down" in needs else None
+        run(reduce.reduce(partials, P, weight, bias, op.B_down, scales, shape, grads, tiles.reduce, precision))
+    return grads | dx
+
+
+def _for_backward(op: Operands, needs: Set[str]) -> Operands:
+    through_W0 = "B_down" in needs
+    return op._replace(
+        weight=op.weight if through_W0 or "x" in needs else None, bias=op.bias if through_W0 else None
+    )
+
+
+def _contiguous(op: Operands) -> Operands:
+    """Adapters and mask as the kernels read them; weight may have any strides."""
+    mask = op.mask
+    if mask is not None:
+        mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()
+    small = {name: getattr(op, name) for name in (*_ADAPTERS, "bias")}
+    return op._replace(mask=mask, **{name: None if t is None else t.contiguous() for name, t in small.items()})
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How products of fp32 operands run: by torch's own setting for its GEMMs."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"

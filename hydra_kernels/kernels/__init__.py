@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. They know neither autograd nor modules; `configs` holds every tile."""

@@ -1,0 +1,85 @@
+"""What the kernels share on the device: products, rounding, scales, and loads from the two branches as if from one."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies bfloat16 as raw bits and truncates where hardware rounds to nearest even.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, with fp32 sums."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(v, dtype: tl.constexpr):
+    """v, which is fp32, to the nearest value of dtype, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = v.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+    return v.to(dtype)
+
+
+@triton.jit
+def leading(v, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """What of v, which is fp32, a product in dtype and PRECISION keeps: v - leading(v) is what it would lose."""
+    if dtype == tl.float32:
+        if PRECISION == "tf32":
+            bits = v.to(tl.int32, bitcast=True)
+            v = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return v
+    else:
+        return rounded(v, dtype)
+
+
+@triton.jit
+def store(ptrs, v, mask):
+    """v, which is fp32, rounded to what ptrs point to."""
+    tl.store(ptrs, rounded(v, ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scalar(s, LOADED: tl.constexpr):
+    """A scale in fp32, shape [1]: s is a number, or where LOADED is set a pointer to one."""
+    if LOADED:
+        s = tl.load(s)
+    return tl.full((1,), s, tl.float32)
+
+
+@triton.jit
+def scale_of_rank(scale_a, scale_b, offs_r, r_a, LOADED_A: tl.constexpr, LOADED_B: tl.constexpr):
+    """s_a for the ranks of the parallel branch, s_b for those of the sequential one: fp32, shaped like offs_r."""
+    return tl.where(offs_r < r_a, scalar(scale_a, LOADED_A), scalar(scale_b, LOADED_B))
+
+
+@triton.jit
+def load_up(A_up_ptr, B_up_ptr, offs_n, offs_r, N, r_a, r_b):
+    """[A_up, B_up] at offs_n and offs_r, in fp32; zero outside of [N, r_a + r_b]. An absent branch's pointer is None."""
+    mask_n = offs_n[:, None] < N
+    r = offs_r[None, :]
+    if A_up_ptr is not None:
+        a = tl.load(A_up_ptr + offs_n[:, None] * r_a + r, mask=mask_n & (r < r_a), other=0.0).to(tl.float32)
+    if B_up_ptr is not None:
+        mask_b = mask_n & (r >= r_a) & (r < r_a + r_b)
+        b = tl.load(B_up_ptr + offs_n[:, None] * r_b + (r - r_a), mask=mask_b, other=0.0).to(tl.float32)
+    if A_up_ptr is None:
+        return b
+    elif B_up_ptr is None:
+        return a
+    else:
+        return a + b
+
+
+@triton.jit
+def load_mask(mask_ptr, mask_scale, offs_m, offs_r, inside, R):
+    """The dropout mask times 1/(1-p) at offs_m and offs_r, in fp32."""
+    mask = tl.load(mask_ptr + offs_m[:, None] * R + offs_r[None, :], mask=inside, other=0.0)
+    return mask.to(tl.float32) * mask_scale

@@ -1,0 +1,49 @@
+"""A kernel with its grid and arguments: what runs, what the compile report compiles, and what tests count."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("hydra_kernels")
+_announced: set[tuple[Any, ...]] = set()
+
+
+class Launch(NamedTuple):
+    """``kernel`` over ``grid`` programs; ``arguments`` by the kernel's names."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Enqueues the kernel on the current stream of its tensors' device; an empty grid runs nothing."""
+        if 0 in self.grid:
+            return
+        tensors = [v for v in self.arguments.values() if isinstance(v, Tensor)]
+        self._announce(tensors)
+        device = tensors[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+    def _announce(self, tensors: list[Tensor]) -> None:
+        """Logs a first compilation, which takes seconds. Triton may find it in its cache of earlier runs."""
+        constants = [v for name, v in self.arguments.items() if name.isupper()]
+        key = (self.kernel.__name__, *(t.dtype for t in tensors), *constants, self.num_warps, self.num_stages)
+        if key not in _announced:
+            _announced.add(key)
+            _log.info("compiling %s for %s", self.kernel.__name__, tensors[0].dtype)
+
+
+def scale_arguments(scales: tuple[float | Tensor, float | Tensor]) -> dict[str, Any]:
+    """s_a and s_b as kernels take them: numbers, or tensors that the kernel loads, which the host never reads."""
+    names = ("scale_a", "scale_b"), ("LOADED_A", "LOADED_B")
+    return dict(zip(names[0], scales, strict=True)) | {
+        name: isinstance(s, Tensor) for name, s in zip(names[1], scales, strict=True)
+    }

@@ -1,0 +1,273 @@
+"""The last kernel of a backward: partial sums, in a fixed order, into gradients, and dB_down = T W0^T + sum dZ_b b0^T.
+
+From grad_z, over P blocks of rows:   dU [P, N, R], g = sum_m G [P, N], z = sum_m dZ [P, R], scales [P, ranks' blocks, 2]
+From grad_w, over S splits of rows:   dD [S, R, K]; its last r_b rows are T
+
+    dA_up = s_a dU_a    dA_down = dD_a    da_u = s_a g    da_d = z_a    ds_a from scales    (b likewise)
+    db0 = g + z_b B_down                  dB_down = T W0^T + z_b b0^T, T in two parts where products round it
+
+One launch: a program's number tells its job, the longest jobs first. Every sum runs in the same order each time.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import Reduce, rank_block
+from .language import dot, leading, scalar, store
+from .launch import Launch, scale_arguments
+
+
+@triton.jit
+def sum_of_partials(ptr, P, size, offs, mask, BLOCK_P: tl.constexpr):
+    """The elements at offs of P arrays of this size, summed over the arrays."""
+    total = tl.zeros((offs.shape[0],), tl.float32)
+    for p in range(0, P, BLOCK_P):
+        offs_p = p + tl.arange(0, BLOCK_P).to(tl.int64)
+        inside = (offs_p < P)[:, None] & mask[None, :]
+        total += tl.sum(tl.load(ptr + offs_p[:, None] * size + offs[None, :], mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def through_weight(
+    dD_ptr, z_sums_ptr, w_ptr, bias_ptr, dB_down_ptr,
+    pid, P, S, N, K, r_a, r_b, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dB_down [r_b, N] at one block of columns and ranks."""
+    R, blocks_n = r_a + r_b, tl.cdiv(N, BLOCK_N)
+    offs_n = (pid % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = (pid // blocks_n).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n, mask_r = offs_n < N, offs_r < r_b
+    dtype = w_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
+        mask_k = offs_k < K
+        T = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        for s in range(0, S):
+            T_ptrs = dD_ptr + (s * R + r_a + offs_r)[:, None] * K + offs_k[None, :]
+            T += tl.load(T_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+        w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
+        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        hi = leading(T, dtype, PRECISION)
+        acc = dot(hi, w, acc, PRECISION)
+        if dtype != tl.float32 or PRECISION == "tf32":
+            acc = dot(leading(T - hi.to(tl.float32), dtype, PRECISION), w, acc, PRECISION)
+    if bias_ptr is not None:
+        z = sum_of_partials(z_sums_ptr, P, R, r_a + offs_r, mask_r, BLOCK_P)
+        b0 = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        acc += z[:, None] * b0[None, :]
+    store(dB_down_ptr + offs_r[:, None] * N + offs_n[None, :], acc, mask_r[:, None] & mask_n[None, :])
+
+
+@triton.jit
+def up_gradients(
+    dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid, P, N, r_a, r_b,
+    LOADED_A: tl.constexpr, LOADED_B: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dA_up [N, r_a] and dB_up [N, r_b] at one block of the N R elements of dU."""
+    R = r_a + r_b
+    offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = offs < tl.full((1,), R, tl.int64) * N
+    dU = sum_of_partials(dU_ptr, P, tl.full((1,), R, tl.int64) * N, offs, inside, BLOCK_P)
+    n, r = offs // R, offs % R
+    if dA_up_ptr is not None:
+        store(dA_up_ptr + n * r_a + r, scalar(scale_a, LOADED_A) * dU, inside & (r < r_a))
+    if dB_up_ptr is not None:
+        store(dB_up_ptr + n * r_b + r - r_a, scalar(scale_b, LOADED_B) * dU, inside & (r >= r_a))
+
+
+@triton.jit
+def gradients_of_columns(
+    g_ptr, z_sums_ptr, B_down_ptr, scale_a, scale_b, dbias_ptr, dA_up_bias_ptr, dB_up_bias_ptr,
+    pid, P, N, r_a, r_b,
+    LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """db0, da_u and db_u [N] at one block."""
+    offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = offs < N
+    g = sum_of_partials(g_ptr, P, N, offs, inside, BLOCK_P)
+    if dA_up_bias_ptr is not None:
+        store(dA_up_bias_ptr + offs, scalar(scale_a, LOADED_A) * g, inside)
+    if dB_up_bias_ptr is not None:
+        store(dB_up_bias_ptr + offs, scalar(scale_b, LOADED_B) * g, inside)
+    if dbias_ptr is not None:
+        if B_down_ptr is not None:
+            for r in range(0, r_b, BLOCK_R):
+                offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+                mask_r = offs_r < r_b
+                z = sum_of_partials(z_sums_ptr, P, r_a + r_b, r_a + offs_r, mask_r, BLOCK_P)
+                down_ptrs = B_down_ptr + offs_r[:, None] * N + offs[None, :]
+                B_down = tl.load(down_ptrs, mask=mask_r[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                g += tl.sum(z[:, None] * B_down, 0)
+        store(dbias_ptr + offs, g, inside)
+
+
+@triton.jit
+def gradients_of_ranks(
+    z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, dscale_a_ptr, dscale_b_ptr,
+    P, scale_sums, r_a, r_b, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """da_d [r_a], db_d [r_b], ds_a and ds_b."""
+    R = r_a + r_b
+    if dA_down_bias_ptr is not None or dB_down_bias_ptr is not None:
+        for r in range(0, R, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+            z = sum_of_partials(z_sums_ptr, P, R, offs_r, offs_r < R, BLOCK_P)
+            if dA_down_bias_ptr is not None:
+                store(dA_down_bias_ptr + offs_r, z, offs_r < r_a)
+            if dB_down_bias_ptr is not None:
+                store(dB_down_bias_ptr + offs_r - r_a, z, (offs_r >= r_a) & (offs_r < R))
+    if scales_ptr is not None:
+        which = tl.arange(0, 2)
+        ds = sum_of_partials(scales_ptr, scale_sums, 2, which, which < 2, BLOCK_P)
+        if dscale_a_ptr is not None:
+            store(dscale_a_ptr, tl.sum(tl.where(which == 0, ds, 0.0), 0), None)
+        if dscale_b_ptr is not None:
+            store(dscale_b_ptr, tl.sum(tl.where(which == 1, ds, 0.0), 0), None)
+
+
+@triton.jit
+def reduce_kernel(
+    dU_ptr,  # partial sums, None where nothing needs them
+    g_ptr,
+    z_sums_ptr,
+    scales_ptr,
+    dD_ptr,
+    w_ptr,  # W0 [N, K] with strides
+    bias_ptr,  # b0 [N], or None
+    B_down_ptr,  # [r_b, N], or None
+    scale_a,
+    scale_b,
+    dA_down_ptr,  # gradients, None where not wanted
+    dA_up_ptr,
+    dB_down_ptr,
+    dB_up_ptr,
+    dA_down_bias_ptr,
+    dA_up_bias_ptr,
+    dB_down_bias_ptr,
+    dB_up_bias_ptr,
+    dscale_a_ptr,
+    dscale_b_ptr,
+    dbias_ptr,
+    end_weight,  # the first program number after each job
+    end_up,
+    end_down,
+    end_columns,
+    P,
+    S,
+    scale_sums,
+    N,
+    K,
+    r_a,
+    r_b,
+    stride_wn,
+    stride_wk,
+    LOADED_A: tl.constexpr,  # whether scale_a is a pointer
+    LOADED_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid < end_weight:
+        if dB_down_ptr is not None:
+            through_weight(
+                dD_ptr, z_sums_ptr, w_ptr, bias_ptr, dB_down_ptr, pid, P, S, N, K, r_a, r_b, stride_wn, stride_wk,
+                PRECISION, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_P,
+            )  # fmt: skip
+    elif pid < end_up:
+        if dU_ptr is not None:
+            up_gradients(
+                dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid - end_weight, P, N, r_a, r_b,
+                LOADED_A, LOADED_B, BLOCK_E, BLOCK_P,
+            )  # fmt: skip
+    elif pid < end_down:
+        if dA_down_ptr is not None:
+            offs = (pid - end_up).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+            inside = offs < tl.full((1,), r_a, tl.int64) * K
+            size = tl.full((1,), r_a + r_b, tl.int64) * K
+            dA_down = sum_of_partials(dD_ptr, S, size, offs, inside, BLOCK_P)
+            store(dA_down_ptr + offs, dA_down, inside)
+    elif pid < end_columns:
+        if g_ptr is not None:
+            gradients_of_columns(
+                g_ptr, z_sums_ptr, B_down_ptr, scale_a, scale_b, dbias_ptr, dA_up_bias_ptr, dB_up_bias_ptr,
+                pid - end_down, P, N, r_a, r_b, LOADED_A, LOADED_B, BLOCK_E, BLOCK_R, BLOCK_P,
+            )  # fmt: skip
+    else:
+        gradients_of_ranks(
+            z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, dscale_a_ptr, dscale_b_ptr,
+            P, scale_sums, r_a, r_b, BLOCK_R, BLOCK_P,
+        )  # fmt: skip
+
+
+# Every gradient it writes; dx is the GEMM's.
+GRADIENTS = (
+    *("A_down", "A_up", "B_down", "B_up"),
+    *("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias", "scale_a", "scale_b", "bias"),
+)
+
+
+class Partials(NamedTuple):
+    """What `grad_z` and `grad_w` leave, in fp32; None where nothing needs it."""
+
+    dU: Tensor | None  # [P, N, R]
+    g: Tensor | None  # [P, N]
+    z_sums: Tensor | None  # [P, R]
+    scales: Tensor | None  # [P, blocks of ranks, 2]
+    dD: Tensor | None  # [S, R, K]
+
+
+def reduce(
+    partials: Partials,
+    P: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    B_down: Tensor | None,
+    scales: tuple[float | Tensor, float | Tensor],
+    shape: tuple[int, int, int, int],
+    grads: dict[str, Tensor],
+    config: Reduce,
+    precision: str,
+) -> Launch:
+    """Fills grads, named as operands, from P partial sums; shape is (N, K, r_a, r_b)."""
+    N, K, r_a, r_b = shape
+    block_r = rank_block(r_b)
+
+    def programs(names: tuple[str, ...], size: int, block: int) -> int:
+        return triton.cdiv(size, block) if any(name in grads for name in names) else 0
+
+    counts = (
+        programs(("B_down",), N, config.BLOCK_N) * triton.cdiv(r_b, block_r),
+        programs(("A_up", "B_up"), N * (r_a + r_b), config.BLOCK_E),
+        programs(("A_down",), r_a * K, config.BLOCK_E),
+        programs(("bias", "A_up_bias", "B_up_bias"), N, config.BLOCK_E),
+        programs(("A_down_bias", "B_down_bias", "scale_a", "scale_b"), 1, 1),
+    )
+    ends = list(accumulate(counts))
+    arguments = {
+        **{"dU_ptr": partials.dU, "g_ptr": partials.g, "z_sums_ptr": partials.z_sums, "scales_ptr": partials.scales},
+        **{"dD_ptr": partials.dD, "w_ptr": weight, "bias_ptr": bias, "B_down_ptr": B_down},
+        **scale_arguments(scales),
+        **{f"d{name}_ptr": grads.get(name) for name in GRADIENTS},
+        **dict(zip(("end_weight", "end_up", "end_down", "end_columns"), ends, strict=False)),
+        **{"P": P, "S": 0 if partials.dD is None else len(partials.dD)},
+        **{"scale_sums": 0 if partials.scales is None else partials.scales.shape[0] * partials.scales.shape[1]},
+        **{"N": N, "K": K, "r_a": r_a, "r_b": r_b},
+        **dict(zip(("stride_wn", "stride_wk"), (0, 0) if weight is None else weight.stride(), strict=True)),
+        **{"PRECISION": precision, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "BLOCK_R": block_r},
+        **{"BLOCK_E": config.BLOCK_E, "BLOCK_P": config.BLOCK_P},
+    }
+    return Launch(reduce_kernel, (ends[-1],), arguments, config.num_warps, config.num_stages)
