@@ -26,10 +26,11 @@ _ADAPTERS = ("A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_
 
 
 def forward(
-    x: Tensor, op: Operands, needs: Set[str], fused: bool, tiles: Architecture, run: Run = Launch.run
+    x: Tensor, op: Operands, needs: Set[str], fused: bool, arch: Architecture, run: Run = Launch.run
 ) -> tuple[Tensor, Operands, Saved]:
     op = _contiguous(op)
     precision = _precision(x.dtype)
+    tiles = arch.tiles(x.dtype, precision, [x, op.weight])
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
     up_bias = op.A_up_bias is not None or op.B_up_bias is not None
     down_bias = op.A_down_bias is not None or op.B_down_bias is not None or (op.bias is not None and op.r_b > 0)
@@ -48,8 +49,7 @@ def forward(
     Z = x.new_empty(M, R) if saves_Z or not fused else None
     if fused:
         h = x.new_empty(M, N)
-        config = tiles.gemm(x.dtype)
-        run(gemm.forward(x, op.weight, u, D, rest, d, U, op.mask, op.mask_scale, h, Z, config, precision))
+        run(gemm.forward(x, op.weight, u, D, rest, d, U, op.mask, op.mask_scale, h, Z, tiles.gemm, precision))
     else:
         run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, tiles.down, precision))
         h = _around_cublas(x, op.weight, op.bias, Z, U, u)
@@ -73,10 +73,11 @@ def _around_cublas(x: Tensor, weight: Tensor, bias: Tensor | None, Z: Tensor, U:
 
 
 def backward(
-    G: Tensor, op: Operands, saved: Saved, needs: Set[str], fused: bool, tiles: Architecture, run: Run = Launch.run
+    G: Tensor, op: Operands, saved: Saved, needs: Set[str], fused: bool, arch: Architecture, run: Run = Launch.run
 ) -> dict[str, Tensor]:
     x, Z, D = saved
     precision = _precision(G.dtype)
+    tiles = arch.tiles(G.dtype, precision, [t for t in (G, x, op.weight) if t is not None])
     (M, N), r_a, r_b, scales = G.shape, op.r_a, op.r_b, (op.scale_a, op.scale_b)
     R = r_a + r_b
     grads = {name: torch.empty_like(getattr(op, name)) for name in reduce.GRADIENTS if name in needs and name != "bias"}
@@ -86,8 +87,8 @@ def backward(
     def partial(wanted: bool, *shape: int) -> Tensor | None:
         return G.new_empty(shape, dtype=torch.float32) if wanted else None
 
-    config = tiles.grad_z_for(M)
-    P, S = triton.cdiv(M, config.BLOCK_ROWS), 0 if x is None else tiles.splits(M, x.shape[1])
+    config = arch.grad_z(tiles, M)
+    P, S = triton.cdiv(M, config.BLOCK_ROWS), 0 if x is None else arch.splits(tiles, M, x.shape[1])
     of_scales = "scale_a" in needs or "scale_b" in needs
     z_sums = not needs.isdisjoint(("A_down_bias", "B_down_bias")) or (
         r_b > 0 and ("bias" in needs or ("B_down" in needs and op.bias is not None))
@@ -96,7 +97,7 @@ def backward(
         dU=partial("A_up" in needs or "B_up" in needs, P, N, R),
         g=partial(not needs.isdisjoint(("bias", "A_up_bias", "B_up_bias")), P, N),
         z_sums=partial(z_sums, P, R),
-        scales=partial(of_scales, P, triton.cdiv(R, configs.rank_block(R)), 2),
+        scales=partial(of_scales, P, R + 2),
         dD=partial(x is not None, S, R, 0 if x is None else x.shape[1]),
     )
     dZ = G.new_empty(M, R) if z_sums or x is not None or "x" in needs else None
@@ -109,7 +110,7 @@ def backward(
     if "x" in needs:
         if fused:
             dx["x"] = G.new_empty(M, D.shape[1])
-            run(gemm.dx(G, op.weight, dZ, D, dx["x"], tiles.gemm(G.dtype), precision))
+            run(gemm.dx(G, op.weight, dZ, D, dx["x"], tiles.gemm, precision))
         else:
             dx["x"] = (dZ @ D).addmm_(G, op.weight)
     if partials.dD is not None:

@@ -1,7 +1,7 @@
 """Every tile of every kernel: typed data by architecture, and why each number is what it is.
 
-`of` picks by compute capability; a GPU that is not listed gets the smallest shared memory and plain loads, which run
-on every one. No number here was measured on a GPU yet: they follow from the limits in the comments and from the compile
+`of` picks by compute capability; a GPU that is not listed gets plain loads and the smallest shared memory, which run on
+every one. No number here was measured on a GPU yet: they follow from the limits in the comments and from the compile
 report (`python -m benchmarks.compile_report`: no spills, shared memory within the limit).
 """
 
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 MAX_RANK_BLOCK = 64  # columns of R that a program holds: registers for an accumulator of 64 columns beside the GEMM's
 
@@ -26,8 +27,8 @@ class Gemm(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    GROUP_M: int = 8  # blocks of rows that share columns of W: 8 x 8 tiles of 16 bit fit every L2
-    descriptors: bool = False  # load through the tensor memory accelerator where operands are aligned
+    descriptors: bool = False  # load through the tensor memory accelerator
+    GROUP_M: int = 8  # blocks of rows that share columns of W: their tiles fit every L2
 
 
 class Skinny(NamedTuple):
@@ -46,78 +47,107 @@ class Reduce(NamedTuple):
     num_stages: int
 
 
+class Tiles(NamedTuple):
+    """One configuration of each kernel; ROWS and COLUMNS are those of W0 for compose, else of x or G."""
+
+    gemm: Gemm
+    compose: Skinny  # narrow, since only K / BLOCK_COLUMNS programs share W0
+    down: Skinny
+    grad_z: Skinny  # tall, since dU's partial sums cost 4 R / BLOCK_ROWS bytes for an element of G
+    grad_w: Skinny  # rows of a line of 128 bytes
+    reduce: Reduce
+
+
 class Architecture(NamedTuple):
-    """The tiles of one architecture; ``*_16`` for float16 and bfloat16, ``*_32`` for float32."""
+    """The tiles of one architecture, by what the operands allow."""
 
     name: str
-    gemm_16: Gemm
-    gemm_32: Gemm
-    compose: Skinny  # rows N, columns K: narrow, since only K / BLOCK_COLUMNS programs share W0
-    down: Skinny  # rows M, columns K
-    grad_z: Skinny  # rows M, columns N: tall, since dU's partial sums cost 4 R / BLOCK_ROWS bytes for an element of G
-    grad_z_few: Skinny  # the same below `programs` blocks of rows, where filling the GPU counts for more
-    grad_w: Skinny  # rows M, columns K: lines of 128 bytes
-    reduce: Reduce
+    half: Tiles  # aligned float16 and bfloat16
+    tf32: Tiles  # aligned float32 in tf32
+    small: Tiles  # anything else: single elements are loaded, or products run without matrix instructions
     programs: int  # that keep memory busy, about the number of multiprocessors
 
-    def gemm(self, dtype: torch.dtype) -> Gemm:
-        return self.gemm_32 if dtype == torch.float32 else self.gemm_16
+    def tiles(self, dtype: torch.dtype, precision: str, operands: list[Tensor]) -> Tiles:
+        """For products in dtype and precision ("ieee" or "tf32") of W0, x and G."""
+        if not all(map(aligned, operands)) or (dtype == torch.float32 and precision == "ieee"):
+            return self.small
+        return self.tf32 if dtype == torch.float32 else self.half
 
-    def grad_z_for(self, M: int) -> Skinny:
-        return self.grad_z if M >= self.programs * self.grad_z.BLOCK_ROWS // 2 else self.grad_z_few
+    def grad_z(self, tiles: Tiles, M: int) -> Skinny:
+        """Tall blocks of rows, unless they would leave half of the GPU without one."""
+        return tiles.grad_z if 2 * M >= self.programs * tiles.grad_z.BLOCK_ROWS else self.small.grad_z
 
-    def splits(self, M: int, K: int) -> int:
+    def splits(self, tiles: Tiles, M: int, K: int) -> int:
         """Into how many ranges of rows grad_w divides M: few partial sums, yet `programs` programs."""
-        columns = triton.cdiv(K, self.grad_w.BLOCK_COLUMNS)
-        return max(1, min(triton.cdiv(self.programs, columns), triton.cdiv(M, self.grad_w.BLOCK_ROWS)))
+        columns = triton.cdiv(K, tiles.grad_w.BLOCK_COLUMNS)
+        return max(1, min(triton.cdiv(self.programs, columns), triton.cdiv(M, tiles.grad_w.BLOCK_ROWS)))
 
 
-_SKINNY = {
-    "compose": Skinny(128, 32, 4, 3),
-    "down": Skinny(64, 64, 4, 4),
-    "grad_z": Skinny(128, 64, 4, 3),
-    "grad_z_few": Skinny(32, 64, 4, 4),
-    "grad_w": Skinny(128, 64, 4, 3),
-    "reduce": Reduce(32, 64, 256, 16, 4, 3),
-}
+def aligned(t: Tensor) -> bool:
+    """Rows of 16-byte lines, as wide loads and the tensor memory accelerator want them."""
+    row = t.stride(0) * t.element_size()
+    return t.stride(1) == 1 and t.stride(0) >= t.shape[1] and row % 16 == 0 and t.data_ptr() % 16 == 0
 
-# 164 KiB of shared memory a multiprocessor and 108 of them.
-SM80 = Architecture(
-    "sm_80", gemm_16=Gemm(128, 128, 32, 8, 4), gemm_32=Gemm(64, 64, 32, 4, 3), **_SKINNY, programs=108
+
+# 8 warps in grad_z: fewer would spill its tiles of R = 64 in full fp32.
+_SMALL = Tiles(
+    gemm=Gemm(64, 64, 16, 8, 3),
+    compose=Skinny(32, 32, 4, 2),
+    down=Skinny(32, 32, 4, 2),
+    grad_z=Skinny(32, 32, 8, 2),
+    grad_w=Skinny(32, 32, 4, 2),
+    reduce=Reduce(32, 64, 256, 16, 4, 2),
 )
+_HALF = Tiles(
+    gemm=Gemm(128, 128, 32, 8, 4),
+    compose=Skinny(128, 32, 4, 3),
+    down=Skinny(64, 64, 4, 4),
+    grad_z=Skinny(128, 32, 8, 3),
+    grad_w=Skinny(128, 64, 4, 3),
+    reduce=Reduce(32, 64, 256, 16, 4, 3),
+)
+# Elements of 4 bytes: half as many columns to a line, and grad_z's tall tile would spill at R = 64.
+_TF32 = _HALF._replace(
+    gemm=Gemm(128, 128, 16, 8, 3),
+    compose=Skinny(64, 32, 4, 3),
+    down=Skinny(64, 32, 4, 3),
+    grad_z=_SMALL.grad_z,
+    grad_w=Skinny(64, 32, 4, 3),
+)
+
+# 164 KiB of shared memory on each of 108 multiprocessors.
+SM80 = Architecture("sm_80", _HALF, _TF32, _SMALL, programs=108)
 # 100 KiB of shared memory: one stage less.
-SM86 = SM80._replace(name="sm_86", gemm_16=Gemm(128, 128, 32, 8, 3), programs=128)
-# wgmma wants two warpgroups on 128 x 256, loads through the tensor memory accelerator; 227 KiB of shared memory.
-SM90 = SM80._replace(
-    name="sm_90",
-    gemm_16=Gemm(128, 256, 64, 8, 3, descriptors=True),
-    gemm_32=Gemm(64, 64, 32, 4, 3, descriptors=True),
+SM86 = Architecture("sm_86", _HALF._replace(gemm=Gemm(128, 128, 32, 8, 3)), _TF32, _SMALL, programs=128)
+# wgmma wants two warpgroups on 128 x 256, loaded by the tensor memory accelerator; 227 KiB of shared memory.
+SM90 = Architecture(
+    "sm_90",
+    _HALF._replace(gemm=Gemm(128, 256, 64, 8, 3, descriptors=True), grad_z=Skinny(128, 64, 8, 3)),
+    _TF32,
+    _SMALL,
     programs=132,
 )
-# sm_120 has the shared memory of sm_86 and no wgmma; one set for both keeps to it.
-SM100 = SM86._replace(
-    name="sm_100",
-    gemm_16=Gemm(128, 128, 32, 8, 3, descriptors=True),
-    gemm_32=Gemm(64, 64, 32, 4, 3, descriptors=True),
-    programs=148,
+# The accumulators live in tensor memory, so registers leave room for a wide tile; 227 KiB of shared memory.
+SM100 = Architecture(
+    "sm_100", _HALF._replace(gemm=Gemm(128, 128, 64, 8, 3, descriptors=True)), _TF32, _SMALL, programs=148
 )
+# The shared memory and the matrix instructions of sm_86; descriptors would cost a stack frame.
+SM120 = SM86._replace(name="sm_120", programs=170)
 # Tiles so small that a test's shapes have several in each direction, and a remainder.
-INTERPRETER = Architecture(
-    "interpreter",
-    gemm_16=Gemm(32, 32, 16, 1, 1, GROUP_M=2, descriptors=True),
-    gemm_32=Gemm(32, 32, 16, 1, 1, GROUP_M=2, descriptors=True),
+_TINY = Tiles(
+    gemm=Gemm(32, 32, 16, 1, 1, descriptors=True, GROUP_M=2),
     compose=Skinny(32, 32, 1, 1),
     down=Skinny(32, 32, 1, 1),
     grad_z=Skinny(32, 32, 1, 1),
-    grad_z_few=Skinny(16, 32, 1, 1),
     grad_w=Skinny(16, 32, 1, 1),
     reduce=Reduce(16, 32, 128, 4, 1, 1),
-    programs=4,
 )
+_TINY_POINTERS = _TINY._replace(gemm=_TINY.gemm._replace(descriptors=False), grad_z=Skinny(16, 32, 1, 1))
+INTERPRETER = Architecture("interpreter", _TINY, _TINY, _TINY_POINTERS, programs=4)
 
-BY_CAPABILITY = {(8, 0): SM80, (8, 6): SM86, (8, 9): SM86, (9, 0): SM90, (10, 0): SM100, (12, 0): SM100}
+BY_CAPABILITY = {(8, 0): SM80, (8, 6): SM86, (8, 9): SM86, (9, 0): SM90, (10, 0): SM100, (12, 0): SM120}
 
 
 def of(capability: tuple[int, int] | None) -> Architecture:
-    """The tiles for a compute capability; None is the interpreter."""
+    """The tiles for a compute capability, those of sm_86 for one that is not listed; None is the interpreter."""
     return INTERPRETER if capability is None else BY_CAPABILITY.get(capability, SM86)

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Gemm, rank_block
-from .language import dot, load_mask, rounded
+from .language import dot, rounded
 from .launch import Launch
 
 
@@ -61,10 +61,11 @@ def gemm_kernel(
     pid_m = first_m + pid % (GROUP_M * blocks_n) % group
     pid_n = pid % (GROUP_M * blocks_n) // group
 
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, rows = pid_m.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
+    offs_m = first + rows
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
     if not DESCRIPTORS:
         block_k = tl.full((1, 1), BLOCK_K, tl.int64)
@@ -99,23 +100,22 @@ def gemm_kernel(
                 p = dot(x_tile, rest, p, PRECISION)
 
     dtype = out_ptr.dtype.element_ty
-    p_ptrs = p_ptr + offs_m[:, None] * R + offs_r[None, :] if p_ptr is not None else None
-    inside = mask_m[:, None] & mask_r[None, :]
+    inside, tile = mask_m[:, None] & mask_r[None, :], rows[:, None] * R + offs_r[None, :]
     if FORWARD:
         if d_ptr is not None:
             p += tl.load(d_ptr + offs_r, mask=mask_r, other=0.0)[None, :]
         if mask_ptr is not None:
-            p *= load_mask(mask_ptr, mask_scale, offs_m, offs_r, inside, R)
+            p *= tl.load(mask_ptr + first * R + tile, mask=inside, other=0.0).to(tl.float32) * mask_scale
         p = rounded(p, dtype)
         if p_ptr is not None and pid_n == 0:
-            tl.store(p_ptrs, p, mask=inside)
+            tl.store(p_ptr + first * R + tile, p, mask=inside)
     else:
-        p = tl.load(p_ptrs, mask=inside, other=0.0)
+        p = tl.load(p_ptr + first * R + tile, mask=inside, other=0.0)
     q_ptrs = q_ptr + offs_r[:, None] * stride_qr + offs_n[None, :] * stride_qn
     acc = dot(p, tl.load(q_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0), acc, PRECISION)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-    out_ptrs = out_ptr + offs_m[:, None] * N + offs_n[None, :]
+    out_ptrs = out_ptr + first * N + (rows[:, None] * N + offs_n[None, :])
     tl.store(out_ptrs, rounded(acc, dtype), mask=mask_m[:, None] & mask_n[None, :])
 
 
@@ -168,18 +168,11 @@ def dx(G: Tensor, weight: Tensor, dZ: Tensor, D: Tensor, out: Tensor, config: Ge
 def _operands(
     x: Tensor, weight: Tensor, w_block: tuple[int, int], config: Gemm
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, bool]:
-    """Both as tensor descriptors where the architecture has them and rows and bases are aligned, else both pointers."""
-    if not (config.descriptors and _describable(x) and _describable(weight)):
+    """Both as tensor descriptors, or both as they are."""
+    if not config.descriptors:
         return x, weight, False
     x_desc = TensorDescriptor(x, list(x.shape), list(x.stride()), [config.BLOCK_M, config.BLOCK_K])
     return x_desc, TensorDescriptor(weight, list(weight.shape), list(weight.stride()), list(w_block)), True
-
-
-def _describable(t: Tensor) -> bool:
-    """What the copy engine takes: unit inner stride, rows and base aligned to 16 bytes, sizes of 32 bits."""
-    row = t.stride(0) * t.element_size()
-    aligned = t.data_ptr() % 16 == 0 and row % 16 == 0 and row > 0
-    return t.stride(1) == 1 and aligned and t.stride(0) >= t.shape[1] and max(t.shape) < 2**31
 
 
 def _launch(M: int, N: int, R: int, arguments: dict, config: Gemm) -> Launch:

@@ -61,25 +61,18 @@ def scale_of_rank(scale_a, scale_b, offs_r, r_a, LOADED_A: tl.constexpr, LOADED_
 
 
 @triton.jit
-def load_up(A_up_ptr, B_up_ptr, offs_n, offs_r, N, r_a, r_b):
-    """[A_up, B_up] at offs_n and offs_r, in fp32; zero outside of [N, r_a + r_b]. An absent branch's pointer is None."""
-    mask_n = offs_n[:, None] < N
-    r = offs_r[None, :]
+def load_up(A_up_ptr, B_up_ptr, n, N, offs_r, r_a, r_b, BLOCK_N: tl.constexpr):
+    """[A_up, B_up] at BLOCK_N rows from n on and the ranks offs_r, in fp32; zero outside. An absent branch is None."""
+    first, rows, r = tl.full((1, 1), n, tl.int64), tl.arange(0, BLOCK_N)[:, None], offs_r[None, :]
+    mask_n = first + rows < N
     if A_up_ptr is not None:
-        a = tl.load(A_up_ptr + offs_n[:, None] * r_a + r, mask=mask_n & (r < r_a), other=0.0).to(tl.float32)
+        a = tl.load(A_up_ptr + first * r_a + (rows * r_a + r), mask=mask_n & (r < r_a), other=0.0).to(tl.float32)
     if B_up_ptr is not None:
         mask_b = mask_n & (r >= r_a) & (r < r_a + r_b)
-        b = tl.load(B_up_ptr + offs_n[:, None] * r_b + (r - r_a), mask=mask_b, other=0.0).to(tl.float32)
+        b = tl.load(B_up_ptr + first * r_b + (rows * r_b + (r - r_a)), mask=mask_b, other=0.0).to(tl.float32)
     if A_up_ptr is None:
         return b
     elif B_up_ptr is None:
         return a
     else:
         return a + b
-
-
-@triton.jit
-def load_mask(mask_ptr, mask_scale, offs_m, offs_r, inside, R):
-    """The dropout mask times 1/(1-p) at offs_m and offs_r, in fp32."""
-    mask = tl.load(mask_ptr + offs_m[:, None] * R + offs_r[None, :], mask=inside, other=0.0)
-    return mask.to(tl.float32) * mask_scale

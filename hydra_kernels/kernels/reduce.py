@@ -1,6 +1,6 @@
 """The last kernel of a backward: partial sums, in a fixed order, into gradients, and dB_down = T W0^T + sum dZ_b b0^T.
 
-From grad_z, over P blocks of rows:   dU [P, N, R], g = sum_m G [P, N], z = sum_m dZ [P, R], scales [P, ranks' blocks, 2]
+From grad_z, over P blocks of rows:   dU [P, N, R], g = sum_m G [P, N], z = sum_m dZ [P, R], scales [P, R + 2]
 From grad_w, over S splits of rows:   dD [S, R, K]; its last r_b rows are T
 
     dA_up = s_a dU_a    dA_down = dD_a    da_u = s_a g    da_d = z_a    ds_a from scales    (b likewise)
@@ -114,7 +114,7 @@ def gradients_of_columns(
 @triton.jit
 def gradients_of_ranks(
     z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, dscale_a_ptr, dscale_b_ptr,
-    P, scale_sums, r_a, r_b, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    P, r_a, r_b, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """da_d [r_a], db_d [r_b], ds_a and ds_b."""
     R = r_a + r_b
@@ -127,12 +127,18 @@ def gradients_of_ranks(
             if dB_down_bias_ptr is not None:
                 store(dB_down_bias_ptr + offs_r - r_a, z, (offs_r >= r_a) & (offs_r < R))
     if scales_ptr is not None:
-        which = tl.arange(0, 2)
-        ds = sum_of_partials(scales_ptr, scale_sums, 2, which, which < 2, BLOCK_P)
+        ds_a = tl.zeros((BLOCK_R,), tl.float32)
+        ds_b = tl.zeros((BLOCK_R,), tl.float32)
+        for r in range(0, R + 2, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            ds = sum_of_partials(scales_ptr, P, R + 2, offs_r, offs_r < R + 2, BLOCK_P)
+            of_a = (offs_r < r_a) | (offs_r == R)
+            ds_a += tl.where(of_a, ds, 0.0)
+            ds_b += tl.where(of_a, 0.0, ds)
         if dscale_a_ptr is not None:
-            store(dscale_a_ptr, tl.sum(tl.where(which == 0, ds, 0.0), 0), None)
+            store(dscale_a_ptr, tl.sum(ds_a, 0), None)
         if dscale_b_ptr is not None:
-            store(dscale_b_ptr, tl.sum(tl.where(which == 1, ds, 0.0), 0), None)
+            store(dscale_b_ptr, tl.sum(ds_b, 0), None)
 
 
 @triton.jit
@@ -164,7 +170,6 @@ def reduce_kernel(
     end_columns,
     P,
     S,
-    scale_sums,
     N,
     K,
     r_a,
@@ -209,7 +214,7 @@ def reduce_kernel(
     else:
         gradients_of_ranks(
             z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, dscale_a_ptr, dscale_b_ptr,
-            P, scale_sums, r_a, r_b, BLOCK_R, BLOCK_P,
+            P, r_a, r_b, BLOCK_R, BLOCK_P,
         )  # fmt: skip
 
 
@@ -226,7 +231,7 @@ class Partials(NamedTuple):
     dU: Tensor | None  # [P, N, R]
     g: Tensor | None  # [P, N]
     z_sums: Tensor | None  # [P, R]
-    scales: Tensor | None  # [P, blocks of ranks, 2]
+    scales: Tensor | None  # [P, R + 2]
     dD: Tensor | None  # [S, R, K]
 
 
@@ -264,7 +269,6 @@ def reduce(
         **{f"d{name}_ptr": grads.get(name) for name in GRADIENTS},
         **dict(zip(("end_weight", "end_up", "end_down", "end_columns"), ends, strict=False)),
         **{"P": P, "S": 0 if partials.dD is None else len(partials.dD)},
-        **{"scale_sums": 0 if partials.scales is None else partials.scales.shape[0] * partials.scales.shape[1]},
         **{"N": N, "K": K, "r_a": r_a, "r_b": r_b},
         **dict(zip(("stride_wn", "stride_wk"), (0, 0) if weight is None else weight.stride(), strict=True)),
         **{"PRECISION": precision, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "BLOCK_R": block_r},

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Skinny, rank_block
-from .language import dot, leading, load_mask, load_up, rounded, scalar, scale_of_rank, store
+from .language import dot, leading, load_up, rounded, scalar, scale_of_rank, store
 from .launch import Launch, scale_arguments
 
 
@@ -73,11 +73,13 @@ def compose_rows(
     WITH_BIAS: tl.constexpr, LOADED_A: tl.constexpr, LOADED_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """U at one block of rows and the ranks offs_r, and u with the first ranks."""
-    offs_n = pid.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n, R = offs_n < N, r_a + r_b
-    U = load_up(A_up_ptr, B_up_ptr, offs_n, offs_r, N, r_a, r_b)
+    first = pid.to(tl.int64) * BLOCK_N
+    rows, R = tl.arange(0, BLOCK_N), r_a + r_b
+    offs_n = first + rows
+    mask_n = offs_n < N
+    U = load_up(A_up_ptr, B_up_ptr, first, N, offs_r, r_a, r_b, BLOCK_N)
     U *= scale_of_rank(scale_a, scale_b, offs_r, r_a, LOADED_A, LOADED_B)[None, :]
-    store(U_ptr + offs_n[:, None] * R + offs_r[None, :], U, mask_n[:, None] & (offs_r < R)[None, :])
+    store(U_ptr + first * R + (rows[:, None] * R + offs_r[None, :]), U, mask_n[:, None] & (offs_r < R)[None, :])
     if u_ptr is not None:
         u = tl.zeros((BLOCK_N,), tl.float32)
         if WITH_BIAS:
@@ -156,8 +158,8 @@ def down_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first, rows = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
+    offs_m, offs_r = first + rows, tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -171,12 +173,12 @@ def down_kernel(
             rest_ptrs = rest_ptr + (offs_r - r_a)[None, :] * K + offs_k[:, None]
             mask_b = mask_r & (offs_r >= r_a)
             z = dot(x, tl.load(rest_ptrs, mask=mask_k[:, None] & mask_b[None, :], other=0.0), z, PRECISION)
-    inside = mask_m[:, None] & mask_r[None, :]
+    inside, tile = mask_m[:, None] & mask_r[None, :], rows[:, None] * R + offs_r[None, :]
     if d_ptr is not None:
         z += tl.load(d_ptr + offs_r, mask=mask_r, other=0.0)[None, :]
     if mask_ptr is not None:
-        z *= load_mask(mask_ptr, mask_scale, offs_m, offs_r, inside, R)
-    tl.store(Z_ptr + offs_m[:, None] * R + offs_r[None, :], rounded(z, Z_ptr.dtype.element_ty), mask=inside)
+        z *= tl.load(mask_ptr + first * R + tile, mask=inside, other=0.0).to(tl.float32) * mask_scale
+    store(Z_ptr + first * R + tile, z, inside)
 
 
 @triton.jit
@@ -195,7 +197,7 @@ def grad_z_kernel(
     dU_ptr,  # [P, N, R] fp32, written, or None; P = blocks of rows
     g_ptr,  # [P, N] fp32: sum_m G, written, or None
     z_sums_ptr,  # [P, R] fp32: sum_m dZ, written, or None
-    scales_ptr,  # [P, blocks of ranks, 2] fp32, written, or None
+    scales_ptr,  # [P, R + 2] fp32, written, or None: <G [A_up, B_up], Z> by rank, <G, a_u> and <G, b_u>
     M,
     N,
     r_a,
@@ -209,52 +211,51 @@ def grad_z_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    pid, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    R = r_a + r_b
-    offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    pid, pid_r, R = tl.program_id(0).to(tl.int64), tl.program_id(1), r_a + r_b
+    first, rows = pid * BLOCK_M, tl.arange(0, BLOCK_M)
+    offs_m, offs_r = first + rows, pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
-    inside = mask_m[:, None] & mask_r[None, :]
+    inside, tile = mask_m[:, None] & mask_r[None, :], rows[:, None] * R + offs_r[None, :]
     dtype = G_ptr.dtype.element_ty
     dz = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    ds_a = tl.zeros((BLOCK_M,), tl.float32)
-    ds_b = tl.zeros((BLOCK_M,), tl.float32)
+    ds_a = tl.zeros((BLOCK_N,), tl.float32)
+    ds_b = tl.zeros((BLOCK_N,), tl.float32)
     if Z_ptr is not None:
-        z = tl.load(Z_ptr + offs_m[:, None] * R + offs_r[None, :], mask=inside, other=0.0)
+        z = tl.load(Z_ptr + first * R + tile, mask=inside, other=0.0)
     for n in range(0, N, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N).to(tl.int64)
         mask_n = offs_n < N
         G_ptrs = G_ptr + offs_m[:, None] * stride_gm + offs_n[None, :] * stride_gn
         G = tl.load(G_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         if dZ_ptr is not None or scales_ptr is not None:
-            up = rounded(load_up(A_up_ptr, B_up_ptr, offs_n, offs_r, N, r_a, r_b), dtype)
+            up = rounded(load_up(A_up_ptr, B_up_ptr, n, N, offs_r, r_a, r_b, BLOCK_N), dtype)
             dz = dot(G, up, dz, PRECISION)
         if dU_ptr is not None:
             dU = dot(tl.trans(G), z, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), PRECISION)
-            dU_ptrs = dU_ptr + (pid * N + offs_n)[:, None] * R + offs_r[None, :]
+            columns = tl.arange(0, BLOCK_N)[:, None]
+            dU_ptrs = dU_ptr + (pid * N + n) * R + (columns * R + offs_r[None, :])
             tl.store(dU_ptrs, dU, mask=mask_n[:, None] & mask_r[None, :])
-        if g_ptr is not None and pid_r == 0:
-            tl.store(g_ptr + pid * N + offs_n, tl.sum(G.to(tl.float32), 0), mask=mask_n)
-        if A_up_bias_ptr is not None and pid_r == 0:
-            a_u = tl.load(A_up_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            ds_a += tl.sum(G.to(tl.float32) * a_u[None, :], 1)
-        if B_up_bias_ptr is not None and pid_r == 0:
-            b_u = tl.load(B_up_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            ds_b += tl.sum(G.to(tl.float32) * b_u[None, :], 1)
+        if g_ptr is not None or A_up_bias_ptr is not None or B_up_bias_ptr is not None:
+            g, mask_g = tl.sum(G.to(tl.float32), 0), mask_n & (pid_r == 0)
+            if g_ptr is not None:
+                tl.store(g_ptr + pid * N + offs_n, g, mask=mask_g)
+            if A_up_bias_ptr is not None:
+                ds_a += g * tl.load(A_up_bias_ptr + offs_n, mask=mask_g, other=0.0).to(tl.float32)
+            if B_up_bias_ptr is not None:
+                ds_b += g * tl.load(B_up_bias_ptr + offs_n, mask=mask_g, other=0.0).to(tl.float32)
 
     if scales_ptr is not None:
-        of_scale = dz * z.to(tl.float32)
-        scales_ptrs = scales_ptr + (pid * tl.num_programs(1) + pid_r) * 2
-        of_a = tl.sum(tl.where((offs_r < r_a)[None, :], of_scale, 0.0), 1)
-        of_b = tl.sum(tl.where((offs_r >= r_a)[None, :], of_scale, 0.0), 1)
-        tl.store(scales_ptrs, tl.sum(ds_a + of_a, 0))
-        tl.store(scales_ptrs + 1, tl.sum(ds_b + of_b, 0))
+        # A column a rank: summed over them here, compilation for sm_100 fails (Triton 3.6).
+        tl.store(scales_ptr + pid * (R + 2) + offs_r, tl.sum(dz * z.to(tl.float32), 0), mask=mask_r)
+        if pid_r == 0:
+            tl.store(scales_ptr + pid * (R + 2) + R, tl.sum(ds_a, 0))
+            tl.store(scales_ptr + pid * (R + 2) + R + 1, tl.sum(ds_b, 0))
     if dZ_ptr is not None:
         dz *= scale_of_rank(scale_a, scale_b, offs_r, r_a, LOADED_A, LOADED_B)[None, :]
         if mask_ptr is not None:
-            dz *= load_mask(mask_ptr, mask_scale, offs_m, offs_r, inside, R)
+            dz *= tl.load(mask_ptr + first * R + tile, mask=inside, other=0.0).to(tl.float32) * mask_scale
         dz_rounded = rounded(dz, dtype)
-        tl.store(dZ_ptr + offs_m[:, None] * R + offs_r[None, :], dz_rounded, mask=inside)
+        tl.store(dZ_ptr + first * R + tile, dz_rounded, mask=inside)
         if z_sums_ptr is not None:
             # Of the rounded dZ, as in dZ^T x: where b0 cancels W0 x the two sums must cancel too.
             tl.store(z_sums_ptr + pid * R + offs_r, tl.sum(dz_rounded.to(tl.float32), 0), mask=mask_r)
@@ -278,14 +279,15 @@ def grad_w_kernel(
 ):
     split = tl.program_id(1).to(tl.int64)
     offs_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < K, offs_r < R
     last = min((split + 1) * rows, M)
     dD = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for m in range(0, rows, BLOCK_M):
-        offs_m = split * rows + m + tl.arange(0, BLOCK_M)
+        first = split * rows + m
+        offs_m = first + tl.arange(0, BLOCK_M)
         mask_m = offs_m < last
-        dZ_ptrs = dZ_ptr + offs_m[:, None] * R + offs_r[None, :]
+        dZ_ptrs = dZ_ptr + first * R + (tl.arange(0, BLOCK_M)[:, None] * R + offs_r[None, :])
         dZ = tl.load(dZ_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
