@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -28,12 +29,13 @@ SERVED = [
     for dtypes in DTYPES
     if name != "reference" and reason is None and TABLE[name].refusal(form, dtypes[0], 1, 1, CPU) is None
 ]
-FORMS = [
-    pytest.param(name, form, id=f"{name}-{form}")
-    for name, reason in hk.backends().items()
-    for form in ("composed", "kept")
-    if name != "reference" and reason is None
-]
+FORMS = [p for p in SERVED if p.values[2] == (F32, F32)]
+FORMS = [pytest.param(*p.values[:2], id="-".join(p.values[:2])) for p in FORMS]
+
+
+def finest(backend: str) -> torch.dtype:
+    """The most exact dtype that a backend has kernels for."""
+    return F32 if TABLE[backend].refusal("composed", F64, 1, 1, CPU) else F64
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +70,9 @@ def three_ways(case: Case, backend: str, form: str, dtypes, wanted: set[str] | N
     return true, naive, ours
 
 
-def compare(case: Case, backend: str, form: str, dtypes=(F64, F64), wanted: set[str] | None = None, seed: int = 0):
-    """Asserts the rule of tests/oracle.py."""
+def compare(case: Case, backend: str, form: str, dtypes=None, wanted: set[str] | None = None, seed: int = 0):
+    """Asserts the rule of tests/oracle.py, in the backend's finest dtype unless others are given."""
+    dtypes = dtypes or (finest(backend),) * 2
     true, naive, ours = three_ways(case, backend, form, dtypes, wanted, seed)
     assert not violations(ours, naive, true, dtypes[0])
 
@@ -77,7 +80,12 @@ def compare(case: Case, backend: str, form: str, dtypes=(F64, F64), wanted: set[
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("backend", "form", "dtypes"), SERVED)
 def test_output_and_every_gradient(case, backend, form, dtypes):
-    compare(case, backend, form, dtypes)
+    reason = TABLE[backend].refusal(form, dtypes[0], case.r_a, case.r_b, CPU)
+    if reason is None:
+        compare(case, backend, form, dtypes)
+    else:
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            compare(case, backend, form, dtypes)
 
 
 @pytest.mark.parametrize("case", ROUNDING, ids=str)
@@ -92,7 +100,8 @@ def test_cancelling_bias_and_huge_channels(case, seed, backend, form, dtypes):
 def test_cancelling_bias_and_huge_channels_in_fp32(case, backend, form):
     """The rule holds for the median of many draws: in fp32 the composed form errs up to 1.6 times as much as the naive
     layer where b0 cancels, so that a single draw says little."""
-    draws = [three_ways(case, backend, form, (F32, F32), seed=seed) for seed in range(31)]
+    seeds = range(31 if backend == "aten" else 9)  # the interpreter is slow
+    draws = [three_ways(case, backend, form, (F32, F32), seed=seed) for seed in seeds]
     assert median_violations(((ours, naive, true) for true, naive, ours in draws), F32) == []
 
 
@@ -148,6 +157,7 @@ def test_any_subset_of_gradients(wanted, backend, form):
     compare(EVERYTHING, backend, form, wanted=wanted)
 
 
+@pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision:UserWarning")
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 @pytest.mark.parametrize("r_a", [0, 3])
 @pytest.mark.parametrize("r_b", [0, 5])
@@ -155,14 +165,18 @@ def test_any_subset_of_gradients(wanted, backend, form):
 def test_gradcheck(backend, form, r_a, r_b, bias):
     if r_a + r_b == 0:
         r_a = 1
-    case = replace(EVERYTHING, lead=(4,), K=6, N=5, r_a=r_a, r_b=r_b, bias=bias)
-    t, _ = operands(case, F64)
+    dtype = finest(backend)
+    lead, K, N = ((4,), 6, 5) if dtype == F64 else ((2,), 3, 4)
+    case = replace(EVERYTHING, lead=lead, K=K, N=N, r_a=r_a, r_b=r_b, bias=bias)
+    t, _ = operands(case, dtype)
     names = sorted(trainable(t))
 
     def function(*values):
         return call(hk.hydra_linear, {**t, **dict(zip(names, values, strict=True))}, case, form=form, backend=backend)
 
-    assert torch.autograd.gradcheck(function, [t[name].requires_grad_() for name in names])
+    # h is affine in each operand, so that a long step is exact but for rounding.
+    limits = {} if dtype == F64 else {"eps": 0.5, "atol": 1e-4, "rtol": 1e-4}
+    assert torch.autograd.gradcheck(function, [t[name].requires_grad_() for name in names], **limits)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -200,7 +214,7 @@ def test_backward_twice_gives_the_same_bits(backend, form):
 
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 def test_double_backward_is_refused(backend, form):
-    t, _ = operands(PLAIN, F64)
+    t, _ = operands(PLAIN, finest(backend))
     x = t["x"].requires_grad_()
     h = call(hk.hydra_linear, t, PLAIN, form=form, backend=backend)
     with pytest.raises(RuntimeError, match=r"create_graph=True.*backend='reference'"):
@@ -220,7 +234,8 @@ def test_reference_backend_is_differentiable_twice():
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 def test_output_may_be_changed_in_place(case, backend, form):
     """As after nn.Linear: neither y0 nor h may alias what the backward reads."""
-    t, G = operands(case, F64)
+    dtype = finest(backend)
+    t, G = operands(case, dtype)
 
     def squared(function, t, **options):
         h = call(function, t, case, **options)
@@ -228,22 +243,25 @@ def test_output_may_be_changed_in_place(case, backend, form):
         return h
 
     wanted = trainable(t)
-    expected = differentiate(lambda t: squared(hk.reference.hydra_linear, t), t, G, wanted)
+    true_operands = {name: v.double() for name, v in t.items()}
+    true = differentiate(lambda t: squared(hk.reference.hydra_linear, t), true_operands, G.double(), wanted)
+    naive = differentiate(lambda t: squared(hk.reference.hydra_linear, t), t, G, wanted)
     got = differentiate(lambda t: squared(hk.hydra_linear, t, form=form, backend=backend), t, G, wanted)
-    assert not violations(got, expected, expected, F64)
+    assert not violations(got, naive, true, dtype)
 
 
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 def test_dropout_is_the_generators(backend, form):
     """The drawn mask drops p of the bottleneck and scales the rest by 1/(1-p), in dx as in h; seeds reproduce it."""
-    K = N = R = 64
+    dtype, K = finest(backend), 32
+    N = R = K
     p, M = 0.3, 500
-    x = torch.ones(M, K, dtype=F64, requires_grad=True)
-    A_down = torch.eye(R, K, dtype=F64)
-    B_down = torch.eye(R, N, dtype=F64)
+    x = torch.ones(M, K, dtype=dtype, requires_grad=True)
+    A_down = torch.eye(R, K, dtype=dtype)
+    B_down = torch.eye(R, N, dtype=dtype)
     # y0 is zero but for b0 = 1, so that Z is the mask itself and h adds up each branch's part in its own columns.
-    weight, bias = torch.zeros(N, K, dtype=F64), torch.ones(N, dtype=F64)
-    A_up, B_up = torch.eye(N, R, dtype=F64), 10 * torch.eye(N, R, dtype=F64)
+    weight, bias = torch.zeros(N, K, dtype=dtype), torch.ones(N, dtype=dtype)
+    A_up, B_up = torch.eye(N, R, dtype=dtype), 10 * torch.eye(N, R, dtype=dtype)
 
     def run(seed, **options):
         torch.manual_seed(seed)
@@ -252,13 +270,13 @@ def test_dropout_is_the_generators(backend, form):
         )
 
     h = run(1)
-    levels = torch.tensor([0.0, 1.0, 10.0, 11.0], dtype=F64) / (1 - p) + 1
-    assert ((h[..., None] - levels).abs().min(-1).values < 1e-12).all()
-    kept_a = (h - 1) * (1 - p) % 10 > 0.5
+    levels = torch.tensor([0.0, 1.0, 10.0, 11.0], dtype=dtype) / (1 - p) + 1
+    assert ((h[..., None] - levels).abs().min(-1).values < 100 * torch.finfo(dtype).eps).all()
+    kept_a = ((h - 1) * (1 - p)).round() % 10 == 1
     share = kept_a.double().mean().item()
     assert abs(share - (1 - p)) < 5 * (p * (1 - p) / kept_a.numel()) ** 0.5
     (dx,) = torch.autograd.grad(h.sum(), x)
-    torch.testing.assert_close(dx, kept_a.double() / (1 - p), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dx, kept_a.to(dtype) / (1 - p), rtol=1e-6, atol=1e-6)
     assert torch.equal(run(1), h)
     assert not torch.equal(run(2), h)
     assert torch.equal(run(3, training=False), torch.full_like(h, 12.0))
@@ -279,8 +297,8 @@ class ProductCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("backend", "form"), FORMS)
-def test_nothing_is_computed_for_what_needs_no_gradient(backend, form):
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_nothing_is_computed_for_what_needs_no_gradient(form):
     """Multiply-adds of the backward, counted: exactly the products that the wanted gradients need."""
     M, K, N, r_a, r_b = 64, 32, 48, 2, 3
     case = Case((M,), K, N, r_a, r_b, bias=False)
@@ -298,7 +316,7 @@ def test_nothing_is_computed_for_what_needs_no_gradient(backend, form):
     for name, expected in needed.items():
         t, G = operands(case, F32)
         t[name].requires_grad_()
-        h = call(hk.hydra_linear, t, case, form=form, backend=backend)
+        h = call(hk.hydra_linear, t, case, form=form, backend="aten")
         with ProductCounter() as counter:
             h.backward(G)
         assert counter.multiply_adds == expected, name
@@ -356,22 +374,23 @@ def test_autocasts_copy_of_the_weight_is_kept_only_where_it_is_read():
 def test_a_frozen_operand_that_no_gradient_reads_may_change_before_the_backward(backend, form):
     """As after nn.Linear, whose backward does not read its bias, nor its weight where x needs no gradient."""
     case = replace(PLAIN, r_b=0)
-    t, G = operands(case, F64)
+    dtype = finest(backend)
+    t, G = operands(case, dtype)
     t["A_down"].requires_grad_()
     h = call(hk.hydra_linear, t, case, form=form, backend=backend)
     t["weight"].zero_()
     t["bias"].zero_()
     h.backward(G)
-    torch.testing.assert_close(t["A_down"].grad, (G @ t["A_up"]).t() @ t["x"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(t["A_down"].grad, (G @ t["A_up"]).t() @ t["x"], rtol=64 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize(("backend", "form"), FORMS)
-def test_a_strided_gradient_that_blas_takes_is_not_copied(backend, form, layout):
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_a_strided_gradient_that_blas_takes_is_not_copied(form, layout):
     t, G = operands(PLAIN, F64)
     wide = torch.cat([G, G], 1)[:, : G.shape[1]] if layout == "rows" else G.t().contiguous().t()
     t["x"].requires_grad_()
-    h = call(hk.hydra_linear, t, PLAIN, form=form, backend=backend)
+    h = call(hk.hydra_linear, t, PLAIN, form=form, backend="aten")
     with CopyCounter() as counter:
         h.backward(wide)
     assert counter.copies == 0
@@ -388,10 +407,10 @@ class CopyCounter(TorchDispatchMode):
 @pytest.mark.parametrize("base", [BF16, F16], ids=str)
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 def test_sums_over_rows_are_fp32(base, backend, form):
-    """Of 20,000 rows a sum in the base dtype would lose all digits; each is exact here up to its own rounding."""
+    """Of 4,000 rows a sum in the base dtype would lose most of its digits; each is exact here up to its own rounding."""
     if TABLE[backend].refusal(form, base, 2, 3, CPU) is not None:
         form = "kept"
-    M = 20_000
+    M = 4_000
     case = Case((M,), 4, 6, 2, 3, adapter_bias=True)
     t, _ = operands(case, base, F32)
     for name in ("A_up_bias", "B_up_bias", "A_down_bias", "B_down_bias"):
@@ -421,15 +440,21 @@ def test_a_scaled_result_is_a_violation(name, scale):
     assert any(name in line for line in violations(ours, naive, true, F32))
 
 
-def test_refused_combinations_raise_and_name_the_reason():
-    for name, form in [p.values for p in FORMS]:
-        for dtype in (F16, BF16):
-            reason = TABLE[name].refusal(form, dtype, 3, 5, CPU)
-            if reason is not None:
-                t, _ = operands(PLAIN, dtype)
-                with pytest.raises(ValueError, match=f"backend: '{name}' cannot serve this call: .*{dtype}"):
-                    call(hk.hydra_linear, t, PLAIN, form=form, backend=name)
-                assert TABLE[name].refusal(form, dtype, 3, 0, CPU) is None
+@pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+@pytest.mark.parametrize("backend", TABLE)
+def test_refused_combinations_raise_and_name_the_reason(backend, form, dtype):
+    reason = TABLE[backend].refusal(form, dtype, 3, 5, CPU)
+    t, _ = operands(PLAIN, dtype)
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"backend: '{backend}' cannot serve this call: {re.escape(reason)}"):
+            call(hk.hydra_linear, t, PLAIN, form=form, backend=backend)
+    refused = {
+        "aten": form == "composed" and dtype in (F16, BF16),
+        "hybrid": form == "kept" or dtype == F64,
+        "triton": form == "kept" or dtype == F64,
+    }
+    assert (reason is not None) == refused[backend]
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)

@@ -21,11 +21,13 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        """How it is compiled. Without a maximum ptxas spills a few bytes for an occupancy that nothing here needs."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": 255}
+        """How it is compiled."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     def run(self) -> None:
         """Enqueues the kernel on the current stream of its tensors' device; an empty grid runs nothing."""
