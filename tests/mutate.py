@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def verdict(mutation: Mutation) -> str:
         if text.count(mutation.old) != 1:
             return f"STALE: its text occurs {text.count(mutation.old)} times in {mutation.file}"
         path.write_text(text.replace(mutation.old, mutation.new))
-        status = run_tests(folder, [mutation.tests])
+        status = run_tests(folder, shlex.split(mutation.tests))
     return {0: "SURVIVED", TESTS_FAILED: "caught"}.get(status, f"BROKEN: pytest ended with status {status}")
 
 
@@ -84,9 +85,10 @@ def main() -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         copy_sources(Path(name))
-        if run_tests(Path(name), sorted({m.tests for m in chosen})) != 0:
-            print("the tests fail without any mutation")
-            return 1
+        for tests in sorted({m.tests for m in chosen}):
+            if run_tests(Path(name), shlex.split(tests)) != 0:
+                print(f"the tests fail without any mutation: {tests}")
+                return 1
     missed = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for mutation, said in zip(chosen, pool.map(verdict, chosen), strict=True):

@@ -381,7 +381,9 @@ def test_a_frozen_operand_that_no_gradient_reads_may_change_before_the_backward(
     t["weight"].zero_()
     t["bias"].zero_()
     h.backward(G)
-    torch.testing.assert_close(t["A_down"].grad, (G @ t["A_up"]).t() @ t["x"], rtol=64 * torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(
+        t["A_down"].grad, (G @ t["A_up"]).t() @ t["x"], rtol=64 * torch.finfo(dtype).eps, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
@@ -407,7 +409,7 @@ class CopyCounter(TorchDispatchMode):
 @pytest.mark.parametrize("base", [BF16, F16], ids=str)
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 def test_sums_over_rows_are_fp32(base, backend, form):
-    """Of 4,000 rows a sum in the base dtype would lose most of its digits; each is exact here up to its own rounding."""
+    """Of 4,000 rows a sum in the base dtype would lose most digits; each is exact here up to its own rounding."""
     if TABLE[backend].refusal(form, base, 2, 3, CPU) is not None:
         form = "kept"
     M = 4_000

@@ -1,4 +1,4 @@
-"""Backends `triton` and `hybrid`: the composed form in Triton kernels, fused into the GEMMs or around those of cuBLAS."""
+"""Backends `triton` and `hybrid`: the composed form in Triton kernels, fused into the GEMM or around cuBLAS's."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ..choice import LOW_PRECISION
-from ..kernels import configs, gemm, reduce, skinny
+from ..kernels import gemm, reduce, skinny
 from ..kernels.configs import Architecture
 from ..kernels.launch import Launch
 from .interface import Operands, Saved
@@ -125,9 +125,7 @@ def backward(
 
 def _for_backward(op: Operands, needs: Set[str]) -> Operands:
     through_W0 = "B_down" in needs
-    return op._replace(
-        weight=op.weight if through_W0 or "x" in needs else None, bias=op.bias if through_W0 else None
-    )
+    return op._replace(weight=op.weight if through_W0 or "x" in needs else None, bias=op.bias if through_W0 else None)
 
 
 def _contiguous(op: Operands) -> Operands:

@@ -75,7 +75,7 @@ class Architecture(NamedTuple):
 
     def grad_z(self, tiles: Tiles, M: int) -> Skinny:
         """Tall blocks of rows, unless they would leave half of the GPU without one."""
-        return tiles.grad_z if 2 * M >= self.programs * tiles.grad_z.BLOCK_ROWS else self.small.grad_z
+        return tiles.grad_z if self.programs * tiles.grad_z.BLOCK_ROWS <= 2 * M else self.small.grad_z
 
     def splits(self, tiles: Tiles, M: int, K: int) -> int:
         """Into how many ranges of rows grad_w divides M: few partial sums, yet `programs` programs."""

@@ -10,6 +10,8 @@ Both are one kernel with M rows, N columns and inner dimension K in its own nami
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -175,7 +177,7 @@ def _operands(
     return x_desc, TensorDescriptor(weight, list(weight.shape), list(weight.stride()), list(w_block)), True
 
 
-def _launch(M: int, N: int, R: int, arguments: dict, config: Gemm) -> Launch:
+def _launch(M: int, N: int, R: int, arguments: dict[str, Any], config: Gemm) -> Launch:
     tiles = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}
     tiles |= {"BLOCK_R": rank_block(R), "GROUP_M": config.GROUP_M}
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)

@@ -1,0 +1,217 @@
+"""What compilers make of the kernels for every architecture, without a GPU, and the report's own arithmetic."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from benchmarks import compile_report, timing
+from benchmarks.compile_report import MULTIPROCESSORS, VARIANTS, Binary, Compilation, CompileRow
+from benchmarks.methods import Ranks
+
+FUSED = ["compose", "gemm forward", "grad_z", "gemm dx", "grad_w", "reduce", "down"]
+MATRIX_OPCODE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+ALIGNED = [name for name, variant in VARIANTS.items() if variant.aligned]
+
+
+def run(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: in this one Triton interprets."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compile_report", *arguments]
+    folder = Path(__file__).parent.parent
+    return subprocess.run(command, cwd=folder, env=inherited | (environment or {}), capture_output=True, text=True)
+
+
+def rows_of(file: Path, *arguments: str) -> list[dict[str, Any]]:
+    done = run(*arguments, "--json", str(file))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return timing.read_result(file, CompileRow)[1]
+
+
+def missing(rows: list[dict[str, Any]]) -> list[str]:
+    """What aligned bf16 rows lack: large tiles, the architecture's matrix instructions, TMA loads on sm_90."""
+    found = []
+    for row in rows:
+        arch = int(row["arch"].removeprefix("sm_"))
+        about = f"{row['kernel']}, {row['variant']}, {row['arch']}, R = {row['R']}"
+        if not row["kernel"].startswith("gemm"):
+            # In the skinny kernels Triton may prefer the older matrix instructions.
+            if row["instructions"].keys().isdisjoint(("HMMA", MATRIX_OPCODE[arch])):
+                found.append(f"{about}: no matrix instruction in {row['instructions']}")
+            continue
+        if row["config"]["BLOCK_M"] < 128 or row["config"]["BLOCK_N"] < 128:
+            found.append(f"{about}: small tiles {row['config']}")
+        wanted = [MATRIX_OPCODE[arch], *(["UTMALDG"] if arch == 90 else [])]
+        found += [f"{about}: no {opcode}" for opcode in wanted if opcode not in row["instructions"]]
+    return found
+
+
+def test_bf16_on_every_architecture(tmp_path):
+    archs = list(map(str, MULTIPROCESSORS))
+    rows = rows_of(tmp_path / "report.json", "--arch", *archs, "--ranks", "8+8", "32+32", "--variant", *ALIGNED)
+    assert [row["kernel"] for row in rows] == FUSED * (len(archs) * 2 * len(ALIGNED))
+    assert compile_report.fault_lines(rows) == []
+    assert missing(rows) == []
+
+
+def test_bf16_with_rows_that_wide_loads_cannot_take(tmp_path):
+    rows = rows_of(tmp_path / "report.json", "--arch", "86", "90", "--ranks", "32+32", "--variant", "options-unaligned")
+    assert compile_report.fault_lines(rows) == []
+
+
+@pytest.mark.parametrize(("dtype", "ranks"), [("tf32", "32+32"), ("fp32", "16+16")])
+def test_fp32(tmp_path, dtype, ranks):
+    rows = rows_of(
+        tmp_path / "report.json", "--arch", "80", "90", "--dtype", dtype, "--ranks", ranks, "--variant", "options"
+    )
+    assert compile_report.fault_lines(rows) == []
+    used = {opcode for row in rows for opcode in row["instructions"]}
+    assert ("FFMA" if dtype == "fp32" else "HMMA") in used
+    assert dtype == "tf32" or used.isdisjoint(MATRIX_OPCODE.values())
+
+
+def test_a_kernel_that_does_not_compile_is_a_row_and_a_failure(tmp_path):
+    file = tmp_path / "report.json"
+    assembler = tmp_path / "ptxas"
+    # Triton asks an assembler for its version before it trusts it.
+    assembler.write_text('#!/bin/sh\ntest "$1" = --version && echo "Cuda compilation tools, release 12.8, V12.8.93"\n')
+    assembler.chmod(0o755)
+    broken = {"TRITON_PTXAS_PATH": str(assembler), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = ["--arch", "80", "--ranks", "8+8", "--variant", "plain", "--json", str(file)]
+    done = run(*arguments, environment=broken)
+    rows = timing.read_result(file, CompileRow)[1]
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert [row["kernel"] for row in rows] == FUSED
+    assert all(row["error"] and row["registers"] is None for row in rows)
+
+
+def test_an_interpreted_process_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compile_report.main(["--arch", "90"])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def jobs(arch: int, dtype: str, ranks: Ranks, variant: str) -> dict[str, Compilation]:
+    made = {}
+    for launch in compile_report.launches(arch, dtype, ranks, VARIANTS[variant]):
+        # Here kernels are the interpreter's, which have no parameters to specialize.
+        jit = launch._replace(kernel=JITFunction(launch.kernel.fn))
+        made[compile_report.name_of(launch)] = compile_report.compilation(jit, arch)
+    return made
+
+
+def divisible(job: Compilation) -> set[str]:
+    return {list(job.signature)[place] for (place, *_), hints in job.attributes.items() if hints}
+
+
+@pytest.mark.parametrize("ranks", [Ranks(8, 8), Ranks(16, 0), Ranks(0, 16)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_launch_of_a_step_is_there(ranks, variant):
+    assert list(jobs(80, "bf16", ranks, variant)) == FUSED
+
+
+def test_a_launch_is_specialized_as_by_tritons_launcher():
+    made = jobs(80, "bf16", Ranks(8, 8), "options")
+    dx = made["gemm dx"]
+    assert (dx.module, dx.kernel) == ("hydra_kernels.kernels.gemm", "gemm_kernel")
+    assert dx.options == {"num_warps": 8, "num_stages": 4}
+    assert (dx.signature["x"], dx.signature["M"], dx.signature["mask_scale"]) == ("*bf16", "i32", "fp32")
+    names = list(dx.signature)
+    constants = {names[place]: value for (place,), value in dx.constants.items()}
+    assert constants["stride_xk"] == 1
+    assert constants["bias_ptr"] is None
+    assert constants["BLOCK_M"] == 128
+    assert {"x", "w", "M", "stride_xm"} <= divisible(dx)
+    assert made["gemm forward"].signature["mask_ptr"] == "*u8"
+    assert made["grad_z"].signature["scale_a"] == "*bf16"
+    assert jobs(80, "bf16", Ranks(8, 8), "plain")["grad_z"].signature["scale_a"] == "fp32"
+    assert made["reduce"].options["maxnreg"] == 255
+
+
+def test_unaligned_rows_give_no_divisibility():
+    job = jobs(90, "bf16", Ranks(8, 8), "plain-unaligned")["gemm forward"]
+    assert divisible(job).isdisjoint({"x", "w", "stride_xm", "stride_wn"})
+    assert job.signature["x"] == "*bf16"
+
+
+def test_descriptors_carry_their_blocks():
+    assert jobs(90, "bf16", Ranks(8, 8), "plain")["gemm forward"].signature["w"] == "tensordesc<bf16[256, 64]>"
+
+
+def test_what_two_variants_share_is_one_compilation():
+    plain, options = (jobs(90, "bf16", Ranks(8, 8), variant) for variant in ("plain", "options"))
+    same = [name for name in FUSED if repr(plain[name]) == repr(options[name])]
+    assert same == ["gemm dx", "grad_w"]
+
+
+def test_the_precision_of_fp32_products_is_chosen_and_put_back():
+    before = torch.backends.cuda.matmul.fp32_precision
+    tf32, fp32 = (compile_report.launches(90, dtype, Ranks(8, 8), VARIANTS["plain"]) for dtype in ("tf32", "fp32"))
+    assert {launch.arguments["PRECISION"] for launch in tf32} == {"tf32"}
+    assert {launch.arguments["PRECISION"] for launch in fp32} == {"ieee"}
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared_bytes", "columns", "num_warps", "expected"),
+    [
+        (80, 32, 0, 0, 4, 16),  # 64 warps
+        (86, 32, 0, 0, 4, 12),  # 48 warps
+        (86, 16, 0, 0, 1, 16),  # programs
+        (80, 255, 0, 0, 8, 1),  # 8 warps of 8192 registers
+        (80, 129, 0, 0, 4, 3),  # 4 parts with 3 warps of 4352 registers each
+        (90, 168, 0, 0, 8, 1),  # 4 parts with 3 warps of 5376 registers each: 12 warps are one program of 8
+        (90, 64, 227 << 10, 0, 8, 1),
+        (90, 64, 113 << 10, 0, 8, 2),  # 1 KiB more for each: 228 in all
+        (90, 64, (113 << 10) + 1, 0, 8, 1),
+        (86, 64, 100 << 10, 0, 4, 0),
+        (100, 64, 0, 256, 4, 2),  # 512 columns of tensor memory
+    ],
+)
+def test_programs_that_fit(arch, registers, shared_bytes, columns, num_warps, expected):
+    binary = Binary(registers, 0, shared_bytes, columns, {})
+    assert compile_report.programs_that_fit(MULTIPROCESSORS[arch], binary, num_warps) == expected
+
+
+def test_limits_of_shared_memory():
+    assert {arch: limits.shared_bytes_of_program >> 10 for arch, limits in MULTIPROCESSORS.items()} == SHARED_KIB
+
+
+def test_what_the_tools_print_is_read():
+    usage = " Function gemm_kernel:\n  REG:170 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:1032 TEXTURE:0\n"
+    assert compile_report.resources(usage) == (170, 8)
+    with pytest.raises(ValueError, match="names no registers"):
+        compile_report.resources("nothing")
+    sass = "/*00*/ HGMMA.64x256x16.F32 R24 ;\n/*10*/ @P0 HGMMA R1 ;\n/*20*/ STL.64 [R1], R2 ;\n/*30*/ LDGSTS.E R1 ;"
+    assert compile_report.instructions(sass) == {"HGMMA": 2, "LDGSTS": 1, "STL": 1}
+
+
+@pytest.mark.parametrize(
+    ("binary", "expected"),
+    [
+        (Binary(255, 8, 0, 0, {"HMMA": 1}), ["spills 8 bytes"]),
+        (Binary(255, 0, 0, 0, {"LDL": 1}), ["spills 0 bytes"]),
+        (Binary(64, 0, (99 << 10) + 1, 0, {}), ["101377 bytes of shared memory, limit 101376"]),
+        (Binary(64, 0, 99 << 10, 0, {}), []),
+        ("RuntimeError: no", ["RuntimeError: no"]),
+    ],
+)
+def test_faults(binary, expected):
+    row = compile_report.row_of({"config": {"num_warps": 4}}, 86, binary)
+    assert compile_report.faults(row) == expected
+    assert row["shared_limit"] == 99 << 10
+
+
+@pytest.mark.parametrize("text", ["0+0", "8", "33+32", "8+", "a+b"])
+def test_ranks_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        compile_report.main(["--ranks", text])
+    assert "expected A+B" in capsys.readouterr().err

@@ -1,0 +1,346 @@
+"""The Triton kernels beyond the matrix: what is launched, and what a serial interpreter in its own memory hides."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Set
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import hydra_kernels as hk
+from hydra_kernels.backend import gpu_steps
+from hydra_kernels.backend.interface import Operands
+from hydra_kernels.kernels import configs, reduce
+from hydra_kernels.kernels.launch import Launch
+
+from .cases import PLAIN, Case, operands
+from .oracle import Tensors, differentiate, errors, hydra, violations
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+EVERYTHING = replace(PLAIN, lead=(37,), K=41, N=43, adapter_bias=True, scales="learnable", dropout=True)
+ALIGNED = replace(EVERYTHING, lead=(48,), K=96, N=80, r_a=8, r_b=8)
+MAP_NORESERVE = 0x4000  # Linux's; Python's mmap has no name for it
+ALL = frozenset(("x", *reduce.GRADIENTS))
+
+# The arguments that each kernel writes; all others it only reads.
+WRITTEN = {
+    "compose_kernel": {"D_ptr", "rest_ptr", "d_ptr", "U_ptr", "u_ptr"},
+    "gemm_kernel": {"out_ptr", "p_ptr"},
+    "down_kernel": {"Z_ptr"},
+    "grad_z_kernel": {"dZ_ptr", "dU_ptr", "g_ptr", "z_sums_ptr", "scales_ptr"},
+    "grad_w_kernel": {"dD_ptr"},
+    "reduce_kernel": {f"d{name}_ptr" for name in reduce.GRADIENTS},
+}
+
+
+def step(
+    t: Tensors,
+    G: Tensor,
+    run: Callable[[Launch], None] = Launch.run,
+    needs: Set[str] = ALL,
+    fused: bool = True,
+    arch: configs.Architecture = configs.INTERPRETER,
+) -> Tensors:
+    """h and the wanted gradients for a case's operands, each launch carried out by run."""
+    scales = {f"scale_{side}": t.get(f"scale_{side}", 1.0) for side in "ab"}
+    op = Operands(**{name: t.get(name) for name in Operands._fields} | scales | {"mask_scale": 1.0})
+    x, needs = t["x"], needs & set(t)
+    h, op, saved = gpu_steps.forward(x, op, needs, fused, arch, run)
+    return {"h": h, **gpu_steps.backward(G, op, saved, needs, fused, arch, run)}
+
+
+def launched(needs: Set[str], fused: bool = True, case: Case = EVERYTHING) -> list[Launch]:
+    """The launches of a step on the meta device: nothing runs."""
+    t, G = operands(case, BF16)
+    launches: list[Launch] = []
+    step({name: v.to("meta") for name, v in t.items()}, G.to("meta"), launches.append, needs, fused, configs.SM90)
+    return launches
+
+
+def names(launches: list[Launch]) -> list[str]:
+    return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
+
+
+def test_a_step_takes_two_and_four_launches():
+    assert names(launched(ALL)) == ["compose", "gemm", "grad_z", "gemm", "grad_w", "reduce"]
+    assert names(launched(ALL, fused=False)) == ["compose", "down", "grad_z", "grad_w", "reduce"]  # and 4 of cuBLAS
+
+
+@pytest.mark.parametrize(
+    ("wanted", "backward", "written"),
+    [
+        ("x", ["grad_z", "gemm"], {"dZ_ptr"}),
+        ("A_up", ["grad_z", "reduce"], {"dU_ptr"}),
+        ("B_up", ["grad_z", "reduce"], {"dU_ptr"}),
+        ("A_down", ["grad_z", "grad_w", "reduce"], {"dZ_ptr"}),
+        ("B_down", ["grad_z", "grad_w", "reduce"], {"dZ_ptr", "z_sums_ptr"}),
+        ("A_down_bias", ["grad_z", "reduce"], {"dZ_ptr", "z_sums_ptr"}),
+        ("B_up_bias", ["grad_z", "reduce"], {"g_ptr"}),
+        ("bias", ["grad_z", "reduce"], {"dZ_ptr", "g_ptr", "z_sums_ptr"}),
+        ("scale_b", ["grad_z", "reduce"], {"scales_ptr"}),
+    ],
+)
+def test_nothing_is_launched_or_written_for_what_needs_no_gradient(wanted, backward, written):
+    launches = launched({wanted})
+    assert names(launches) == ["compose", "gemm", *backward]
+    grad_z = launches[2].arguments
+    assert {name for name in WRITTEN["grad_z_kernel"] if grad_z[name] is not None} == written
+    if backward[-1] == "reduce":
+        filled = {name for name in WRITTEN["reduce_kernel"] if launches[-1].arguments[name] is not None}
+        assert filled == {f"d{wanted}_ptr"}
+
+
+@pytest.mark.parametrize("layout", ["sliced", "strided", "transposed", "expanded"])
+def test_strided_inputs_are_read_where_they_are(layout):
+    t, G = operands(replace(EVERYTHING, lead=(6, 5), x_layout=layout, G_layout=layout), F32)
+    x, G = (v.flatten(0, -2) if layout != "transposed" else v[:, 0] for v in (t["x"], G))
+    t["mask"] = t["mask"][: len(x)]
+    launches: list[Launch] = []
+    step({**t, "x": x}, G, lambda launch: (launches.append(launch), launch.run()))
+    assert launches[1].arguments["x"].data_ptr() == launches[4].arguments["x_ptr"].data_ptr() == x.data_ptr()
+    assert launches[2].arguments["G_ptr"].data_ptr() == launches[3].arguments["x"].data_ptr() == G.data_ptr()
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["triton", "hybrid"])
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+def test_programs_run_in_any_order(order, fused, monkeypatch):
+    """A program that leans on what an earlier one wrote would give other bits."""
+    t, G = operands(ALIGNED, BF16)
+    expected = step(t, G, fused=fused)
+    in_order = interpreter_builder.set_grid_idx
+
+    def set_grid_idx(*index):
+        dims = interpreter_builder.grid_dim
+        programs = list(range(dims[0] * dims[1] * dims[2]))
+        if order == "reversed":
+            programs.reverse()
+        else:
+            random.Random(0).shuffle(programs)
+        x, rest = divmod(programs[(index[0] * dims[1] + index[1]) * dims[2] + index[2]], dims[1] * dims[2])
+        in_order(x, *divmod(rest, dims[2]))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+    got = step(t, G, fused=fused)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def guarded(t: Tensor, at_end: bool) -> Tensor:
+    """t's values in pages of their own, flush with a protected page after them, or before them."""
+    size = t.numel() * t.element_size()
+    page = mmap.PAGESIZE
+    room = -(-size // page) * page
+    buffer = mmap.mmap(-1, room + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for start in (address, address + page + room):
+        if libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    first = page + (room - size if at_end else 0)
+    copy = torch.frombuffer(buffer, dtype=t.dtype, count=t.numel(), offset=first).view(t.shape)
+    return copy.copy_(t)
+
+
+def run_guarded(at_end: bool) -> None:
+    """Steps in which every argument of every kernel lies beside a protected page: a stray access ends the process."""
+
+    def run(launch: Launch) -> None:
+        arguments, written = dict(launch.arguments), WRITTEN[launch.kernel.__name__]
+        if launch.kernel.__name__ == "gemm_kernel" and not arguments["FORWARD"]:
+            written = {"out_ptr"}
+        for name, v in launch.arguments.items():
+            if isinstance(v, TensorDescriptor):
+                arguments[name] = replace(v, base=guarded(v.base, at_end))
+            elif isinstance(v, Tensor) and v.numel() and v.is_contiguous():
+                arguments[name] = guarded(v.fill_(torch.nan) if name in written else v, at_end)
+        launch._replace(arguments=arguments).run()
+        for name in written:
+            if isinstance(launch.arguments[name], Tensor) and launch.arguments[name].numel():
+                if arguments[name].isnan().any():
+                    raise AssertionError(f"{launch.kernel.__name__} left part of {name} unwritten")
+                launch.arguments[name].copy_(arguments[name])
+
+    for case in (EVERYTHING, ALIGNED, replace(EVERYTHING, r_b=0), replace(EVERYTHING, r_a=0, bias=False)):
+        t, G = operands(case, F16)
+        for fused in (True, False):
+            expected, got = step(t, G, fused=fused), step(t, G, run, fused=fused)
+            for name, value in expected.items():
+                if not torch.equal(got[name], value):
+                    raise AssertionError(f"{name} differs")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    root = Path(__file__).parent.parent
+    return subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+def test_no_kernel_strays_over_the_edge_of_an_argument(at_end):
+    run = python(f"from tests.test_kernels import run_guarded; run_guarded({at_end})", TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_stray_access_would_be_seen():
+    code = (
+        "import torch; from tests.test_kernels import guarded; t = guarded(torch.ones(5), True); import ctypes; "
+        "ctypes.c_float.from_address(t.data_ptr() + {}).value"
+    )
+    assert python(code.format(16), TRITON_INTERPRET="1").returncode == 0
+    assert python(code.format(20), TRITON_INTERPRET="1").returncode < 0
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["triton", "hybrid"])
+def test_offsets_past_2_to_the_31(fused):
+    """x and G with rows 2^29 elements apart in a sparse mapping give the bits of the compact ones."""
+    rows, far = 9, 2**29
+    t, G = operands(replace(EVERYTHING, lead=(rows,)), F16)
+    expected = step(t, G, fused=fused)
+    sparse = {}
+    for v in (t["x"], G):
+        buffer = mmap.mmap(-1, rows * far * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        for m, row in enumerate(v):
+            torch.frombuffer(buffer, dtype=F16, count=len(row), offset=m * far * 2).copy_(row)
+        # Its storage is the first row: the interpreter copies whole storages.
+        sparse[v.data_ptr()] = torch.frombuffer(buffer, dtype=F16, count=v.shape[1])
+
+    def run(launch: Launch) -> None:
+        arguments = dict(launch.arguments)
+        for name, stride in (("x", "stride_xm"), ("x_ptr", "stride_xm"), ("G_ptr", "stride_gm")):
+            if name in arguments and arguments[name].data_ptr() in sparse:
+                arguments |= {name: sparse[arguments[name].data_ptr()], stride: far}
+        launch._replace(arguments=arguments).run()
+
+    got = step(t, G, run, fused=fused)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+SHIPPED = {arch.name: arch for arch in configs.BY_CAPABILITY.values()}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("arch", SHIPPED)
+@pytest.mark.parametrize("case", [replace(ALIGNED, lead=(150,), K=136, N=264), replace(EVERYTHING, K=141)], ids=str)
+def test_shipped_tiles_compute_the_same(case, arch, dtype):
+    """The tiles of every architecture, descriptors too, over shapes that end within a tile."""
+    t, G = operands(case, dtype)
+    wanted = set(t) - {"weight", "mask"}
+    true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)
+    naive = differentiate(lambda t: hk.reference.hydra_linear(**complete(t)), t, G, wanted)
+    assert not violations(step(t, G, arch=SHIPPED[arch]), naive, true, dtype)
+
+
+def complete(t: Tensors) -> dict[str, Tensor | None]:
+    return {name: t.get(name) for name in ("x", "weight", "bias", "A_down", "A_up", "B_down", "B_up")} | t
+
+
+def test_descriptors_are_what_aligned_operands_are_loaded_through():
+    t, G = operands(ALIGNED, BF16)
+    for v, expected in ((t["x"], True), (t["x"].clone()[:, :95], True), (t["x"].repeat(1, 2)[:, 1:97], False)):
+        launches: list[Launch] = []
+        weight = torch.cat([t["weight"]] * 2, 1)[:, : v.shape[1]]
+        downs = {name: t[name][:, : v.shape[1]] for name in ("A_down",)}
+        step({**t, "x": v, "weight": weight, **downs}, G, lambda launch, to=launches: (to.append(launch), launch.run()))
+        assert launches[1].arguments["DESCRIPTORS"] is expected
+
+
+def test_tf32_keeps_what_its_products_would_round():
+    """The interpreter multiplies in full fp32: with C and T in two parts nothing may change but their split."""
+    t, G = operands(ALIGNED, F32)
+    launches: list[Launch] = []
+    setting = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        got = step(t, G, lambda launch: (launches.append(launch), launch.run()))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = setting
+    assert {launch.arguments["PRECISION"] for launch in launches} == {"tf32"}
+    D, rest = launches[0].arguments["D_ptr"], launches[0].arguments["rest_ptr"]
+    assert not (D[8:].view(torch.int32) & 0x1FFF).any()
+    C = t["B_down"].double() @ t["weight"].double()
+    torch.testing.assert_close(D[8:].double() + rest.double(), C, rtol=1e-6, atol=1e-6)
+    wanted = set(t) - {"weight", "mask"}
+    true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)
+    naive = differentiate(lambda t: hk.reference.hydra_linear(**complete(t)), t, G, wanted)
+    # dx takes D without C's rest, so it alone sees tf32's rounding.
+    assert errors(got.pop("x"), true.pop("x"))[0] < 2**-11
+    assert not violations(got, naive, true, F32)
+
+
+def composed(t: Tensors, G: Tensor) -> Launch:
+    """A step's `compose`, run; the other kernels are not."""
+    launches: list[Launch] = []
+    step(t, G, launches.append)
+    launches[0].run()
+    return launches[0]
+
+
+def test_bfloat16_is_rounded_to_nearest_even():
+    """What `compose` casts is what torch casts: halfway cases, the largest values, infinity and NaN."""
+    t, G = operands(replace(PLAIN, K=16, r_b=0), BF16, F32)
+    special = [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4e38, -3.39e38, 1e-30, 0.0]
+    special += [torch.inf, -torch.inf, torch.nan]
+    t["A_down"][0, : len(special)] = torch.tensor(special)
+    compose = composed(t, G)
+    expected, D = t["A_down"].to(BF16), compose.arguments["D_ptr"]
+    assert torch.equal(D.isnan(), expected.isnan())
+    assert torch.equal(D.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_tiles_of_a_capability():
+    assert configs.of((9, 0)).name == "sm_90"
+    assert configs.of((8, 9)).name == "sm_86"
+    assert configs.of((13, 7)) == configs.SM86  # the smallest shared memory, plain loads
+    assert configs.of(None) is configs.INTERPRETER
+    assert [configs.rank_block(R) for R in (1, 16, 17, 33, 64, 65, 300)] == [16, 16, 32, 64, 64, 64, 64]
+
+
+def test_tiles_follow_from_the_operands():
+    x = torch.empty(64, 96, dtype=BF16)
+    assert configs.SM90.tiles(BF16, "ieee", [x, x]) is configs.SM90.half
+    assert configs.SM90.tiles(BF16, "ieee", [x, x[:, 1:]]) is configs.SM90.small
+    assert configs.SM90.tiles(BF16, "ieee", [x, x.t()]) is configs.SM90.small
+    assert configs.SM90.tiles(F32, "tf32", [x.float()]) is configs.SM90.tf32
+    assert configs.SM90.tiles(F32, "ieee", [x.float()]) is configs.SM90.small
+    half = configs.SM90.half
+    assert configs.SM90.grad_z(half, 66 * 128) is half.grad_z
+    assert configs.SM90.grad_z(half, 66 * 128 - 1) is configs.SM90.small.grad_z
+    assert [configs.SM90.splits(half, M, K) for M, K in ((8192, 4096), (8192, 768), (100, 64), (0, 64))] == [
+        3,
+        11,
+        1,
+        1,
+    ]
+
+
+@pytest.mark.parametrize("backend", ["triton", "hybrid"])
+def test_without_gpu_and_interpreter_the_forward_says_why(backend):
+    code = f"import torch, hydra_kernels as hk; hk.HydraLinear(8, 8, backend={backend!r})(torch.randn(2, 8))"
+    run = python(code)
+    assert run.returncode == 1
+    reason = "it needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment for Triton's interpreter on the CPU"
+    assert f"ValueError: backend: '{backend}' cannot serve this call: {reason}" in run.stderr
+
+
+def test_importing_the_package_imports_no_triton():
+    assert python("import sys, hydra_kernels; sys.exit('triton' in sys.modules)").returncode == 0
+
+
+def test_a_first_compilation_is_announced_once(caplog):
+    t, G = operands(replace(PLAIN, K=17), F16)
+    with caplog.at_level(logging.INFO, "hydra_kernels"):
+        step(t, G, needs={"x"}, arch=configs.INTERPRETER._replace(programs=1000))
+        first = len(caplog.records)
+        step(t, G, needs={"x"}, arch=configs.INTERPRETER._replace(programs=1000))
+    assert len(caplog.records) == first
