@@ -1,6 +1,7 @@
 # make test      the tests            make lint     ruff and mypy
 # make table4    the main benchmark   make mutate   each named defect must turn the tests red
 # make layer     one layer beside its rivals (7 minutes)
+# make gpu       on a machine with a GPU: does every kernel work there, and how fast (the system's own torch)
 # Options of the benchmark: make table4 ARGS="--device cuda --dtype bf16"
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ TORCH_SOURCE ?= $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-u
 # The profiler that measures peak memory would print two lines a step.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: test table4 layer mutate lint clean
+.PHONY: test table4 layer gpu mutate lint clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto $(ARGS)
@@ -24,6 +25,10 @@ table4: $(STAMP)
 
 layer: $(STAMP)
 	$(BIN)/python -m benchmarks.layer $(ARGS)
+
+# Not from .venv: the torch of a GPU machine is the one to be tested, and there may be no network to install another.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 mutate: $(STAMP)
 	$(BIN)/python -m tests.mutate $(ARGS)

@@ -88,7 +88,7 @@ def test_output_and_every_gradient(case, backend, form, dtypes):
             compare(case, backend, form, dtypes)
 
 
-@pytest.mark.parametrize("case", ROUNDING, ids=str)
+@pytest.mark.parametrize("case", [*ROUNDING, *(replace(case, r_b=0) for case in ROUNDING)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("backend", "form", "dtypes"), [p for p in SERVED if p.values[2][0] in (F16, BF16)])
 def test_cancelling_bias_and_huge_channels(case, seed, backend, form, dtypes):

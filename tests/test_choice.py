@@ -32,6 +32,12 @@ def test_form(M, K, N, r_a, r_b, dtype, form):
     assert choose(M, K, N, r_a, r_b, dtype) == Choice("aten", form)
 
 
+@pytest.mark.parametrize("backend", ["triton", "hybrid"])
+def test_the_triton_kernels_compose_at_any_size_and_dtype(backend):
+    assert choose(16, 4096, 4096, 8, 8, torch.bfloat16, backend=backend) == Choice(backend, "composed")
+    assert choose(16, 4096, 4096, 8, 8, F32, form="kept", backend=backend) == Choice(backend, "kept")  # refused later
+
+
 def test_what_the_user_fixed_stays_fixed():
     assert choose(16, 4096, 4096, 8, 8, F32, form="composed") == Choice("aten", "composed")
     assert choose(8192, 64, 64, 8, 8, F32, form="kept") == Choice("aten", "kept")

@@ -69,19 +69,28 @@ _FROM_G = ("bias", "A_up_bias", "B_up_bias", "scale_a", "scale_b")
 def _composed_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Saved]:
     D, d = _stacked_down(op, x.dtype)
     Z = _mask_(_affine(x, D, d), op, 0, None)
-    U, b = _stacked_up(op, x.dtype), _sum(op.bias, _up_bias(op, x.dtype))
+    return _sum_of_products(x, op, Z, _stacked_up(op, x.dtype)), (
+        x if "A_down" in needs or "B_down" in needs else None,
+        Z if not needs.isdisjoint(_FROM_DU_A + _FROM_DU_B) else None,
+        D if "x" in needs else None,
+    )
+
+
+def _sum_of_products(x: Tensor, op: Operands, Z: Tensor, U: Tensor) -> Tensor:
+    """x W0^T + Z U^T + (b0 + u)."""
+    u = _up_bias(op, x.dtype)
+    if op.bias is not None and x.dtype in LOW_PRECISION:
+        # b0 may cancel W0 x, so the two must meet before anything is rounded, as in the naive layer.
+        h = F.linear(x, op.weight, op.bias).addmm_(Z, U.t())
+        return h if u is None else h.add_(u)
+    b = _sum(op.bias, u)
     # The low-rank part first: the GEMM adds to it before rounding, so small updates survive low precision.
     if b is not None and x.device.type == "cpu":
         # There a bias is a pass of its own over h: as one more column of U it costs nothing.
         h = torch.cat((Z, Z.new_ones(len(Z), 1)), 1) @ torch.cat((U, b[:, None]), 1).t()
     else:
         h = _affine(Z, U, b)
-    h.addmm_(x, op.weight.t())
-    return h, (
-        x if "A_down" in needs or "B_down" in needs else None,
-        Z if not needs.isdisjoint(_FROM_DU_A + _FROM_DU_B) else None,
-        D if "x" in needs else None,
-    )
+    return h.addmm_(x, op.weight.t())
 
 
 def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -> dict[str, Tensor]:

@@ -84,9 +84,9 @@ class Architecture(NamedTuple):
 
 
 def aligned(t: Tensor) -> bool:
-    """Rows of 16-byte lines, as wide loads and the tensor memory accelerator want them."""
-    row = t.stride(0) * t.element_size()
-    return t.stride(1) == 1 and t.stride(0) >= t.shape[1] and row % 16 == 0 and t.data_ptr() % 16 == 0
+    """Fewer than 2^31 rows of 16-byte lines, as wide loads and the tensor memory accelerator want them."""
+    lines = t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+    return lines and t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.shape[0] < 2**31
 
 
 # 8 warps in grad_z: fewer would spill its tiles of R = 64 in full fp32.

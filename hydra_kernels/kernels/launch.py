@@ -41,7 +41,7 @@ class Launch(NamedTuple):
 
     def _announce(self, tensors: list[Tensor]) -> None:
         """Logs a first compilation, which takes seconds. Triton may find it in its cache of earlier runs."""
-        constants = [v for name, v in self.arguments.items() if name.isupper()]
+        constants = [v for name, v in self.arguments.items() if name.isupper() and len(name) > 1]
         key = (self.kernel.__name__, *(t.dtype for t in tensors), *constants, self.num_warps, self.num_stages)
         if key not in _announced:
             _announced.add(key)
