@@ -1,0 +1,252 @@
+"""What `python -m benchmarks.gpu --stage doctor` checks: each kernel and each backend against float64 on this machine.
+
+A group of checks runs in a process of its own, ``python -m benchmarks.doctor GROUP [CHECK ...]``, which prints a line
+of JSON a check. The rule is that of tests/oracle.py: at most twice the error of the naive layer, plus slack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from functools import partial
+
+import numpy
+import torch
+import triton
+from torch import Tensor
+
+import hydra_kernels as hk
+from benchmarks.doctor_kernels import F32, FORMATS, KERNELS, Compared, Finding, Format, device, judge, prepare, slack_of
+from hydra_kernels.kernels import configs
+from tests.cases import PLAIN, ROUNDING, Case, operands
+from tests.oracle import Tensors, differentiate, hydra
+
+# Exit status of a process in which nothing runs any more, as after an illegal address: what is left needs a new one.
+START_OVER = 75
+FREE_BYTES = 20 << 30  # that a check of int64 offsets wants
+
+EVERYTHING = replace(PLAIN, lead=(23, 3), adapter_bias=True, scales="learnable", dropout=True)
+SMALL = (PLAIN, Case((64,), 96, 80, 8, 8), EVERYTHING)
+REAL = (Case((6400,), 3072, 768, 8, 8), Case((300,), 4096, 4096, 8, 8), Case((300,), 1024, 512, 32, 32))
+DRY = (Case((40,), 48, 32, 8, 8), EVERYTHING)
+MANY_RANKS = Case((300,), 1024, 512, 37, 33)
+DRAWS = 5  # of a small case, where chance can break a single one
+
+Check = Callable[[], Finding]
+
+
+def call(function: Callable[..., Tensor], case: Case, t: Tensors, **options: str) -> Tensor:
+    t = dict(t)
+    positional = [t.pop(name, None) for name in ("x", "weight", "bias", "A_down", "A_up", "B_down", "B_up")]
+    return function(*positional, **t, **case.constant_scales, **options)
+
+
+def drawn(case: Case, form: Format, seed: int = 0) -> tuple[Tensors, Tensor]:
+    t, G = operands(case, form.base, form.adapters, seed)
+    return {name: v.to(device()) for name, v in t.items()}, G.to(device())
+
+
+def wanted(t: Tensors) -> set[str]:
+    return set(t) - {"weight", "mask"}
+
+
+def ours(case: Case, backend: str, t: Tensors, G: Tensor) -> Tensors:
+    return differentiate(partial(call, hk.hydra_linear, case, backend=backend), t, G, wanted(t))
+
+
+def against_oracle(got: Tensors, form: Format, case: Case, t: Tensors, G: Tensor) -> list[Compared]:
+    doubles = {name: v.double() for name, v in t.items()}
+    true = differentiate(lambda t: hydra(t, **case.constant_scales), doubles, G.double(), wanted(t))
+    naive = differentiate(partial(call, hk.reference.hydra_linear, case), t, G, wanted(t))
+    slack = slack_of(form, form.base)
+    return [Compared(name, got[name], naive[name], value, slack) for name, value in true.items()]
+
+
+def backend_check(backend: str, form: Format, case: Case, draws: int) -> Finding:
+    prepare(form)
+    operands_of = (drawn(case, form, seed) for seed in range(draws))
+    return judge([against_oracle(ours(case, backend, t, G), form, case, t, G) for t, G in operands_of])
+
+
+def same_bits(backend: str, form: Format, case: Case) -> Finding:
+    prepare(form)
+    t, G = drawn(case, form)
+    first, second = (ours(case, backend, t, G) for _ in range(2))
+    other = [name for name, v in first.items() if not torch.equal(v, second[name])]
+    return Finding("fail", reason=f"other bits in the second run: {', '.join(other)}") if other else Finding("pass")
+
+
+def side_stream(backend: str, form: Format, case: Case) -> Finding:
+    """x and G arrive late on a stream that is not the default one: a kernel on any other stream reads NaN."""
+    if device().type == "cpu":
+        return Finding("skip", reason="streams need a GPU")
+    prepare(form)
+    t, G = drawn(case, form)
+    ours(case, backend, t, G)  # compiles
+    late, G_late = t | {"x": torch.full_like(t["x"], math.nan)}, torch.full_like(G, math.nan)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late["x"].copy_(t["x"])
+        G_late.copy_(G)
+        got = ours(case, backend, late, G_late)
+    stream.synchronize()
+    return judge([against_oracle(got, form, case, t, G)])
+
+
+def cuda_graph(backend: str, form: Format, case: Case) -> Finding:
+    """Forward and backward captured with one x and G and replayed with others."""
+    if device().type == "cpu":
+        return Finding("skip", reason="graphs need a GPU")
+    prepare(form)
+    t, G = drawn(case, form)
+    other, G_other = drawn(case, form, seed=1)
+    leaves = {name: v.requires_grad_(name in wanted(t)) for name, v in t.items()}
+    names = sorted(wanted(t))
+
+    def step() -> Tensors:
+        h = call(hk.hydra_linear, case, leaves, backend=backend)
+        return {"h": h, **dict(zip(names, torch.autograd.grad(h, [leaves[n] for n in names], G), strict=True))}
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves["x"].copy_(other["x"])
+        G.copy_(G_other)
+    graph.replay()
+    got = {name: v.detach().clone() for name, v in captured.items()}
+    return judge([against_oracle(got, form, case, {name: v.detach() for name, v in leaves.items()}, G)])
+
+
+def int64_offsets(backend: str, form: Format, K: int, N: int, elements: int) -> Finding:
+    """More than ``elements`` elements in x and dx, or in h and G. G is zero but for a few rows, which then say all."""
+    if device().type == "cuda" and torch.cuda.mem_get_info()[0] < FREE_BYTES:
+        return Finding("skip", reason=f"less than {FREE_BYTES >> 30} GiB of GPU memory are free")
+    prepare(form)
+    M = elements // max(K, N) + 100
+    rows = (0, 1, M // 2, M - 70, M - 2, M - 1)
+    case = Case((len(rows),), K, N, 8, 8)
+    t, G = drawn(case, form)
+    x = torch.ones(M, K, dtype=form.base, device=device())
+    G_all = torch.zeros(M, N, dtype=form.base, device=device())
+    for place, row in enumerate(rows):
+        x[row], G_all[row] = t["x"][place], G[place]
+    leaves = {name: v.detach().requires_grad_(name in wanted(t)) for name, v in (t | {"x": x}).items()}
+    h = call(hk.hydra_linear, case, leaves, backend=backend)
+    h.backward(G_all)
+    got = {name: leaves[name].grad for name in wanted(t)}
+    got |= {name: torch.stack([v[row] for row in rows]) for name, v in (("h", h.detach()), ("x", got["x"]))}
+    return judge([against_oracle(got, form, case, t, G)])
+
+
+def versions() -> Finding:
+    found = f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return Finding("pass", reason=f"{found}, Triton {triton.__version__}, numpy {numpy.__version__}")
+
+
+def gpu() -> Finding:
+    if device().type == "cpu":
+        return Finding("skip", reason="dry run on the CPU")
+    properties = torch.cuda.get_device_properties(0)
+    tiles = configs.of((properties.major, properties.minor)).name
+    sizes = f"{properties.total_memory >> 30} GiB, {properties.multi_processor_count} multiprocessors"
+    return Finding(
+        "pass", reason=f"{properties.name}, {properties.major}.{properties.minor}, {sizes}, tiles of {tiles}"
+    )
+
+
+def usable(backend: str) -> Finding:
+    reason = hk.backends()[backend]
+    return Finding("pass" if reason is None else "fail", reason=reason)
+
+
+def groups(dry: bool) -> dict[str, dict[str, Check]]:
+    """Every check by the name of its group, and its own: a process a group, the longest first.
+
+    A dry run has no compiler to wait for, so that processes would cost more than they save: it has a few large groups.
+    """
+    found: dict[str, dict[str, Check]] = {"machine": {"versions": versions, "GPU": gpu}}
+    found["machine"] |= {name: partial(usable, name) for name in ("aten", "hybrid", "triton")}
+    for backend in ("triton", "hybrid", "aten"):
+        for name, form in FORMATS.items():
+            cases = DRY if dry else (*SMALL, *(REAL if backend != "hybrid" else (*REAL, MANY_RANKS)))
+            if form.base != F32:
+                cases += () if dry else tuple(ROUNDING)
+            checks = {
+                f"{name} {case}": partial(backend_check, backend, form, case, DRAWS if case.M < 100 and not dry else 1)
+                for case in cases
+            }
+            found.setdefault(backend if dry or backend == "aten" else f"{backend} {name}", {}).update(checks)
+        case = replace(DRY[0] if dry else Case((512,), 1024, 768, 8, 8), adapter_bias=True, dropout=True)
+        use = found.setdefault(backend if dry else f"{backend} in use", {})
+        for name, check in {"same bits": same_bits, "stream": side_stream, "CUDA graph": cuda_graph}.items():
+            use |= {f"{name} {f}": partial(check, backend, FORMATS[f], case) for f in ("bf16", "fp32")}
+        if backend != "aten":
+            wide, elements = (64, 2**12) if dry else (4096, 2**31)
+            for name, K, N in (("x", wide, 32), ("h", 32, wide)):
+                use[f"int64 offsets in {name}"] = partial(int64_offsets, backend, FORMATS["bf16"], K, N, elements)
+    kernel_formats = ("bf16", "fp32") if dry else ("bf16", "fp16", "fp32", "tf32")
+    for kernel, check in KERNELS.items():
+        ranks = REAL[-1] if kernel.startswith("gemm") else MANY_RANKS
+        cases = (PLAIN, DRY[0]) if dry else (SMALL[1], PLAIN, REAL[0], ranks)
+        group = found.setdefault("kernels" if dry else f"kernel {kernel}", {})
+        group |= {f"{kernel} {f} {c}": partial(check, FORMATS[f], c) for f in kernel_formats for c in cases}
+    return found
+
+
+def findings(checks: Mapping[str, Check]) -> Iterator[tuple[str, Finding, float]]:
+    """The result of each check, and its seconds."""
+    for name, check in checks.items():
+        start = time.perf_counter()
+        try:
+            finding = check()
+        except Exception as error:  # whatever a compiler or a driver raises is this check's result, not the run's end
+            finding = Finding("fail", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        yield name, finding, time.perf_counter() - start
+
+
+def still_runs() -> bool:
+    """Whether the GPU takes work from this process: after an illegal address it takes none."""
+    try:
+        if device().type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("group")
+    parser.add_argument("checks", nargs="*", help="all of the group's, where none is named")
+    parser.add_argument("--dry", action="store_true", help="fewer and smaller checks")
+    options = parser.parse_args(arguments)
+    # Without it torch refuses cuBLAS to `use_deterministic_algorithms`.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    checks = groups(options.dry)[options.group]
+    lines = sys.stdout
+    with redirect_stdout(sys.stderr):
+        for name, finding, seconds in findings({name: checks[name] for name in options.checks or checks}):
+            print(json.dumps({"check": name, **asdict(finding), "seconds": seconds}), file=lines, flush=True)
+            if finding.status == "fail" and not still_runs():
+                return START_OVER
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

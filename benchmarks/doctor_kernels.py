@@ -1,0 +1,271 @@
+"""Each kernel alone against its formula in float64, and the rule by which `benchmarks.doctor` judges.
+
+The rule is that of tests/oracle.py: at most twice the error of the naive way, plus slack. For a kernel alone the naive
+way is its formula in fp32, rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hydra_kernels.kernels import configs, gemm, reduce, skinny
+from hydra_kernels.kernels.language import INTERPRETED
+from tests.cases import Case
+from tests.oracle import SLACK, Tensors, errors
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+MASK_SCALE, SCALES = 1 / 0.7, (0.7, -1.9)
+
+
+class Format(NamedTuple):
+    base: torch.dtype
+    adapters: torch.dtype
+    tf32: bool = False
+
+
+FORMATS = {
+    "bf16": Format(BF16, BF16),
+    "fp16": Format(F16, F16),
+    "fp32": Format(F32, F32),
+    "tf32": Format(F32, F32, tf32=True),
+    "bf16+fp32": Format(BF16, F32),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``error`` and ``allowed`` of the output that came nearest to its limit, or passed it: ``what``."""
+
+    status: str  # pass | fail | skip
+    error: float | None = None
+    allowed: float | None = None
+    what: str | None = None
+    reason: str | None = None
+
+
+class Compared(NamedTuple):
+    name: str
+    got: Tensor
+    naive: Tensor
+    true: Tensor
+    slack: float
+
+
+def judge(draws: Sequence[Sequence[Compared]]) -> Finding:
+    """The rule of tests/oracle.py for the median over draws, of the worst output."""
+    shares: dict[str, list[tuple[float, float, float]]] = {}
+    for compared in (c for draw in draws for c in draw):
+        pairs = zip(errors(compared.got, compared.true), errors(compared.naive, compared.true), strict=True)
+        for kind, (error, naive) in zip(("max", "rms"), pairs, strict=True):
+            allowed = 2 * naive + compared.slack
+            shares.setdefault(f"{compared.name} {kind}", []).append((error / allowed, error, allowed))
+    medians = {what: sorted(found)[len(found) // 2] for what, found in shares.items()}
+    what, (share, error, allowed) = max(medians.items(), key=lambda item: item[1][0])
+    if not math.isfinite(share):
+        return Finding("fail", what=what, reason="not finite")
+    return Finding("pass" if share <= 1 else "fail", error, allowed, what)
+
+
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED.value else "cuda")
+
+
+def prepare(form: Format) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if form.tf32 else "ieee"
+    # Fresh memory is NaN: whoever reads what nobody wrote, shows it.
+    torch.use_deterministic_algorithms(True)
+
+
+def slack_of(form: Format, dtype: torch.dtype) -> float:
+    """What an output of dtype may err beyond twice the naive error."""
+    if form.tf32:
+        return 2**-10  # the naive product may run in full fp32 where a shape does not suit tf32
+    if dtype == F32 and form.base != F32:
+        return 2**-14  # matrix instructions truncate their fp32 sums, which the naive fp32 product does not
+    return SLACK[dtype] * torch.finfo(dtype).eps
+
+
+Formula = Callable[[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], Tensors]
+
+
+class Bench:
+    """Inputs, tiles and blank outputs of a kernel that runs alone."""
+
+    def __init__(self, form: Format, case: Case) -> None:
+        prepare(form)
+        self.form, self.dtype, self.precision = form, form.base, "tf32" if form.tf32 else "ieee"
+        self.two_parts = form.base != F32 or form.tf32
+        self.generator = torch.Generator().manual_seed(0)
+        self.M, self.K, self.N, self.r_a, self.r_b = case.M, case.K, case.N, case.r_a, case.r_b
+        self.R = case.r_a + case.r_b
+        self.weight = self.normal(case.N, case.K, std=case.K**-0.5)
+        capability = None if INTERPRETED.value else torch.cuda.get_device_capability()
+        self.architecture = configs.of(capability)
+
+    def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        v = torch.randn(shape, generator=self.generator, dtype=F64) * std
+        return v.to(dtype or self.dtype).to(device())
+
+    def mask(self) -> Tensor:
+        return (torch.rand(self.M, self.R, generator=self.generator) < 0.7).to(torch.uint8).to(device())
+
+    def rest(self) -> Tensor | None:
+        std = self.K**-0.5 * 2**-8
+        return self.normal(self.r_b, self.K, std=std) if self.two_parts else None
+
+    def blank(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.full(shape, math.nan, dtype=dtype or self.dtype, device=device())
+
+    def tiles(self, *inputs: Tensor) -> configs.Tiles:
+        return self.architecture.tiles(self.dtype, self.precision, list(inputs))
+
+    def judge(self, outputs: Mapping[str, Tensor], formula: Formula) -> Finding:
+        true = formula(Tensor.double, lambda v: v)
+        naive = formula(Tensor.float, lambda v: v.to(self.dtype).float())
+        return judge([[
+            Compared(name, got, naive[name].to(got.dtype), true[name], slack_of(self.form, got.dtype))
+            for name, got in outputs.items()
+        ]])  # fmt: skip
+
+
+def bottleneck(x, D, rest, d, mask, to: Callable[[Tensor], Tensor]) -> Tensor:
+    z = to(x) @ to(D).t() + to(d)
+    if rest is not None:
+        z = z + torch.cat([z.new_zeros(len(z), len(D) - len(rest)), to(x) @ to(rest).t()], 1)
+    return z * to(mask) * MASK_SCALE
+
+
+def check_compose(form: Format, case: Case) -> Finding:
+    b = Bench(form, case)
+    bias, low = b.normal(b.N), b.two_parts
+    shapes = {"A_down": (b.r_a, b.K), "A_up": (b.N, b.r_a), "B_down": (b.r_b, b.N), "B_up": (b.N, b.r_b)}
+    shapes |= {"A_down_bias": (b.r_a,), "A_up_bias": (b.N,), "B_down_bias": (b.r_b,), "B_up_bias": (b.N,)}
+    t = {name: b.normal(*shape) for name, shape in shapes.items()}
+    D, U, rest = b.blank(b.R, b.K), b.blank(b.N, b.R), b.blank(b.r_b, b.K) if low else None
+    d, u = b.blank(b.R, dtype=F32), b.blank(b.N, dtype=F32)
+    config = b.tiles(b.weight).compose
+    skinny.compose(b.weight, bias, t, SCALES, D, rest, d, U, u, True, config, b.precision).run()
+
+    def formula(to, rounded) -> Tensors:
+        a = {name: to(v) for name, v in t.items()}
+        return {
+            "A_down": a["A_down"],
+            "C": a["B_down"] @ to(b.weight),
+            "U": torch.cat([SCALES[0] * a["A_up"], SCALES[1] * a["B_up"]], 1),
+            "d": torch.cat([a["A_down_bias"], a["B_down"] @ to(bias) + a["B_down_bias"]]),
+            "u": to(bias) + SCALES[0] * a["A_up_bias"] + SCALES[1] * a["B_up_bias"],
+        }
+
+    # C is held in two parts, whose sum has fp32's exactness but for what matrix instructions lose.
+    C = D[b.r_a :].float() + (0 if rest is None else rest.float())
+    return b.judge({"A_down": D[: b.r_a], "C": C, "U": U, "d": d, "u": u}, formula)
+
+
+def check_down(form: Format, case: Case) -> Finding:
+    b = Bench(form, case)
+    x, D, rest = b.normal(b.M, b.K), b.normal(b.R, b.K, std=b.K**-0.5), b.rest()
+    d, mask, Z = b.normal(b.R, dtype=F32), b.mask(), b.blank(b.M, b.R)
+    skinny.down(x, D, rest, d, mask, MASK_SCALE, Z, b.tiles(x, b.weight).down, b.precision).run()
+    return b.judge({"Z": Z}, lambda to, rounded: {"Z": bottleneck(x, D, rest, d, mask, to)})
+
+
+def check_gemm_forward(form: Format, case: Case) -> Finding:
+    b = Bench(form, case)
+    x, D, rest, U = b.normal(b.M, b.K), b.normal(b.R, b.K, std=b.K**-0.5), b.rest(), b.normal(b.N, b.R)
+    d, u, mask = b.normal(b.R, dtype=F32), b.normal(b.N, dtype=F32), b.mask()
+    h, Z, config = b.blank(b.M, b.N), b.blank(b.M, b.R), b.tiles(x, b.weight).gemm
+    gemm.forward(x, b.weight, u, D, rest, d, U, mask, MASK_SCALE, h, Z, config, b.precision).run()
+
+    def formula(to, rounded) -> Tensors:
+        Z = bottleneck(x, D, rest, d, mask, to)
+        return {"Z": Z, "h": to(x) @ to(b.weight).t() + rounded(Z) @ to(U).t() + to(u)}
+
+    return b.judge({"h": h, "Z": Z}, formula)
+
+
+def check_gemm_dx(form: Format, case: Case) -> Finding:
+    b = Bench(form, case)
+    G, dZ, D, dx = b.normal(b.M, b.N), b.normal(b.M, b.R), b.normal(b.R, b.K), b.blank(b.M, b.K)
+    gemm.dx(G, b.weight, dZ, D, dx, b.tiles(G, b.weight).gemm, b.precision).run()
+    return b.judge({"dx": dx}, lambda to, rounded: {"dx": to(G) @ to(b.weight) + to(dZ) @ to(D)})
+
+
+def check_grad_z(form: Format, case: Case) -> Finding:
+    b = Bench(form, case)
+    G, Z, mask, up = b.normal(b.M, b.N), b.normal(b.M, b.R), b.mask(), b.normal(b.N, b.R, std=b.N**-0.5)
+    ups = up[:, : b.r_a].contiguous(), up[:, b.r_a :].contiguous()
+    up_biases = b.normal(b.N), b.normal(b.N)
+    config = b.architecture.grad_z(b.tiles(G, b.weight), b.M)
+    P = triton.cdiv(b.M, config.BLOCK_ROWS)
+    out = {"dU": b.blank(P, b.N, b.R, dtype=F32), "sum G": b.blank(P, b.N, dtype=F32)}
+    out |= {"sum dZ": b.blank(P, b.R, dtype=F32), "scales": b.blank(P, b.R + 2, dtype=F32)}
+    dZ = b.blank(b.M, b.R)
+    skinny.grad_z(G, ups, up_biases, SCALES, Z, mask, MASK_SCALE, dZ, *out.values(), config, b.precision).run()
+
+    def blocks(v: Tensor) -> Tensor:
+        return torch.cat([v, v.new_zeros(P * config.BLOCK_ROWS - b.M, v.shape[1])]).view(P, config.BLOCK_ROWS, -1)
+
+    def formula(to, rounded) -> Tensors:
+        product, sums = to(G) @ to(up), blocks(to(G)).sum(1)
+        scales = torch.tensor(SCALES).repeat_interleave(torch.tensor([b.r_a, b.r_b])).to(product)
+        of_biases = [(sums @ to(bias))[:, None] for bias in up_biases]
+        return {
+            "dZ": product * scales * to(mask) * MASK_SCALE,
+            "dU": blocks(to(G)).transpose(1, 2) @ blocks(to(Z)),
+            "sum G": sums,
+            "sum dZ": blocks(to(dZ)).sum(1),  # of the dZ it wrote
+            "scales": torch.cat([blocks(product * to(Z)).sum(1), *of_biases], 1),
+        }
+
+    return b.judge({"dZ": dZ, **out}, formula)
+
+
+def check_grad_w(form: Format, case: Case) -> Finding:
+    b = Bench(form, case)
+    x, dZ = b.normal(b.M, b.K), b.normal(b.M, b.R)
+    tiles = b.tiles(x, b.weight)
+    dD = b.blank(b.architecture.splits(tiles, b.M, b.K), b.R, b.K, dtype=F32)
+    launch = skinny.grad_w(x, dZ, dD, tiles.grad_w, b.precision)
+    launch.run()
+    splits = [slice(s * launch.arguments["rows"], (s + 1) * launch.arguments["rows"]) for s in range(len(dD))]
+    return b.judge(
+        {"dD": dD}, lambda to, rounded: {"dD": torch.stack([to(dZ[rows]).t() @ to(x[rows]) for rows in splits])}
+    )
+
+
+def check_reduce(form: Format, case: Case) -> Finding:
+    b, P, S = Bench(form, case), 19, 3
+    new, N, r_a = partial(b.normal, dtype=F32), b.N, b.r_a
+    partials = reduce.Partials(new(P, N, b.R), new(P, N), new(P, b.R), new(P, b.R + 2), new(S, b.R, b.K, std=b.K**-0.5))
+    bias, B_down = b.normal(N), b.normal(b.r_b, N)
+    shapes = {"A_down": (r_a, b.K), "A_up": (N, r_a), "B_down": (b.r_b, N), "B_up": (N, b.r_b), "bias": (N,)}
+    shapes |= {"A_down_bias": (r_a,), "A_up_bias": (N,), "B_down_bias": (b.r_b,), "B_up_bias": (N,)}
+    grads = {name: b.blank(*shape) for name, shape in {**shapes, "scale_a": (), "scale_b": ()}.items()}
+    shape, config = (N, b.K, r_a, b.r_b), b.tiles(b.weight).reduce
+    reduce.reduce(partials, P, b.weight, bias, B_down, SCALES, shape, grads, config, b.precision).run()
+
+    def formula(to, rounded) -> Tensors:
+        dU, g, z, scales, dD = (to(p).sum(0) for p in partials)
+        s_a, s_b = SCALES
+        return {
+            **{"A_up": s_a * dU[:, :r_a], "B_up": s_b * dU[:, r_a:], "A_up_bias": s_a * g, "B_up_bias": s_b * g},
+            **{"A_down": dD[:r_a], "B_down": dD[r_a:] @ to(b.weight).t() + torch.outer(z[r_a:], to(bias))},
+            **{"A_down_bias": z[:r_a], "B_down_bias": z[r_a:], "bias": g + z[r_a:] @ to(B_down)},
+            **{"scale_a": scales[:r_a].sum() + scales[b.R], "scale_b": scales[r_a : b.R].sum() + scales[b.R + 1]},
+        }
+
+    return b.judge(grads, formula)
+
+
+KERNELS = {
+    **{"compose": check_compose, "down": check_down, "gemm-forward": check_gemm_forward, "gemm-dx": check_gemm_dx},
+    **{"grad_z": check_grad_z, "grad_w": check_grad_w, "reduce": check_reduce},
+}

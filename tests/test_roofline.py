@@ -1,0 +1,133 @@
+"""The predictions of `benchmarks.roofline` against arithmetic by hand and against what the kernels launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import roofline, timing
+from benchmarks.methods import Ranks
+from benchmarks.roofline import CARDS, L2, Kernel, Model, RooflineRow, predict
+from benchmarks.shapes import Shape
+
+FC2, SQUARE, LONG = Shape(6400, 3072, 768), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096)
+RANKS = Ranks(8, 8)
+GRAPH = Model(CARDS["h200"], l2_bytes=0, launch_us=0.0, gemm_efficiency=0.95)
+
+
+def by_method(shape: Shape, model: Model = GRAPH, ranks: Ranks = RANKS) -> dict[str, RooflineRow]:
+    return {row["method"]: row for row in predict(shape, ranks, "bf16", model)}
+
+
+@pytest.mark.parametrize("shape", [FC2, SQUARE, Shape(256, 40, 24)], ids=str)
+def test_naive_bytes_are_those_of_arithmetic_by_hand(shape):
+    M, K, N = shape
+    R, r = sum(RANKS), RANKS.r_a
+    x, y, W0, b0 = M * K, M * N, N * K, N
+    rows = by_method(shape)
+    frozen = (x + W0 + b0 + y) + (y + W0 + x)
+    assert rows["frozen"]["bytes"] == 2 * frozen
+
+    def branch(v: int, fan_in: int, r: int) -> int:
+        """z = v down^T, delta = z up^T; dz = G up, dup = G^T z, ddown = dz^T v, dv = dz down."""
+        z, down, up = M * r, r * fan_in, N * r
+        forward = (v + down + z) + (z + up + y)
+        return forward + (y + up + z) + (y + z + up) + (z + v + down) + (z + down + v)
+
+    # h = y0 + delta, and the sum of the two gradients of v: two read, one written.
+    assert rows["naive_lora"]["bytes"] == 2 * (frozen + branch(x, K, R) + 3 * y + 3 * x)
+    assert rows["naive_seqlora"]["bytes"] == 2 * (frozen + branch(y, N, R) + 3 * y + 3 * y)
+    both = branch(x, K, r) + branch(y, N, r) + 2 * 3 * y + 3 * y + 3 * x
+    assert rows["naive_hydra"]["bytes"] == 2 * (frozen + both)
+    skinny = {"naive_lora": 3 * R * (K + N), "naive_seqlora": 6 * R * N, "naive_hydra": 3 * r * (K + N) + 6 * r * N}
+    for method, columns in skinny.items():
+        assert rows[method]["operations"] == 2 * M * (2 * N * K + columns)
+
+
+@pytest.mark.parametrize(
+    ("shape", "hydra", "lora"), [(FC2, 2.260, 1.902), (SQUARE, 1.539, 1.270), (LONG, 1.250, 1.173)], ids=str
+)
+def test_naive_predictions(shape, hydra, lora):
+    """By hand from the bytes above. Autograd's sum of the two parts of dx, 3 M K elements, is 0.36 of that at fc2."""
+    rows = by_method(shape)
+    assert rows["naive_hydra"]["over_frozen"] == pytest.approx(hydra, abs=1e-3)
+    assert rows["naive_lora"]["over_frozen"] == pytest.approx(lora, abs=1e-3)
+
+
+def test_without_the_sum_of_dx_naive_hydra_is_at_1_90():
+    rows = by_method(FC2)
+    sum_of_dx = 3 * 2 * FC2.M * FC2.K / (CARDS["h200"].gigabytes * 1e3)
+    left = rows["naive_hydra"]["predicted_us"] - sum_of_dx
+    assert left / rows["frozen"]["predicted_us"] == pytest.approx(1.90, abs=0.005)
+
+
+@pytest.mark.parametrize(("shape", "expected"), [(FC2, 1.15), (SQUARE, 1.043), (LONG, 1.032)], ids=str)
+def test_the_floor_with_a_gap_for_its_three_launches_more(shape, expected):
+    rows = by_method(shape)
+    assert (rows["floor"]["launches"], rows["frozen"]["launches"]) == (5, 2)
+    over = (rows["floor"]["predicted_us"] + 3 * 2.0) / rows["frozen"]["predicted_us"]
+    assert over == pytest.approx(expected, abs=0.005)
+
+
+def test_ours_is_what_is_launched():
+    rows = by_method(FC2)
+    names = {method: [kernel[0] for kernel in rows[method]["kernels"]] for method in ("triton", "hybrid")}
+    assert names["triton"] == ["compose", "gemm forward", "grad_z", "gemm dx", "grad_w", "reduce"]
+    assert names["hybrid"] == ["compose", "down", "addmm", "addmm_", "grad_z", "mm", "addmm_", "grad_w", "reduce"]
+    M, K, N = FC2
+    R, r_b = 16, 8
+    kernels = {kernel[0]: kernel for kernel in rows["triton"]["kernels"]}
+    # b0, c in fp32; rows of D, the rest of C.
+    composed = (R * K + r_b * K + N * R) * 2 + (R + N) * 4
+    assert kernels["compose"][1] == (N * K + N + R * K // 2 + r_b * N + N * R) * 2 + composed
+    assert kernels["gemm forward"][1] == (M * K + N * K + M * N + M * R) * 2 + composed
+    P, S = M // 32, 3  # blocks of rows: the tall ones would be too few for the GPU
+    assert kernels["grad_z"][1] == (M * N + N * R + 2 * M * R) * 2 + (P * N * R + P * R) * 4
+    assert kernels["grad_w"][1] == (M * K + M * R) * 2 + S * R * K * 4
+
+
+def test_a_pass_is_repeated_for_further_blocks_of_ranks():
+    few, many = by_method(FC2, ranks=Ranks(32, 32)), by_method(FC2, ranks=Ranks(37, 33))
+    assert "triton" in few
+    assert "triton" not in many
+    G = FC2.M * FC2.N * 2
+    grad_z = [{kernel[0]: kernel[1] for kernel in rows["hybrid"]["kernels"]}["grad_z"] for rows in (few, many)]
+    assert grad_z[1] - grad_z[0] > G
+
+
+@pytest.mark.parametrize("ranks", [Ranks(8, 0), Ranks(0, 8)], ids=str)
+def test_one_branch_alone(ranks):
+    rows = by_method(FC2, ranks=ranks)
+    kind = "naive_lora" if ranks.r_a else "naive_seqlora"
+    assert rows["naive_hydra"]["bytes"] == rows[kind]["bytes"]
+    assert 1 < rows["floor"]["over_frozen"] < rows["triton"]["over_frozen"]
+
+
+def test_slower_memory_and_gaps_cost_what_they_are():
+    graph, eager = by_method(FC2), by_method(FC2, GRAPH._replace(launch_us=2.0))
+    for method, row in eager.items():
+        assert row["predicted_us"] - graph[method]["predicted_us"] == pytest.approx(2 * row["launches"], abs=2e-3)
+    slow = by_method(FC2, GRAPH._replace(card=CARDS["h100"]))
+    assert slow["naive_hydra"]["over_frozen"] > graph["naive_hydra"]["over_frozen"]
+
+
+def test_l2_spares_what_it_still_holds():
+    a, b, c = (torch.empty(10, dtype=torch.float32, device="meta") for _ in range(3))
+    cache = L2(100)
+    assert cache.missed(Kernel("first", ((a, 1),), (b,), 0)) == 80
+    assert cache.missed(Kernel("second", ((b, 1), (a, 2)), (c,), 0)) == 40
+    # b was used longer ago than a, and three do not fit.
+    assert cache.missed(Kernel("third", ((c, 1), (a, 1)), (), 0)) == 0
+    assert cache.missed(Kernel("fourth", ((b, 1),), (), 0)) == 40
+    assert L2(0).missed(Kernel("fifth", ((a, 1), (a, 1)), (), 0)) == 80
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "roofline.json"
+    arguments = ["--shape", "256,64,48", "--ranks", "2+2", "--ranks", "4+8", "--card", "h100", "--json", str(path)]
+    assert roofline.main(arguments) == 0
+    assert "Predicted, not measured" in capsys.readouterr().out
+    _, rows = timing.read_result(path, RooflineRow)
+    assert [row["method"] for row in rows] == list(roofline.METHODS) * 2
+    assert roofline.main(["--shape", "1,2"]) == 2
+    assert "M,K,N" in capsys.readouterr().err
