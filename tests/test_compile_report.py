@@ -63,19 +63,28 @@ def test_bf16_on_every_architecture(tmp_path):
 
 
 def test_bf16_with_rows_that_wide_loads_cannot_take(tmp_path):
-    rows = rows_of(tmp_path / "report.json", "--arch", "86", "90", "--ranks", "32+32", "--variant", "options-unaligned")
-    assert compile_report.fault_lines(rows) == []
-
-
-@pytest.mark.parametrize(("dtype", "ranks"), [("tf32", "32+32"), ("fp32", "16+16")])
-def test_fp32(tmp_path, dtype, ranks):
     rows = rows_of(
-        tmp_path / "report.json", "--arch", "80", "90", "--dtype", dtype, "--ranks", ranks, "--variant", "options"
+        *(tmp_path / "report.json", "--arch", "86", "90", "--ranks", "16+16", "32+32"),
+        *("--variant", "options-unaligned"),
     )
     assert compile_report.fault_lines(rows) == []
-    used = {opcode for row in rows for opcode in row["instructions"]}
-    assert ("FFMA" if dtype == "fp32" else "HMMA") in used
-    assert dtype == "tf32" or used.isdisjoint(MATRIX_OPCODE.values())
+
+
+def test_tf32(tmp_path):
+    rows = rows_of(
+        tmp_path / "report.json", "--arch", "80", "90", "--dtype", "tf32", "--ranks", "32+32", "--variant", "options"
+    )
+    assert compile_report.fault_lines(rows) == []
+    assert all("HMMA" in row["instructions"] or "HGMMA" in row["instructions"] for row in rows)
+
+
+def test_full_fp32(tmp_path):
+    rows = rows_of(
+        *(tmp_path / "report.json", "--arch", "80", "90", "100", "--dtype", "fp32", "--ranks", "16+16"),
+        *("--variant", "options"),
+    )
+    assert compile_report.fault_lines(rows) == []
+    assert all("FFMA" in row["instructions"] or "FFMA2" in row["instructions"] for row in rows)
 
 
 def test_a_kernel_that_does_not_compile_is_a_row_and_a_failure(tmp_path):
@@ -197,7 +206,11 @@ def test_what_the_tools_print_is_read():
 @pytest.mark.parametrize(
     ("binary", "expected"),
     [
-        (Binary(255, 8, 0, 0, {"HMMA": 1}), ["spills 8 bytes"]),
+        (
+            Binary(64, 0, 0, 0, {"UTCHMMA": 1}),
+            ["products of full fp32 by matrix instructions, which round their operands"],
+        ),
+        (Binary(255, 8, 0, 0, {"FFMA": 1}), ["spills 8 bytes"]),
         (Binary(255, 0, 0, 0, {"LDL": 1}), ["spills 0 bytes"]),
         (Binary(64, 0, (99 << 10) + 1, 0, {}), ["101377 bytes of shared memory, limit 101376"]),
         (Binary(64, 0, 99 << 10, 0, {}), []),
@@ -205,7 +218,7 @@ def test_what_the_tools_print_is_read():
     ],
 )
 def test_faults(binary, expected):
-    row = compile_report.row_of({"config": {"num_warps": 4}}, 86, binary)
+    row = compile_report.row_of({"dtype": "fp32", "config": {"num_warps": 4}}, 86, binary)
     assert compile_report.faults(row) == expected
     assert row["shared_limit"] == 99 << 10
 

@@ -29,6 +29,7 @@ class Gemm(NamedTuple):
     num_stages: int
     descriptors: bool = False  # load through the tensor memory accelerator
     GROUP_M: int = 8  # blocks of rows that share columns of W: their tiles fit every L2
+    max_registers: int | None = None  # 255 where ptxas, left to itself, spills a few bytes for an idle occupancy
 
 
 class Skinny(NamedTuple):
@@ -36,6 +37,7 @@ class Skinny(NamedTuple):
     BLOCK_COLUMNS: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 class Reduce(NamedTuple):
@@ -45,6 +47,7 @@ class Reduce(NamedTuple):
     BLOCK_P: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -93,10 +96,10 @@ def aligned(t: Tensor) -> bool:
 _SMALL = Tiles(
     gemm=Gemm(64, 64, 16, 8, 3),
     compose=Skinny(32, 32, 4, 2),
-    down=Skinny(32, 32, 4, 2),
+    down=Skinny(32, 32, 4, 2, max_registers=255),
     grad_z=Skinny(32, 32, 8, 2),
     grad_w=Skinny(32, 32, 4, 2),
-    reduce=Reduce(32, 64, 256, 16, 4, 2),
+    reduce=Reduce(32, 64, 256, 16, 4, 2, max_registers=255),
 )
 _HALF = Tiles(
     gemm=Gemm(128, 128, 32, 8, 4),
@@ -104,7 +107,7 @@ _HALF = Tiles(
     down=Skinny(64, 64, 4, 4),
     grad_z=Skinny(128, 32, 8, 3),
     grad_w=Skinny(128, 64, 4, 3),
-    reduce=Reduce(32, 64, 256, 16, 4, 3),
+    reduce=Reduce(32, 64, 256, 16, 4, 3, max_registers=255),
 )
 # Elements of 4 bytes: half as many columns to a line, and grad_z's tall tile would spill at R = 64.
 _TF32 = _HALF._replace(
@@ -127,9 +130,14 @@ SM90 = Architecture(
     _SMALL,
     programs=132,
 )
-# The accumulators live in tensor memory, so registers leave room for a wide tile; 227 KiB of shared memory.
+# The accumulators live in tensor memory, so registers leave room for a wide tile; 227 KiB of shared memory. In full
+# fp32, from 64 rows on, Triton 3.6 compiles Z U^T to tf32 (its tcgen05 path overlooks the precision): hence 32.
 SM100 = Architecture(
-    "sm_100", _HALF._replace(gemm=Gemm(128, 128, 64, 8, 3, descriptors=True)), _TF32, _SMALL, programs=148
+    "sm_100",
+    _HALF._replace(gemm=Gemm(128, 128, 64, 8, 3, descriptors=True, max_registers=255)),
+    _TF32,
+    _SMALL._replace(gemm=Gemm(32, 64, 16, 4, 3)),
+    programs=148,
 )
 # The shared memory and the matrix instructions of sm_86; descriptors would cost a stack frame.
 SM120 = SM86._replace(name="sm_120", programs=170)

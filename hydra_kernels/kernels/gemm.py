@@ -181,4 +181,4 @@ def _launch(M: int, N: int, R: int, arguments: dict[str, Any], config: Gemm) -> 
     tiles = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}
     tiles |= {"BLOCK_R": rank_block(R), "GROUP_M": config.GROUP_M}
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
-    return Launch(gemm_kernel, grid, arguments | tiles, config.num_warps, config.num_stages)
+    return Launch.of(gemm_kernel, grid, arguments | tiles, config)

@@ -9,25 +9,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .configs import Gemm, Reduce, Skinny
+
 _log = logging.getLogger("hydra_kernels")
 _announced: set[tuple[Any, ...]] = set()
 
 
 class Launch(NamedTuple):
-    """``kernel`` over ``grid`` programs; ``arguments`` by the kernel's names."""
+    """``kernel`` over ``grid`` programs; ``arguments`` by the kernel's names, ``options`` for its compilation."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
+    options: dict[str, int]
 
-    @property
-    def options(self) -> dict[str, int]:
-        """How it is compiled."""
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+    @classmethod
+    def of(
+        cls, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: Gemm | Skinny | Reduce
+    ) -> Launch:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if config.max_registers is not None:
+            options["maxnreg"] = config.max_registers
+        return cls(kernel, grid, arguments, options)
 
     def run(self) -> None:
         """Enqueues the kernel on the current stream of its tensors' device; an empty grid runs nothing."""
@@ -42,7 +45,7 @@ class Launch(NamedTuple):
     def _announce(self, tensors: list[Tensor]) -> None:
         """Logs a first compilation, which takes seconds. Triton may find it in its cache of earlier runs."""
         constants = [v for name, v in self.arguments.items() if name.isupper() and len(name) > 1]
-        key = (self.kernel.__name__, *(t.dtype for t in tensors), *constants, self.num_warps, self.num_stages)
+        key = (self.kernel.__name__, *(t.dtype for t in tensors), *constants, *self.options.values())
         if key not in _announced:
             _announced.add(key)
             _log.info("compiling %s for %s", self.kernel.__name__, tensors[0].dtype)

@@ -274,5 +274,4 @@ def reduce(
         **{"PRECISION": precision, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "BLOCK_R": block_r},
         **{"BLOCK_E": config.BLOCK_E, "BLOCK_P": config.BLOCK_P},
     }
-    # Left to itself ptxas spills a few bytes here, for an occupancy that sums of partials do not need.
-    return Launch(reduce_kernel, (ends[-1],), arguments, config.num_warps, config.num_stages, max_registers=255)
+    return Launch.of(reduce_kernel, (ends[-1],), arguments, config)

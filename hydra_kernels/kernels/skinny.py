@@ -325,7 +325,7 @@ def compose(
     }
     programs = triton.cdiv(K, config.BLOCK_COLUMNS) + triton.cdiv(N, config.BLOCK_ROWS)
     grid = (programs, triton.cdiv(R, rank_block(R)))
-    return Launch(compose_kernel, grid, arguments, config.num_warps, config.num_stages)
+    return Launch.of(compose_kernel, grid, arguments, config)
 
 
 def down(
@@ -348,7 +348,7 @@ def down(
         **{"BLOCK_M": config.BLOCK_ROWS, "BLOCK_K": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(R)},
     }
     grid = (triton.cdiv(M, config.BLOCK_ROWS), triton.cdiv(R, rank_block(R)))
-    return Launch(down_kernel, grid, arguments, config.num_warps, config.num_stages)
+    return Launch.of(down_kernel, grid, arguments, config)
 
 
 def grad_z(
@@ -380,7 +380,7 @@ def grad_z(
         **{"BLOCK_M": config.BLOCK_ROWS, "BLOCK_N": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(r_a + r_b)},
     }
     grid = (triton.cdiv(M, config.BLOCK_ROWS), triton.cdiv(r_a + r_b, rank_block(r_a + r_b)))
-    return Launch(grad_z_kernel, grid, arguments, config.num_warps, config.num_stages)
+    return Launch.of(grad_z_kernel, grid, arguments, config)
 
 
 def grad_w(x: Tensor, dZ: Tensor, dD: Tensor, config: Skinny, precision: str) -> Launch:
@@ -393,4 +393,4 @@ def grad_w(x: Tensor, dZ: Tensor, dD: Tensor, config: Skinny, precision: str) ->
         **{"BLOCK_M": config.BLOCK_ROWS, "BLOCK_K": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(R)},
     }
     grid = (triton.cdiv(K, config.BLOCK_COLUMNS), S, triton.cdiv(R, rank_block(R)))
-    return Launch(grad_w_kernel, grid, arguments, config.num_warps, config.num_stages)
+    return Launch.of(grad_w_kernel, grid, arguments, config)

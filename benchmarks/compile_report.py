@@ -1,0 +1,400 @@
+"""Compiles every kernel with its shipped tiles, without a GPU: what each costs on each architecture.
+
+``python -m benchmarks.compile_report --arch 80 86 89 90 100 120`` prints a row a kernel: registers, spills, shared
+memory, matrix instructions, and how many programs fit a multiprocessor. Triton's own launcher specializes the launches
+of a forward and a backward over tensors without data, so the binaries are those that a GPU would run.
+
+Known spill: in full fp32 products run without matrix instructions, and the GEMM at R = 64 spills up to 200 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from benchmarks import timing
+from benchmarks.methods import Ranks
+from hydra_kernels.backend import gpu_steps
+from hydra_kernels.backend.interface import Operands
+from hydra_kernels.kernels import configs
+from hydra_kernels.kernels.language import INTERPRETED
+from hydra_kernels.kernels.launch import Launch
+
+# The data type, and what torch's setting for fp32 products must say.
+DTYPES = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+# ViT-B/16 fc2, 128 images.
+M, K, N = 128 * 197, 3072, 768
+ADAPTERS = frozenset({"x", "A_down", "A_up", "B_down", "B_up"})
+OPTIONS = frozenset({"bias", "A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias", "scale_a", "scale_b"})
+# Matrix instructions by generation, fused multiply-adds, loads by TMA and by cp.async, spilled registers' traffic.
+MATRIX_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
+OPCODES = (*MATRIX_OPCODES, "FFMA", "FFMA2", "UTMALDG", "LDGSTS", "STL", "LDL")
+_OPCODE = re.compile(rf"\b({'|'.join(OPCODES)})\b")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+
+
+class Multiprocessor(NamedTuple):
+    """Limits of one multiprocessor, from the CUDA programming guide; every one has 65536 registers in four parts."""
+
+    warps: int
+    programs: int
+    shared_bytes: int
+    shared_bytes_of_program: int
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 32, 164 << 10, 163 << 10),
+    86: Multiprocessor(48, 16, 100 << 10, 99 << 10),
+    89: Multiprocessor(48, 24, 100 << 10, 99 << 10),
+    90: Multiprocessor(64, 32, 228 << 10, 227 << 10),
+    100: Multiprocessor(64, 32, 228 << 10, 227 << 10),
+    120: Multiprocessor(48, 24, 100 << 10, 99 << 10),
+}
+TENSOR_MEMORY_COLUMNS = 512
+
+
+class Variant(NamedTuple):
+    """``options``: adapter biases, learnable scales, dropout, a trainable b0; ``aligned``: the rows of x, W0 and G."""
+
+    options: bool
+    aligned: bool
+
+    def __str__(self) -> str:
+        return ("options" if self.options else "plain") + ("" if self.aligned else "-unaligned")
+
+
+VARIANTS = {str(v): v for v in itertools.starmap(Variant, itertools.product((False, True), (True, False)))}
+
+
+class Compilation(NamedTuple):
+    """All that decides a binary, as plain data that another process takes."""
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, int]
+    arch: int
+
+
+class Binary(NamedTuple):
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_memory_columns: int
+    instructions: dict[str, int]
+
+
+class CompileRow(TypedDict):
+    """One kernel with its tiles, or why it did not compile (``error``; its figures are None)."""
+
+    kernel: str
+    variant: str
+    arch: str
+    dtype: str
+    R: int
+    # [r_a, r_b]
+    ranks: list[int]
+    # Blocks, warps, stages and, where it is limited, the registers of a thread.
+    config: dict[str, int]
+    registers: int | None
+    spill_bytes: int | None
+    shared_bytes: int | None
+    # What a program may have.
+    shared_limit: int
+    # By opcode, those of `OPCODES` that occur.
+    instructions: dict[str, int] | None
+    # That fit a multiprocessor at once: an estimate.
+    programs: int | None
+    warps: int | None
+    error: str | None
+
+
+def operands(dtype: torch.dtype, ranks: Ranks, variant: Variant) -> tuple[Tensor, Tensor, Operands]:
+    """x, G and the rest of a call, on the meta device: shapes, strides and addresses without data."""
+    r_a, r_b = ranks
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def rows(count: int, width: int) -> Tensor:
+        # An odd row, and a first element that no wide load can reach.
+        return new(count, width) if variant.aligned else new(count, width + 1)[:, 1:]
+
+    def where(present: bool, *shape: int) -> Tensor | None:
+        return new(*shape) if present else None
+
+    op = Operands(
+        weight=rows(N, K),
+        bias=new(N),
+        A_down=where(r_a > 0, r_a, K),
+        A_up=where(r_a > 0, N, r_a),
+        B_down=where(r_b > 0, r_b, N),
+        B_up=where(r_b > 0, N, r_b),
+        A_down_bias=where(variant.options and r_a > 0, r_a),
+        A_up_bias=where(variant.options and r_a > 0, N),
+        B_down_bias=where(variant.options and r_b > 0, r_b),
+        B_up_bias=where(variant.options and r_b > 0, N),
+        mask=new(M, r_a + r_b, dtype=torch.bool) if variant.options else None,
+        scale_a=new() if variant.options and r_a > 0 else 1.5,
+        scale_b=new() if variant.options and r_b > 0 else 1.5,
+        mask_scale=2.0 if variant.options else 1.0,
+    )
+    return rows(M, K), rows(M, N), op
+
+
+@contextmanager
+def products_of_fp32(precision: str) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Launch]:
+    """Every launch of a step of the fused backend with all gradients, and what the hybrid one launches instead."""
+    torch_dtype, precision = DTYPES[dtype]
+    tiles = configs.of(divmod(arch, 10))
+    x, G, op = operands(torch_dtype, ranks, variant)
+    wanted = ADAPTERS | OPTIONS if variant.options else ADAPTERS
+    needs = {name for name in wanted if name == "x" or isinstance(getattr(op, name), Tensor)}
+    found: list[Launch] = []
+    with products_of_fp32(precision):
+        _, kept, saved = gpu_steps.forward(x, op, needs, True, tiles, found.append)
+        gpu_steps.backward(G, kept, saved, needs, True, tiles, found.append)
+        hybrid: list[Launch] = []
+        gpu_steps.forward(x, op, needs, False, tiles, hybrid.append)
+    return found + [launch for launch in hybrid if launch.kernel.__name__ == "down_kernel"]
+
+
+def name_of(launch: Launch) -> str:
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    return f"{name} {'forward' if launch.arguments['FORWARD'] else 'dx'}" if name == "gemm" else name
+
+
+def config_of(launch: Launch) -> dict[str, int]:
+    tiles = {name: value for name, value in launch.arguments.items() if name.startswith(("BLOCK_", "GROUP_"))}
+    return tiles | launch.options
+
+
+def compilation(launch: Launch, arch: int) -> Compilation:
+    """A launch as Triton's own launcher would specialize and compile it on that architecture."""
+    kernel, backend = launch.kernel, make_backend(_target(arch))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments, specialization, options = bind(**launch.arguments, **launch.options)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, arguments, specialization, options)
+    return Compilation(kernel.__module__, kernel.__name__, signature, constants, attributes, options, arch)
+
+
+def _target(arch: int) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32)
+
+
+def compiled(job: Compilation) -> Binary | str:
+    """What the assembler made of it, or the error of a compiler that gave up."""
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    source = ASTSource(kernel, job.signature, job.constants, job.attributes)
+    try:
+        binary = triton.compile(source, target=_target(job.arch), options=job.options)
+    except Exception as error:  # the compiler's passes raise what they like; whatever it is, it is the finding
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(binary.asm["cubin"])
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
+        sass = _output(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", str(file))
+    registers, stack = resources(usage)
+    return Binary(registers, stack, binary.metadata.shared, binary.metadata.tmem_size or 0, instructions(sass))
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(usage: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, which holds nothing but spilled registers."""
+    found = _RESOURCES.search(usage)
+    if found is None:
+        raise ValueError(f"cuobjdump names no registers: {usage!r}")
+    return int(found[1]), int(found[2])
+
+
+def instructions(sass: str) -> dict[str, int]:
+    """How often each of `OPCODES` occurs, those that do not left out."""
+    counts = Counter(_OPCODE.findall(sass))
+    return {opcode: counts[opcode] for opcode in OPCODES if counts[opcode]}
+
+
+def programs_that_fit(limits: Multiprocessor, binary: Binary, num_warps: int) -> int:
+    """Programs that a multiprocessor holds at once; 0 where a single one does not fit."""
+    registers_of_warp = -(-32 * binary.registers // 256) * 256
+    # 1 KiB of each program's shared memory is the system's.
+    shared = -(-(binary.shared_bytes + 1024) // 128) * 128
+    fits = [
+        limits.programs,
+        limits.warps // num_warps,
+        4 * (65536 // 4 // registers_of_warp) // num_warps,
+        limits.shared_bytes // shared,
+    ]
+    if binary.tensor_memory_columns:
+        fits.append(TENSOR_MEMORY_COLUMNS // binary.tensor_memory_columns)
+    return min(fits)
+
+
+def row_of(subject: dict[str, Any], arch: int, made: Binary | str) -> CompileRow:
+    """A row from what it is about and what was made of it."""
+    limits, num_warps = MULTIPROCESSORS[arch], subject["config"]["num_warps"]
+    binary = None if isinstance(made, str) else made
+    programs = None if binary is None else programs_that_fit(limits, binary, num_warps)
+    return CompileRow(
+        **subject,
+        registers=None if binary is None else binary.registers,
+        spill_bytes=None if binary is None else binary.spill_bytes,
+        shared_bytes=None if binary is None else binary.shared_bytes,
+        shared_limit=limits.shared_bytes_of_program,
+        instructions=None if binary is None else binary.instructions,
+        programs=programs,
+        warps=None if programs is None else programs * num_warps,
+        error=made if isinstance(made, str) else None,
+    )
+
+
+def subjects(
+    archs: Iterable[int], dtypes: Sequence[str], all_ranks: Sequence[Ranks], variants: Sequence[Variant]
+) -> Iterator[tuple[dict[str, Any], Compilation]]:
+    """Every launch asked for: what its row says of it, and how it is compiled."""
+    for arch, dtype, ranks, variant in itertools.product(archs, dtypes, all_ranks, variants):
+        about = {"variant": str(variant), "arch": f"sm_{arch}", "dtype": dtype, "R": sum(ranks), "ranks": list(ranks)}
+        for launch in launches(arch, dtype, ranks, variant):
+            yield {"kernel": name_of(launch), **about, "config": config_of(launch)}, compilation(launch, arch)
+
+
+def report(asked: Sequence[tuple[dict[str, Any], Compilation]], workers: int, progress: Progress) -> list[CompileRow]:
+    """A row each, in the order asked; what several share is compiled once."""
+    jobs = {repr(job): job for _, job in asked}
+    made: dict[str, Binary | str] = {}
+    # A fresh interpreter each: compilers keep threads, which a fork would lose.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(compiled, job): key for key, job in jobs.items()}
+        for done in progress.track(as_completed(running), total=len(running), description="compile"):
+            made[running[done]] = done.result()
+    return [row_of(subject, job.arch, made[repr(job)]) for subject, job in asked]
+
+
+def table(rows: Sequence[CompileRow]) -> Table:
+    printed = Table(title="Compiled kernels; bold: what the lines below name")
+    for heading in ("kernel", "variant", "arch", "dtype", "R", "config"):
+        printed.add_column(heading)
+    for heading in ("registers", "spill", "shared / limit (KiB)", "programs (warps)"):
+        printed.add_column(heading, justify="right")
+    printed.add_column("instructions")
+    for row in rows:
+        about = [row["kernel"], row["variant"], row["arch"], row["dtype"], str(row["R"]), _config(row["config"])]
+        if row["error"] is not None:
+            printed.add_row(*about, *["-"] * 4, Text(row["error"]), style="bold")
+            continue
+        shared = f"{row['shared_bytes'] / 1024:.1f} / {row['shared_limit'] >> 10}"
+        figures = [str(row["registers"]), str(row["spill_bytes"]), shared, f"{row['programs']} ({row['warps']})"]
+        opcodes = " ".join(f"{opcode} {count}" for opcode, count in row["instructions"].items())
+        printed.add_row(*about, *figures, opcodes, style="bold" if faults(row) else None)
+    return printed
+
+
+def _config(config: dict[str, int]) -> str:
+    """128x256x64 R16, 8 warps, 3 stages: the blocks in the kernel's order, that of the ranks named."""
+    blocks = "x".join(str(v) for name, v in config.items() if name.startswith("BLOCK_") and name != "BLOCK_R")
+    limit = f", {config['maxnreg']} registers" if "maxnreg" in config else ""
+    ranks = f" R{config['BLOCK_R']}, " if "BLOCK_R" in config else ", "
+    return f"{blocks}{ranks}{config['num_warps']} warps, {config['num_stages']} stages{limit}"
+
+
+def faults(row: CompileRow) -> list[str]:
+    """What is wrong with a row, in words."""
+    if row["error"] is not None:
+        return [row["error"]]
+    found = []
+    if row["spill_bytes"] or not row["instructions"].keys().isdisjoint(("STL", "LDL")):
+        found.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > row["shared_limit"]:
+        found.append(f"{row['shared_bytes']} bytes of shared memory, limit {row['shared_limit']}")
+    if row["dtype"] == "fp32" and not row["instructions"].keys().isdisjoint(MATRIX_OPCODES):
+        found.append("products of full fp32 by matrix instructions, which round their operands")
+    return found
+
+
+def fault_lines(rows: Sequence[CompileRow]) -> list[str]:
+    return [
+        f"{row['kernel']}, {row['variant']}, {row['arch']}, {row['dtype']}, R = {row['R']}: {fault}"
+        for row in rows
+        for fault in faults(row)
+    ]
+
+
+def ranks_option(text: str) -> Ranks:
+    found = re.fullmatch(r"(\d+)\+(\d+)", text)
+    ranks = Ranks(int(found[1]), int(found[2])) if found else Ranks(0, 0)
+    if not 0 < sum(ranks) <= configs.MAX_RANK_BLOCK:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected A+B with 1 <= A + B <= {configs.MAX_RANK_BLOCK}")
+    return ranks
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=MULTIPROCESSORS, default=list(MULTIPROCESSORS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--ranks", type=ranks_option, nargs="+", default=[Ranks(8, 8), Ranks(32, 32)], metavar="A+B")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="store the rows there too")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
+    options = parser.parse_args(arguments)
+    if INTERPRETED.value:
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing. Unset it and run again")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    variants = [VARIANTS[name] for name in options.variant]
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        asked = list(subjects(options.arch, options.dtype, options.ranks, variants))
+        rows = report(asked, options.workers, progress)
+    if options.json is not None:
+        timing.write_result(options.json, timing.environment(torch.device("cpu")), rows, CompileRow)
+    # Without a terminal rich assumes 80 columns, which would break every cell.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table(rows))
+    for line in fault_lines(rows) or ["Nothing spills, shared memory suffices, and full fp32 is full everywhere."]:
+        console.print(line, highlight=False)
+    return int(any(row["error"] is not None for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
