@@ -45,7 +45,8 @@ def run_tests(folder: Path, tests: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", *options, *tests]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     try:
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=TIMEOUT).returncode
+        status = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=TIMEOUT).returncode
+        return TESTS_FAILED if status < 0 else status  # a defect that crashes them is caught too
     except subprocess.TimeoutExpired:
         return TESTS_FAILED
 

@@ -269,7 +269,7 @@ def grad_w_kernel(
     M,
     K,
     R,
-    rows,  # of a split
+    rows,  # of a split, whole blocks
     stride_xm,
     stride_xk,
     PRECISION: tl.constexpr,
@@ -281,12 +281,11 @@ def grad_w_kernel(
     offs_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < K, offs_r < R
-    last = min((split + 1) * rows, M)
     dD = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for m in range(0, rows, BLOCK_M):
         first = split * rows + m
         offs_m = first + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < last
+        mask_m = offs_m < M
         dZ_ptrs = dZ_ptr + first * R + (tl.arange(0, BLOCK_M)[:, None] * R + offs_r[None, :])
         dZ = tl.load(dZ_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
