@@ -235,7 +235,8 @@ def check_grad_w(form: Format, case: Case) -> Finding:
     dD = b.blank(b.architecture.splits(tiles, b.M, b.K), b.R, b.K, dtype=F32)
     launch = skinny.grad_w(x, dZ, dD, tiles.grad_w, b.precision)
     launch.run()
-    splits = [slice(s * launch.arguments["rows"], (s + 1) * launch.arguments["rows"]) for s in range(len(dD))]
+    rows_of_split = launch.arguments["rows_of_split"]
+    splits = [slice(s * rows_of_split, (s + 1) * rows_of_split) for s in range(len(dD))]
     return b.judge(
         {"dD": dD}, lambda to, rounded: {"dD": torch.stack([to(dZ[rows]).t() @ to(x[rows]) for rows in splits])}
     )

@@ -255,6 +255,29 @@ def test_descriptors_are_what_aligned_operands_are_loaded_through():
         assert launches[1].arguments["DESCRIPTORS"] is expected
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["triton", "hybrid"])
+@pytest.mark.parametrize("shape", [(0, 96, 80), (0, 96, 43)], ids=str)
+def test_empty_operands_take_no_descriptor(shape, fused):
+    M, K, N = shape
+    t, G = operands(replace(ALIGNED, lead=(M,), K=K, N=N), BF16)
+    got = step(t, G, fused=fused)
+    assert got["h"].shape == (M, N)
+    assert not any(got[name].any() for name in reduce.GRADIENTS if not name.startswith("scale"))
+
+
+@pytest.mark.parametrize("backend", ["triton", "hybrid"])
+def test_a_sum_over_rows_past_the_range_of_float16(backend):
+    """T = dZ_b^T x passes 65504 in a channel that W0 hardly reads: dB_down is finite, as the naive layer's."""
+    t, G = operands(Case((512,), 64, 64, 0, 5), F16)
+    t["x"][:, 3], t["weight"][:, 3], G = 2000, 2**-12, G.abs() / 2
+    t["B_up"] = t["B_up"].abs()
+    assert (G.double() @ t["B_up"].double()).sum(0).max() * 2000 > 65504
+    true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), {"B_down"})
+    naive = differentiate(lambda t: hk.reference.hydra_linear(**complete(t)), t, G, {"B_down"})
+    ours = differentiate(lambda t: hk.hydra_linear(**complete(t), backend=backend), t, G, {"B_down"})
+    assert not violations(ours, naive, true, F16)
+
+
 def test_tf32_keeps_what_its_products_would_round():
     """The interpreter multiplies in full fp32: with C and T in two parts nothing may change but their split."""
     t, G = operands(ALIGNED, F32)
@@ -301,6 +324,7 @@ def test_bfloat16_is_rounded_to_nearest_even():
 def test_tiles_of_a_capability():
     assert configs.of((9, 0)).name == "sm_90"
     assert configs.of((8, 9)).name == "sm_86"
+    assert configs.of((10, 3)) is configs.SM100
     assert configs.of((13, 7)) == configs.SM86  # the smallest shared memory, plain loads
     assert configs.of(None) is configs.INTERPRETER
     assert [configs.rank_block(R) for R in (1, 16, 17, 33, 64, 65, 300)] == [16, 16, 32, 64, 64, 64, 64]
@@ -315,7 +339,7 @@ def test_tiles_follow_from_the_operands():
     assert configs.SM90.tiles(F32, "ieee", [x.float()]) is configs.SM90.small
     half = configs.SM90.half
     assert configs.SM90.grad_z(half, 66 * 128) is half.grad_z
-    assert configs.SM90.grad_z(half, 66 * 128 - 1) is configs.SM90.small.grad_z
+    assert configs.SM90.grad_z(half, 66 * 128 - 1) is half.grad_z_few
     assert [configs.SM90.splits(half, M, K) for M, K in ((8192, 4096), (8192, 768), (100, 64), (0, 64))] == [
         3,
         11,

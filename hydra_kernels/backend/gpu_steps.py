@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 
 import torch
-import triton
 from torch import Tensor
 
 from ..choice import LOW_PRECISION
 from ..kernels import gemm, reduce, skinny
-from ..kernels.configs import Architecture
+from ..kernels.configs import Architecture, cdiv
 from ..kernels.launch import Launch
 from .interface import Operands, Saved
 
@@ -88,7 +87,7 @@ def backward(
         return G.new_empty(shape, dtype=torch.float32) if wanted else None
 
     config = arch.grad_z(tiles, M)
-    P, S = triton.cdiv(M, config.BLOCK_ROWS), 0 if x is None else arch.splits(tiles, M, x.shape[1])
+    P, S = cdiv(M, config.BLOCK_ROWS), 0 if x is None else arch.splits(tiles, M, x.shape[1])
     of_scales = "scale_a" in needs or "scale_b" in needs
     z_sums = not needs.isdisjoint(("A_down_bias", "B_down_bias")) or (
         r_b > 0 and ("bias" in needs or ("B_down" in needs and op.bias is not None))

@@ -1,7 +1,7 @@
 """What a backend is given and what it owes.
 
-A backend is a module with the functions of `Backend`. Gradients are asked for and returned by name: "x", or a field of
-`Operands`.
+A backend is a module, or an object, with the functions of `Backend`. Gradients are asked for and returned by name: "x",
+or a field of `Operands`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 MAX_RANK_BLOCK = 64  # columns of R that a program holds: registers for an accumulator of 64 columns beside the GEMM's
@@ -18,7 +17,12 @@ MAX_RANK_BLOCK = 64  # columns of R that a program holds: registers for an accum
 
 def rank_block(R: int) -> int:
     """R padded to a power of two that matrix instructions take, at most MAX_RANK_BLOCK."""
-    return min(MAX_RANK_BLOCK, max(16, triton.next_power_of_2(R)))
+    return min(MAX_RANK_BLOCK, max(16, 1 << (R - 1).bit_length()))
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own costs the host 2 us a call."""
+    return -(-a // b)
 
 
 class Gemm(NamedTuple):
@@ -57,6 +61,7 @@ class Tiles(NamedTuple):
     compose: Skinny  # narrow, since only K / BLOCK_COLUMNS programs share W0
     down: Skinny
     grad_z: Skinny  # tall, since dU's partial sums cost 4 R / BLOCK_ROWS bytes for an element of G
+    grad_z_few: Skinny  # for so few rows that tall blocks would leave half of the GPU without one
     grad_w: Skinny  # rows of a line of 128 bytes
     reduce: Reduce
 
@@ -77,37 +82,40 @@ class Architecture(NamedTuple):
         return self.tf32 if dtype == torch.float32 else self.half
 
     def grad_z(self, tiles: Tiles, M: int) -> Skinny:
-        """Tall blocks of rows, unless they would leave half of the GPU without one."""
-        return tiles.grad_z if self.programs * tiles.grad_z.BLOCK_ROWS <= 2 * M else self.small.grad_z
+        """That of the tiles for M rows of G."""
+        return tiles.grad_z if self.programs * tiles.grad_z.BLOCK_ROWS <= 2 * M else tiles.grad_z_few
 
     def splits(self, tiles: Tiles, M: int, K: int) -> int:
         """Into how many ranges of rows grad_w divides M: few partial sums, yet `programs` programs."""
-        columns = triton.cdiv(K, tiles.grad_w.BLOCK_COLUMNS)
-        return max(1, min(triton.cdiv(self.programs, columns), triton.cdiv(M, tiles.grad_w.BLOCK_ROWS)))
+        columns = cdiv(K, tiles.grad_w.BLOCK_COLUMNS)
+        return max(1, min(cdiv(self.programs, columns), cdiv(M, tiles.grad_w.BLOCK_ROWS)))
 
 
 def aligned(t: Tensor) -> bool:
     """Fewer than 2^31 rows of 16-byte lines, as wide loads and the tensor memory accelerator want them."""
-    lines = t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+    lines = t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
     return lines and t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.shape[0] < 2**31
 
 
-# 8 warps in grad_z: fewer would spill its tiles of R = 64 in full fp32.
+# 32 rows in the GEMM: from 64 on Triton 3.6 compiles full fp32 to tf32 on sm_100 and sm_103 (its tcgen05 path overlooks
+# the precision). 8 warps in grad_z: fewer would spill its tiles of R = 64 in full fp32.
 _SMALL = Tiles(
-    gemm=Gemm(64, 64, 16, 8, 3),
+    gemm=Gemm(32, 64, 16, 4, 3),
     compose=Skinny(32, 32, 4, 2),
     down=Skinny(32, 32, 4, 2, max_registers=255),
     grad_z=Skinny(32, 32, 8, 2),
+    grad_z_few=Skinny(32, 32, 8, 2),
     grad_w=Skinny(32, 32, 4, 2),
-    reduce=Reduce(32, 64, 256, 16, 4, 2, max_registers=255),
+    reduce=Reduce(16, 64, 256, 16, 4, 2, max_registers=255),
 )
 _HALF = Tiles(
     gemm=Gemm(128, 128, 32, 8, 4),
     compose=Skinny(128, 32, 4, 3),
     down=Skinny(64, 64, 4, 4),
     grad_z=Skinny(128, 32, 8, 3),
+    grad_z_few=Skinny(64, 32, 4, 4),
     grad_w=Skinny(128, 64, 4, 3),
-    reduce=Reduce(32, 64, 256, 16, 4, 3, max_registers=255),
+    reduce=Reduce(16, 64, 256, 16, 4, 3, max_registers=255),
 )
 # Elements of 4 bytes: half as many columns to a line, and grad_z's tall tile would spill at R = 64.
 _TF32 = _HALF._replace(
@@ -115,6 +123,7 @@ _TF32 = _HALF._replace(
     compose=Skinny(64, 32, 4, 3),
     down=Skinny(64, 32, 4, 3),
     grad_z=_SMALL.grad_z,
+    grad_z_few=_SMALL.grad_z_few,
     grad_w=Skinny(64, 32, 4, 3),
 )
 
@@ -125,18 +134,19 @@ SM86 = Architecture("sm_86", _HALF._replace(gemm=Gemm(128, 128, 32, 8, 3)), _TF3
 # wgmma wants two warpgroups on 128 x 256, loaded by the tensor memory accelerator; 227 KiB of shared memory.
 SM90 = Architecture(
     "sm_90",
-    _HALF._replace(gemm=Gemm(128, 256, 64, 8, 3, descriptors=True), grad_z=Skinny(128, 64, 8, 3)),
+    _HALF._replace(
+        gemm=Gemm(128, 256, 64, 8, 3, descriptors=True), grad_z=Skinny(128, 64, 8, 3), grad_z_few=Skinny(64, 64, 8, 3)
+    ),
     _TF32,
     _SMALL,
     programs=132,
 )
-# The accumulators live in tensor memory, so registers leave room for a wide tile; 227 KiB of shared memory. In full
-# fp32, from 64 rows on, Triton 3.6 compiles Z U^T to tf32 (its tcgen05 path overlooks the precision): hence 32.
+# The accumulators live in tensor memory, so registers leave room for a wide tile; 227 KiB of shared memory.
 SM100 = Architecture(
     "sm_100",
-    _HALF._replace(gemm=Gemm(128, 128, 64, 8, 3, descriptors=True, max_registers=255)),
+    _HALF._replace(gemm=Gemm(128, 128, 64, 8, 3, descriptors=True, max_registers=255), grad_z_few=Skinny(64, 64, 8, 3)),
     _TF32,
-    _SMALL._replace(gemm=Gemm(32, 64, 16, 4, 3)),
+    _SMALL,
     programs=148,
 )
 # The shared memory and the matrix instructions of sm_86; descriptors would cost a stack frame.
@@ -147,13 +157,17 @@ _TINY = Tiles(
     compose=Skinny(32, 32, 1, 1),
     down=Skinny(32, 32, 1, 1),
     grad_z=Skinny(32, 32, 1, 1),
+    grad_z_few=Skinny(16, 32, 1, 1),
     grad_w=Skinny(16, 32, 1, 1),
     reduce=Reduce(16, 32, 128, 4, 1, 1),
 )
-_TINY_POINTERS = _TINY._replace(gemm=_TINY.gemm._replace(descriptors=False), grad_z=Skinny(16, 32, 1, 1))
+_TINY_POINTERS = _TINY._replace(gemm=_TINY.gemm._replace(descriptors=False))
 INTERPRETER = Architecture("interpreter", _TINY, _TINY, _TINY_POINTERS, programs=4)
 
-BY_CAPABILITY = {(8, 0): SM80, (8, 6): SM86, (8, 9): SM86, (9, 0): SM90, (10, 0): SM100, (12, 0): SM120}
+BY_CAPABILITY = {
+    **{(8, 0): SM80, (8, 6): SM86, (8, 9): SM86, (9, 0): SM90},
+    **{(10, 0): SM100, (10, 3): SM100, (12, 0): SM120, (12, 1): SM120},
+}
 
 
 def of(capability: tuple[int, int] | None) -> Architecture:

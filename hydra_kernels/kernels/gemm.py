@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import Gemm, rank_block
+from .configs import Gemm, cdiv, rank_block
 from .language import dot, rounded
 from .launch import Launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x,  # [M, K]: a pointer, or a tensor descriptor
     w,  # W0, likewise; rows are N in the forward and K for dx
@@ -180,5 +180,5 @@ def _operands(
 def _launch(M: int, N: int, R: int, arguments: dict[str, Any], config: Gemm) -> Launch:
     tiles = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}
     tiles |= {"BLOCK_R": rank_block(R), "GROUP_M": config.GROUP_M}
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    grid = (cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N),)
     return Launch.of(gemm_kernel, grid, arguments | tiles, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from typing import Any, NamedTuple
 
@@ -36,19 +35,23 @@ class Launch(NamedTuple):
         """Enqueues the kernel on the current stream of its tensors' device; an empty grid runs nothing."""
         if 0 in self.grid:
             return
-        tensors = [v for v in self.arguments.values() if isinstance(v, Tensor)]
-        self._announce(tensors)
-        device = tensors[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        device = next(v.device for v in self.arguments.values() if isinstance(v, Tensor))
+        if _log.isEnabledFor(logging.INFO):
+            self._announce()
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.kernel[self.grid](**self.arguments, **self.options)
+        else:
             self.kernel[self.grid](**self.arguments, **self.options)
 
-    def _announce(self, tensors: list[Tensor]) -> None:
+    def _announce(self) -> None:
         """Logs a first compilation, which takes seconds. Triton may find it in its cache of earlier runs."""
+        dtypes = [v.dtype for v in self.arguments.values() if isinstance(v, Tensor)]
         constants = [v for name, v in self.arguments.items() if name.isupper() and len(name) > 1]
-        key = (self.kernel.__name__, *(t.dtype for t in tensors), *constants, *self.options.values())
+        key = (self.kernel.__name__, *dtypes, *constants, *self.options.values())
         if key not in _announced:
             _announced.add(key)
-            _log.info("compiling %s for %s", self.kernel.__name__, tensors[0].dtype)
+            _log.info("compiling %s for %s", self.kernel.__name__, ", ".join(map(str, dict.fromkeys(dtypes))))
 
 
 def scale_arguments(scales: tuple[float | Tensor, float | Tensor]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Reduce, rank_block
+from .configs import Reduce, cdiv, rank_block
 from .language import dot, leading, scalar, store
 from .launch import Launch, scale_arguments
 
@@ -37,8 +37,9 @@ def sum_of_partials(ptr, P, size, offs, mask, BLOCK_P: tl.constexpr):
 @triton.jit
 def through_weight(
     dD_ptr, z_sums_ptr, w_ptr, bias_ptr, dB_down_ptr,
-    pid, P, S, N, K, r_a, r_b, stride_wn, stride_wk,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    pid, P, N, K, r_a, r_b, stride_wn, stride_wk,
+    S: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dB_down [r_b, N] at one block of columns and ranks."""
     R, blocks_n = r_a + r_b, tl.cdiv(N, BLOCK_N)
@@ -51,15 +52,21 @@ def through_weight(
         offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
         mask_k = offs_k < K
         T = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        for s in range(0, S):
+        for s in tl.static_range(0, S):
             T_ptrs = dD_ptr + (s * R + r_a + offs_r)[:, None] * K + offs_k[None, :]
             T += tl.load(T_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
         w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        hi = leading(T, dtype, PRECISION)
-        acc = dot(hi, w, acc, PRECISION)
-        if dtype != tl.float32 or PRECISION == "tf32":
-            acc = dot(leading(T - hi.to(tl.float32), dtype, PRECISION), w, acc, PRECISION)
+        if dtype == tl.float16:
+            # T is a sum over all rows and may pass 65504; tf32 has fp32's range and holds float16 exactly.
+            hi = leading(T, tl.float32, "tf32")
+            acc = dot(hi, w.to(tl.float32), acc, "tf32")
+            acc = dot(T - hi, w.to(tl.float32), acc, "tf32")
+        else:
+            hi = leading(T, dtype, PRECISION)
+            acc = dot(hi, w, acc, PRECISION)
+            if dtype != tl.float32 or PRECISION == "tf32":
+                acc = dot(leading(T - hi.to(tl.float32), dtype, PRECISION), w, acc, PRECISION)
     if bias_ptr is not None:
         z = sum_of_partials(z_sums_ptr, P, R, r_a + offs_r, mask_r, BLOCK_P)
         b0 = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -141,7 +148,8 @@ def gradients_of_ranks(
             store(dscale_b_ptr, tl.sum(ds_b, 0), None)
 
 
-@triton.jit
+# The number of rows must not decide what is compiled: a last short batch would wait for it.
+@triton.jit(do_not_specialize=["P", "end_weight", "end_up", "end_down", "end_columns"])
 def reduce_kernel(
     dU_ptr,  # partial sums, None where nothing needs them
     g_ptr,
@@ -169,7 +177,6 @@ def reduce_kernel(
     end_down,
     end_columns,
     P,
-    S,
     N,
     K,
     r_a,
@@ -178,6 +185,7 @@ def reduce_kernel(
     stride_wk,
     LOADED_A: tl.constexpr,  # whether scale_a is a pointer
     LOADED_B: tl.constexpr,
+    S: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -189,8 +197,8 @@ def reduce_kernel(
     if pid < end_weight:
         if dB_down_ptr is not None:
             through_weight(
-                dD_ptr, z_sums_ptr, w_ptr, bias_ptr, dB_down_ptr, pid, P, S, N, K, r_a, r_b, stride_wn, stride_wk,
-                PRECISION, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_P,
+                dD_ptr, z_sums_ptr, w_ptr, bias_ptr, dB_down_ptr, pid, P, N, K, r_a, r_b, stride_wn, stride_wk,
+                S, PRECISION, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_P,
             )  # fmt: skip
     elif pid < end_up:
         if dU_ptr is not None:
@@ -252,10 +260,10 @@ def reduce(
     block_r = rank_block(r_b)
 
     def programs(names: tuple[str, ...], size: int, block: int) -> int:
-        return triton.cdiv(size, block) if any(name in grads for name in names) else 0
+        return cdiv(size, block) if any(name in grads for name in names) else 0
 
     counts = (
-        programs(("B_down",), N, config.BLOCK_N) * triton.cdiv(r_b, block_r),
+        programs(("B_down",), N, config.BLOCK_N) * cdiv(r_b, block_r),
         programs(("A_up", "B_up"), N * (r_a + r_b), config.BLOCK_E),
         programs(("A_down",), r_a * K, config.BLOCK_E),
         programs(("bias", "A_up_bias", "B_up_bias"), N, config.BLOCK_E),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Skinny, rank_block
+from .configs import Skinny, cdiv, rank_block
 from .language import dot, leading, load_up, rounded, scalar, scale_of_rank, store
 from .launch import Launch, scale_arguments
 
@@ -138,7 +138,7 @@ def compose_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def down_kernel(
     x_ptr,  # [M, K] with strides
     D_ptr,
@@ -181,7 +181,7 @@ def down_kernel(
     store(Z_ptr + first * R + tile, z, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def grad_z_kernel(
     G_ptr,  # [M, N] with strides
     A_up_ptr,
@@ -261,7 +261,7 @@ def grad_z_kernel(
             tl.store(z_sums_ptr + pid * R + offs_r, tl.sum(dz_rounded.to(tl.float32), 0), mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_of_split"])
 def grad_w_kernel(
     x_ptr,  # [M, K] with strides
     dZ_ptr,  # [M, R]
@@ -269,7 +269,7 @@ def grad_w_kernel(
     M,
     K,
     R,
-    rows,  # of a split, whole blocks
+    rows_of_split,  # whole blocks
     stride_xm,
     stride_xk,
     PRECISION: tl.constexpr,
@@ -282,8 +282,8 @@ def grad_w_kernel(
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < K, offs_r < R
     dD = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for m in range(0, rows, BLOCK_M):
-        first = split * rows + m
+    for m in range(0, rows_of_split, BLOCK_M):
+        first = split * rows_of_split + m
         offs_m = first + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         dZ_ptrs = dZ_ptr + first * R + (tl.arange(0, BLOCK_M)[:, None] * R + offs_r[None, :])
@@ -322,8 +322,8 @@ def compose(
         **{"PRECISION": precision, "BLOCK_N": config.BLOCK_ROWS, "BLOCK_K": config.BLOCK_COLUMNS},
         **{"BLOCK_R": rank_block(R)},
     }
-    programs = triton.cdiv(K, config.BLOCK_COLUMNS) + triton.cdiv(N, config.BLOCK_ROWS)
-    grid = (programs, triton.cdiv(R, rank_block(R)))
+    programs = cdiv(K, config.BLOCK_COLUMNS) + cdiv(N, config.BLOCK_ROWS)
+    grid = (programs, cdiv(R, rank_block(R)))
     return Launch.of(compose_kernel, grid, arguments, config)
 
 
@@ -346,7 +346,7 @@ def down(
         **{"stride_xm": x.stride(0), "stride_xk": x.stride(1), "PRECISION": precision},
         **{"BLOCK_M": config.BLOCK_ROWS, "BLOCK_K": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(R)},
     }
-    grid = (triton.cdiv(M, config.BLOCK_ROWS), triton.cdiv(R, rank_block(R)))
+    grid = (cdiv(M, config.BLOCK_ROWS), cdiv(R, rank_block(R)))
     return Launch.of(down_kernel, grid, arguments, config)
 
 
@@ -378,7 +378,7 @@ def grad_z(
         **{"stride_gm": G.stride(0), "stride_gn": G.stride(1), "PRECISION": precision},
         **{"BLOCK_M": config.BLOCK_ROWS, "BLOCK_N": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(r_a + r_b)},
     }
-    grid = (triton.cdiv(M, config.BLOCK_ROWS), triton.cdiv(r_a + r_b, rank_block(r_a + r_b)))
+    grid = (cdiv(M, config.BLOCK_ROWS), cdiv(r_a + r_b, rank_block(r_a + r_b)))
     return Launch.of(grad_z_kernel, grid, arguments, config)
 
 
@@ -387,9 +387,9 @@ def grad_w(x: Tensor, dZ: Tensor, dD: Tensor, config: Skinny, precision: str) ->
     (M, K), (S, R, _) = x.shape, dD.shape
     arguments = {
         **{"x_ptr": x, "dZ_ptr": dZ, "dD_ptr": dD, "M": M, "K": K, "R": R},
-        **{"rows": triton.cdiv(triton.cdiv(M, S), config.BLOCK_ROWS) * config.BLOCK_ROWS},
+        **{"rows_of_split": cdiv(cdiv(M, S), config.BLOCK_ROWS) * config.BLOCK_ROWS},
         **{"stride_xm": x.stride(0), "stride_xk": x.stride(1), "PRECISION": precision},
         **{"BLOCK_M": config.BLOCK_ROWS, "BLOCK_K": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(R)},
     }
-    grid = (triton.cdiv(K, config.BLOCK_COLUMNS), S, triton.cdiv(R, rank_block(R)))
+    grid = (cdiv(K, config.BLOCK_COLUMNS), S, cdiv(R, rank_block(R)))
     return Launch.of(grad_w_kernel, grid, arguments, config)
