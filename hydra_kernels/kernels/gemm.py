@@ -22,7 +22,7 @@ from .language import dot, rounded
 from .launch import Launch
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def gemm_kernel(
     x,  # [M, K]: a pointer, or a tensor descriptor
     w,  # W0, likewise; rows are N in the forward and K for dx
