@@ -111,7 +111,7 @@ CALLS = [
     ({"mask": torch.ones(M, R_A + R_B).requires_grad_()}, ValueError, "mask: it requires grad"),
     ({"mask": [[1.0]]}, TypeError, "mask: expected a Tensor, got list"),
     ({"form": "fast"}, ValueError, "form: expected one of auto, composed, kept, got 'fast'"),
-    ({"backend": "cuda"}, ValueError, "backend: expected one of auto, reference, aten, got 'cuda'"),
+    ({"backend": "cuda"}, ValueError, "backend: expected one of auto, reference, aten, hybrid, triton, got 'cuda'"),
 ]
 
 
@@ -158,7 +158,7 @@ CONSTRUCTIONS = [
     ({"adapter_bias": "no"}, TypeError, "adapter_bias: expected True or False, got 'no'"),
     ({"learnable_scale": 0}, TypeError, "learnable_scale: expected True or False, got 0"),
     ({"form": "composd"}, ValueError, "form: expected one of auto, composed, kept, got 'composd'"),
-    ({"backend": "tritn"}, ValueError, "backend: expected one of auto, reference, aten, got 'tritn'"),
+    ({"backend": "tritn"}, ValueError, "backend: expected one of auto, reference, aten, hybrid, triton, got 'tritn'"),
 ]
 
 

@@ -100,7 +100,7 @@ def aligned(t: Tensor) -> bool:
 # 32 rows in the GEMM: from 64 on Triton 3.6 compiles full fp32 to tf32 on sm_100 and sm_103 (its tcgen05 path overlooks
 # the precision). 8 warps in grad_z: fewer would spill its tiles of R = 64 in full fp32.
 _SMALL = Tiles(
-    gemm=Gemm(32, 64, 16, 4, 3),
+    gemm=Gemm(32, 64, 16, 4, 3, max_registers=255),
     compose=Skinny(32, 32, 4, 2),
     down=Skinny(32, 32, 4, 2, max_registers=255),
     grad_z=Skinny(32, 32, 8, 2),
