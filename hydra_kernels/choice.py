@@ -25,7 +25,7 @@ def choose(
     if backend == "auto":
         backend = "aten"
     if r_b == 0 or (form == "auto" and backend in COMPOSED_ONLY):
-        form = "composed"  # without a sequential branch nothing needs y0
+        form = "composed"  # the only form there, or without a sequential branch, where nothing needs y0
     elif form == "auto":
         form = _form(M, K, N, r_a, dtype)
     return Choice(backend, form)

@@ -23,6 +23,7 @@ import hydra_kernels as hk
 from hydra_kernels.backend import gpu_steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs, reduce
+from hydra_kernels.kernels import launch as launch_module
 from hydra_kernels.kernels.launch import Launch
 
 from .cases import PLAIN, Case, operands
@@ -361,10 +362,14 @@ def test_importing_the_package_imports_no_triton():
     assert python("import sys, hydra_kernels; sys.exit('triton' in sys.modules)").returncode == 0
 
 
-def test_a_first_compilation_is_announced_once(caplog):
+def test_a_first_compilation_is_announced_once(caplog, monkeypatch):
+    monkeypatch.setattr(launch_module, "_announced", set())
     t, G = operands(replace(PLAIN, K=17), F16)
     with caplog.at_level(logging.INFO, "hydra_kernels"):
-        step(t, G, needs={"x"}, arch=configs.INTERPRETER._replace(programs=1000))
-        first = len(caplog.records)
-        step(t, G, needs={"x"}, arch=configs.INTERPRETER._replace(programs=1000))
-    assert len(caplog.records) == first
+        step(t, G, needs={"x"})
+        first = [record.getMessage() for record in caplog.records]
+        step(t, G, needs={"x"})
+    kernels = [message.split()[1] for message in first]
+    assert kernels == ["compose_kernel", "gemm_kernel", "grad_z_kernel", "gemm_kernel"]
+    assert all("torch.float16" in message for message in first)
+    assert len(caplog.records) == len(first)
