@@ -23,6 +23,7 @@ from benchmarks.methods import Ranks
 from benchmarks.shapes import Entry, Shape
 from benchmarks.timing import SweepRow
 from hydra_kernels.choice import choose
+from hydra_kernels.machine import here
 
 # M over K. Composing reads W0 [N, K] twice more and spares passes over [M, N], so that N plays no part.
 FRACTIONS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
@@ -44,7 +45,7 @@ def measure(shape: Shape, ranks: Ranks, settings: Settings, deadline: float) -> 
     layer.play(bench, forms, deadline)
     seconds = {form: contestant.seconds("step") for form, contestant in forms.items()}
     composed, kept = (timing.quartiles(seconds[form]).median * 1e6 for form in FORMS)
-    choice = choose(*shape, *ranks, layer.DTYPES[settings.dtype], backend=settings.backend)
+    choice = choose(*shape, *ranks, layer.DTYPES[settings.dtype], here(settings.device), backend=settings.backend)
     return SweepRow(
         **shape._asdict(),
         **ranks._asdict(),

@@ -1,43 +1,116 @@
-"""The one place that decides which backend and which form serve a call: a pure function of shape, ranks and dtype."""
+"""The one place that decides which backend and which form serve a call: a pure function of the call and the machine.
+
+Its numbers, and the winners measured for known cards, stand in ``data/choice.json``; `machine.here` tells what a device
+is, and adds the user's own measurements (`tune`).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from .backend.interface import COMPOSED_ONLY, LOW_PRECISION
+
 FORMS = ("auto", "composed", "kept")
-LOW_PRECISION = (torch.float16, torch.bfloat16)
-COMPOSED_ONLY = ("hybrid", "triton")
+DATA: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "choice.json").read_text(encoding="utf-8"))
+_COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
+_COMPOSED_FROM_WORK: int = DATA["composed_from_multiply_adds"]
+_WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
+_WHY_COMPOSED = f"M is at least {_COMPOSED_FROM} K: passes over [M, N] are spared"
 
 
 class Choice(NamedTuple):
-    """What runs: ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` is "composed" or "kept"."""
+    """What runs: ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` is "composed" or "kept"; and why."""
 
+    backend: str
+    form: str
+    why_backend: str
+    why_form: str
+
+
+class Measured(NamedTuple):
+    """The winner at M rows on one device; M is between half and twice of what it is asked for."""
+
+    M: int
     backend: str
     form: str
 
 
+# K, N, r_a, r_b, dtype.
+Key = tuple[int, int, int, int, torch.dtype]
+
+
+class Machine(NamedTuple):
+    """A device as far as the choice depends on it."""
+
+    name: str
+    capability: tuple[int, int] | None  # None where it is no NVIDIA GPU
+    reasons: Mapping[str, str | None]  # why a backend cannot run on it, None where it can
+    measured: Sequence[tuple[Key, Sequence[Measured]]]  # in rising M; no mapping, which torch.compile could not ask
+
+
 def choose(
-    M: int, K: int, N: int, r_a: int, r_b: int, dtype: torch.dtype, form: str = "auto", backend: str = "auto"
+    M: int,
+    K: int,
+    N: int,
+    r_a: int,
+    r_b: int,
+    dtype: torch.dtype,
+    machine: Machine,
+    form: str = "auto",
+    backend: str = "auto",
 ) -> Choice:
     """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b; what the user fixed stays fixed."""
+    why_backend = why_form = "you fixed it"
     if backend == "auto":
-        backend = "aten"
-    if r_b == 0 or (form == "auto" and backend in COMPOSED_ONLY):
-        form = "composed"  # the only form there, or without a sequential branch, where nothing needs y0
+        winner = _winner(machine, (K, N, r_a, r_b, dtype), M)
+        if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
+            why = "it won where it was measured on this device"
+            return Choice(winner.backend, winner.form, why, why)
+        backend, why_backend = _backend(dtype, machine, form)
+    if r_b == 0:
+        form, why_form = "composed", "without a sequential branch nothing needs y0"
+    elif form == "auto" and backend in COMPOSED_ONLY:
+        form, why_form = "composed", "it is the only form of this backend"
     elif form == "auto":
-        form = _form(M, K, N, r_a, dtype)
-    return Choice(backend, form)
+        form, why_form = _form(M, K, N, r_a, dtype)
+    return Choice(backend, form, why_backend, why_form)
 
 
-def _form(M: int, K: int, N: int, r_a: int, dtype: torch.dtype) -> str:
+def _winner(machine: Machine, key: Key, M: int) -> Measured | None:
+    """The measurement whose M is nearest in ratio, where that is 2 at most. M may be symbolic: comparisons alone."""
+    best = None
+    for measured, rows in machine.measured:
+        if measured == key:
+            for row in rows:
+                if best is None or M * M >= best.M * row.M:
+                    best = row
+    return best if best is not None and best.M <= 2 * M and M <= 2 * best.M else None
+
+
+def _backend(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
+    if machine.capability is None:
+        return "aten", "the device is no NVIDIA GPU"
+    if dtype == torch.float64:
+        return "aten", "the kernels have no float64"
+    if form == "kept":
+        return "aten", "only aten has the kept form"
+    if machine.reasons["hybrid"] is not None:
+        return "aten", "the Triton kernels cannot run on this device"
+    return "hybrid", "nothing was measured on this device, and hybrid is never far behind the naive layer"
+
+
+def _form(M: int, K: int, N: int, r_a: int, dtype: torch.dtype) -> tuple[str, str]:
     if dtype in LOW_PRECISION:
-        return "kept"  # ATen rounds C = B_down W0 to the base dtype: less exact than the naive layer
+        return "kept", "ATen rounds C = B_down W0 to the base dtype: less exact than the naive layer"
     if r_a == 0 and N < K:
-        return "kept"  # y0 is smaller than x, which then need not be saved
-    if 5 * M < 2 * K:
-        return "kept"  # composing reads W0 twice more to spare passes over [M, N]: measured to win from M = 0.4 K on
-    if M * K * N < 2**24:
-        return "kept"  # so small that the number of calls decides, and the kept form makes fewer
-    return "composed"
+        return "kept", "y0 is smaller than x, which then need not be saved"
+    if M < _COMPOSED_FROM * K:
+        return "kept", _WHY_KEPT
+    if M * K * N < _COMPOSED_FROM_WORK:
+        return "kept", "so small that the number of calls decides, and the kept form makes fewer"
+    return "composed", _WHY_COMPOSED

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from . import reference
 from .backend import NAMES, TABLE
-from .backend.interface import Operands
-from .choice import FORMS, LOW_PRECISION, Choice, choose
+from .backend.interface import LOW_PRECISION, Operands
+from .choice import FORMS, Choice, choose
 from .function import HydraFunction, autocast_is_on
+from .machine import here
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts: all but float64
@@ -104,9 +105,9 @@ def hydra_linear(
             mask=mask,
         )
 
-    choice = choose(M, K, N, r_a, r_b, dtype, form, backend)
-    server = TABLE[choice.backend]
-    reason = server.unavailable() or server.refusal(choice.form, dtype, r_a, r_b, device)
+    machine = here(device)
+    choice = choose(M, K, N, r_a, r_b, dtype, machine, form, backend)
+    reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(choice.form, dtype, r_a, r_b)
     if reason is not None:
         raise ValueError(f"backend: {choice.backend!r} cannot serve this call: {reason}")
 

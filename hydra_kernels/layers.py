@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .choice import LOW_PRECISION
+from .backend.interface import LOW_PRECISION
 from .functional import DTYPES, check_dropout, check_finite, check_route, hydra_linear
 from .reference import low_rank, merged_parameters
 

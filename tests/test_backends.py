@@ -27,7 +27,7 @@ SERVED = [
     for name, reason in hk.backends().items()
     for form in ("composed", "kept")
     for dtypes in DTYPES
-    if name != "reference" and reason is None and TABLE[name].refusal(form, dtypes[0], 1, 1, CPU) is None
+    if name != "reference" and reason is None and TABLE[name].refusal(form, dtypes[0], 1, 1) is None
 ]
 FORMS = [p for p in SERVED if p.values[2] == (F32, F32)]
 FORMS = [pytest.param(*p.values[:2], id="-".join(p.values[:2])) for p in FORMS]
@@ -35,7 +35,7 @@ FORMS = [pytest.param(*p.values[:2], id="-".join(p.values[:2])) for p in FORMS]
 
 def finest(backend: str) -> torch.dtype:
     """The most exact dtype that a backend has kernels for."""
-    return F32 if TABLE[backend].refusal("composed", F64, 1, 1, CPU) else F64
+    return F32 if TABLE[backend].refusal("composed", F64, 1, 1) else F64
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def compare(case: Case, backend: str, form: str, dtypes=None, wanted: set[str] |
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("backend", "form", "dtypes"), SERVED)
 def test_output_and_every_gradient(case, backend, form, dtypes):
-    reason = TABLE[backend].refusal(form, dtypes[0], case.r_a, case.r_b, CPU)
+    reason = TABLE[backend].refusal(form, dtypes[0], case.r_a, case.r_b)
     if reason is None:
         compare(case, backend, form, dtypes)
     else:
@@ -410,7 +410,7 @@ class CopyCounter(TorchDispatchMode):
 @pytest.mark.parametrize(("backend", "form"), FORMS)
 def test_sums_over_rows_are_fp32(base, backend, form):
     """Of 4,000 rows a sum in the base dtype would lose most digits; each is exact here up to its own rounding."""
-    if TABLE[backend].refusal(form, base, 2, 3, CPU) is not None:
+    if TABLE[backend].refusal(form, base, 2, 3) is not None:
         form = "kept"
     M = 4_000
     case = Case((M,), 4, 6, 2, 3, adapter_bias=True)
@@ -446,7 +446,7 @@ def test_a_scaled_result_is_a_violation(name, scale):
 @pytest.mark.parametrize("form", ["composed", "kept"])
 @pytest.mark.parametrize("backend", TABLE)
 def test_refused_combinations_raise_and_name_the_reason(backend, form, dtype):
-    reason = TABLE[backend].refusal(form, dtype, 3, 5, CPU)
+    reason = TABLE[backend].refusal(form, dtype, 3, 5)
     t, _ = operands(PLAIN, dtype)
     if reason is not None:
         with pytest.raises(ValueError, match=f"backend: '{backend}' cannot serve this call: {re.escape(reason)}"):

@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from hydra_kernels.choice import Choice, choose
+from hydra_kernels.choice import Machine, Measured, choose
 
-F32 = torch.float32
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+RUNS = {"aten": None, "hybrid": None, "triton": None}
+CPU = Machine("a processor", None, RUNS | {"hybrid": "no GPU", "triton": "no GPU"}, [])
+H100 = Machine("a card", (9, 0), RUNS, [])
+
+
+def chosen(*arguments, **options) -> tuple[str, str]:
+    return choose(*arguments, **options)[:2]
 
 
 @pytest.mark.parametrize(
@@ -29,17 +36,53 @@ F32 = torch.float32
     ],
 )
 def test_form(M, K, N, r_a, r_b, dtype, form):
-    assert choose(M, K, N, r_a, r_b, dtype) == Choice("aten", form)
+    assert chosen(M, K, N, r_a, r_b, dtype, CPU) == ("aten", form)
 
 
 @pytest.mark.parametrize("backend", ["triton", "hybrid"])
 def test_the_triton_kernels_compose_at_any_size_and_dtype(backend):
-    assert choose(16, 4096, 4096, 8, 8, torch.bfloat16, backend=backend) == Choice(backend, "composed")
-    assert choose(16, 4096, 4096, 8, 8, F32, form="kept", backend=backend) == Choice(backend, "kept")  # refused later
+    assert chosen(16, 4096, 4096, 8, 8, BF16, CPU, backend=backend) == (backend, "composed")
+    assert chosen(16, 4096, 4096, 8, 8, F32, CPU, form="kept", backend=backend) == (backend, "kept")  # refused later
 
 
 def test_what_the_user_fixed_stays_fixed():
-    assert choose(16, 4096, 4096, 8, 8, F32, form="composed") == Choice("aten", "composed")
-    assert choose(8192, 64, 64, 8, 8, F32, form="kept") == Choice("aten", "kept")
-    assert choose(8192, 64, 64, 8, 0, F32, form="kept") == Choice("aten", "composed")
-    assert choose(8192, 64, 64, 8, 8, F32, backend="aten").backend == "aten"
+    assert chosen(16, 4096, 4096, 8, 8, F32, CPU, form="composed") == ("aten", "composed")
+    assert chosen(8192, 64, 64, 8, 8, F32, CPU, form="kept") == ("aten", "kept")
+    assert chosen(8192, 64, 64, 8, 0, F32, CPU, form="kept") == ("aten", "composed")
+    assert chosen(8192, 64, 64, 8, 8, BF16, H100, form="kept") == ("aten", "kept")
+    assert chosen(8192, 64, 64, 8, 8, BF16, H100, backend="aten") == ("aten", "kept")
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "backend", "why"),
+    [
+        (H100, BF16, "hybrid", "nothing was measured"),
+        (H100, F32, "hybrid", "nothing was measured"),
+        (H100, F64, "aten", "no float64"),
+        (H100._replace(reasons=RUNS | {"hybrid": "too old"}), BF16, "aten", "cannot run on this device"),
+        (CPU, BF16, "aten", "no NVIDIA GPU"),
+        (CPU._replace(reasons=RUNS), F32, "aten", "no NVIDIA GPU"),  # the interpreter is for tests that ask for it
+    ],
+)
+def test_backend_without_a_measurement(machine, dtype, backend, why):
+    choice = choose(8192, 4096, 4096, 8, 8, dtype, machine)
+    assert choice.backend == backend
+    assert why in choice.why_backend
+
+
+def test_a_measurement_wins_within_a_factor_of_two_of_its_rows():
+    rows = [Measured(16, "aten", "kept"), Measured(100, "triton", "composed"), Measured(1000, "hybrid", "composed")]
+    card = H100._replace(measured=[((64, 64, 8, 8, BF16), rows)])
+    by_M = {7: "hybrid", 8: "aten", 39: "hybrid", 50: "triton", 200: "triton", 201: "hybrid", 499: "hybrid"}
+    for M, backend in by_M.items():
+        assert choose(M, 64, 64, 8, 8, BF16, card).backend == backend, M
+    near = card._replace(
+        measured=[((64, 64, 8, 8, BF16), [Measured(100, "aten", "kept"), Measured(144, "triton", "")])]
+    )
+    assert [choose(M, 64, 64, 8, 8, BF16, near).backend for M in (119, 120)] == ["aten", "triton"]  # 120^2 = 100 * 144
+    assert choose(100, 64, 64, 8, 9, BF16, card).backend == "hybrid"
+    assert choose(100, 64, 64, 8, 8, F32, card).backend == "hybrid"
+    assert chosen(16, 64, 64, 8, 8, BF16, card, form="composed") == ("hybrid", "composed")
+    assert chosen(16, 64, 64, 8, 8, BF16, card, backend="triton") == ("triton", "composed")
+    gone = card._replace(reasons=RUNS | {"triton": "not installed"})
+    assert choose(100, 64, 64, 8, 8, BF16, gone).backend == "hybrid"

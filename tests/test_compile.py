@@ -1,27 +1,218 @@
-"""torch.compile traces the layers without a graph break, for fixed and for dynamic sizes, and computes the same."""
+"""torch.compile takes the layers without a graph break, at fixed and dynamic sizes, and computes the same.
+
+Two routes: `aten` is traced through; the Triton backends are operators, here over the interpreter's kernels.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 import hydra_kernels as hk
+from hydra_kernels.backend import operators
+from hydra_kernels.backend.interface import Operands
 
+from .cases import PLAIN, operands
 from .test_layers import trained
+
+ROUTES = [("aten", "composed"), ("aten", "kept"), ("hybrid", "auto"), ("triton", "auto")]
+OPTIONS = [{}, {"adapter_bias": True, "learnable_scale": True}, {"scale_a": 0.7}]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+def rows(M: int, K: int = 13, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.linspace(-1, 1, M * K, dtype=dtype).reshape(M, K).requires_grad_()
+
+
+def step(function, layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output and every gradient."""
+    layer.zero_grad()
+    x.grad = None
+    h = function(x)
+    h.float().square().sum().backward()
+    gradients = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+    return {"h": h.detach(), "x": x.grad, **{name: g.clone() for name, g in gradients.items()}}
+
+
+def same(traced: dict[str, Tensor], eager: dict[str, Tensor], tolerance: float = 2e-6) -> None:
+    assert traced.keys() == eager.keys()
+    for name, value in eager.items():
+        assert value.any(), name
+        torch.testing.assert_close(
+            traced[name], value, rtol=tolerance, atol=tolerance * value.abs().max().item(), msg=name
+        )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("form", ["composed", "kept"])
-@pytest.mark.parametrize("options", [{}, {"adapter_bias": True, "learnable_scale": True}, {"scale_a": 0.7}], ids=str)
-def test_fullgraph_equals_eager(dynamic, form, options):
-    torch._dynamo.reset()
-    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, dtype=torch.float64, **options))
+@pytest.mark.parametrize(("backend", "form"), ROUTES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_fullgraph_equals_eager(dynamic, backend, form, options):
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend, **options))
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (7, 5):
-        results = []
-        for function in (layer, compiled):
-            layer.zero_grad()
-            x = torch.linspace(-1, 1, rows * 13, dtype=torch.float64).reshape(rows, 13).requires_grad_()
-            h = function(x)
-            h.square().sum().backward()
-            results.append([h.detach(), x.grad, *(p.grad for p in layer.adapters().values())])
-        for eager, traced in zip(*results, strict=True):
-            torch.testing.assert_close(traced, eager, rtol=1e-12, atol=1e-12)
+    for M in (7, 5):
+        same(step(compiled, layer, rows(M)), step(layer, layer, rows(M)))
+
+
+@pytest.mark.parametrize(("backend", "form"), ROUTES)
+def test_a_new_number_of_rows_does_not_recompile(backend, form):
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    same(step(compiled, layer, rows(7)), step(layer, layer, rows(7)))
+    graphs = counter.frame_count
+    for M in (5, 12, 31):
+        same(step(compiled, layer, rows(M)), step(layer, layer, rows(M)))
+    assert counter.frame_count == graphs
+
+
+# torch warns of its own deprecations while inductor is imported.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("backend", "form"), ROUTES)
+def test_inductor_equals_eager(backend, form, tmp_path, monkeypatch):
+    # Inductor's cache does not know which operators were registered.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend))
+    compiled = torch.compile(layer, fullgraph=True)
+    same(step(compiled, layer, rows(40)), step(layer, layer, rows(40)))
+
+
+@pytest.mark.parametrize(("backend", "form"), ROUTES)
+def test_under_autocast(backend, form):
+    if backend == "aten":
+        form = "kept"
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend))
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    traced, eager = (step(f, layer, rows(7)) for f in (torch.compile(run, fullgraph=True, backend="aot_eager"), run))
+    assert traced["h"].dtype == torch.bfloat16
+    assert traced["A_down"].dtype == torch.float32
+    same(traced, eager, 2e-2)
+
+
+@pytest.mark.parametrize(("backend", "form"), ROUTES)
+def test_checkpointing_recomputes_with_the_same_mask(backend, form):
+    """A recomputed mask that differs would give dA_up for a bottleneck that the output never saw."""
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend, dropout=0.5))
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    traced = step(compiled, layer, rows(7))
+    torch.manual_seed(3)
+    same(traced, step(layer, layer, rows(7)))
+
+
+@pytest.mark.parametrize(("backend", "form"), ROUTES)
+def test_without_gradients(backend, form):
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(compiled(rows(7)), layer(rows(7)))
+
+
+CASES = [
+    PLAIN,
+    replace(PLAIN, bias=False),
+    replace(PLAIN, adapter_bias=True, scales="learnable", dropout=True, lead=(23, 3)),
+    replace(PLAIN, r_a=0, scales=(0.7, -1.9)),
+    replace(PLAIN, r_b=0, dropout=True),
+    *(replace(PLAIN, lead=(6, 5), x_layout=layout, G_layout=layout) for layout in ("sliced", "transposed", "expanded")),
+]
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.parametrize("fused", [False, True], ids=["hybrid", "triton"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operators_pass_opcheck(case, fused, permuted):
+    """Fake outputs have the shapes, strides and dtypes of real ones, and inputs stay as they are."""
+    t, G = operands(case, torch.float32)
+    mask = t.pop("mask", None)
+    t = {name: v.t().contiguous().t() if permuted and v.dim() == 2 else v for name, v in t.items()}
+    x, G = t.pop("x").flatten(0, -2), G.flatten(0, -2)
+    names = {"x", *t} - {"weight"}
+    fields = dict.fromkeys(Operands._fields) | {"scale_a": 1.0, "scale_b": 1.0, "mask_scale": 1 / 0.7}
+    fields |= case.constant_scales | t | {"mask": None if mask is None else mask != 0}
+    op = Operands(**fields)
+    packed, needs = operators._packed(op), operators._joined(names)
+    opcheck(operators._forward, (x, *packed, needs, fused))
+    _, _, saved = operators.forward(x, op, names, fused)
+    opcheck(operators._backward, (G, list(saved), *packed, needs, fused))
+
+
+def test_accumulate_passes_opcheck():
+    opcheck(operators._accumulate_, (torch.randn(5, 4), torch.randn(5, 3), torch.randn(4, 3).t()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_accumulating_copies_nothing_under_inductor(tmp_path, monkeypatch):
+    """What inductor makes of a functional addmm is a copy of its first operand, a pass over [M, N]."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layer = trained(hk.HydraLinear(64, 96, r_a=2, r_b=3, form="composed"))
+    compiled, x, G = torch.compile(layer, fullgraph=True), rows(48, 64), torch.randn(48, 96)
+    compiled(x).backward(G)
+    x.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        compiled(x).backward(G)
+    calls = [event.name for event in profiler.events() if event.name.startswith("aten::")]
+    large = [e.name for e in profiler.events() if e.name == "aten::copy_" and e.input_shapes[0] in ([48, 96], [48, 64])]
+    assert calls.count("aten::addmm_") == 2
+    assert not large
+
+
+def models() -> dict[str, tuple[nn.Module, str, dict[str, Tensor]]]:
+    """Small models of transformers, the layers to adapt, and inputs."""
+    from transformers import LlamaConfig, LlamaModel, RobertaConfig, RobertaModel, ViTConfig, ViTModel
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {"vocab_size": 32, "max_position_embeddings": 20, **small}
+    tokens = {"input_ids": torch.arange(12).reshape(2, 6) + 3}
+    return {
+        "vit": (ViTModel(ViTConfig(image_size=32, **small)), "fc2", {"pixel_values": torch.randn(2, 3, 32, 32)}),
+        "roberta": (RobertaModel(RobertaConfig(**words)), "output.dense", tokens),
+        "llama": (LlamaModel(LlamaConfig(**words)), "down_proj", {**tokens, "use_cache": False}),
+    }
+
+
+# transformers and torch warn of each other's deprecations.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("backend", ["aten", "triton"])
+@pytest.mark.parametrize("name", ["vit", "roberta", "llama"])
+def test_whole_models_have_no_graph_break(name, backend):
+    torch.manual_seed(0)
+    model, target, inputs = models()[name]
+    model.eval()
+    assert len(hk.inject(model, [target], r_a=2, r_b=2, backend=backend)) >= 2
+    hk.mark_only_adapters_trainable(model)
+    for layer in model.modules():
+        if isinstance(layer, hk.HydraLinear):
+            trained(layer)
+
+    def gradients(function) -> dict[str, Tensor]:
+        model.zero_grad()
+        function(**inputs).last_hidden_state.square().mul(torch.linspace(-1, 1, 16)).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    same(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), gradients(model), 1e-4)
+
+
+def test_a_tensor_without_data_launches_nothing():
+    """Under FakeTensorMode, as memory estimates use it, the operators answer with shapes alone."""
+    layer = hk.HydraLinear(13, 11, r_a=2, r_b=3, backend="triton")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        h = layer(mode.from_tensor(torch.randn(7, 13)))
+    assert (type(h), h.shape) == (FakeTensor, (7, 11))

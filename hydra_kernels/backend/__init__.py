@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from . import aten
 from .gpu import TritonBackend
 from .interface import Backend
@@ -16,4 +18,5 @@ NAMES = ("auto", "reference", *TABLE)
 
 def backends() -> dict[str, str | None]:
     """Every backend by name: None where it runs on this machine, else the reason why it does not."""
-    return {"reference": None, **{name: backend.unavailable() for name, backend in TABLE.items()}}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {"reference": None, **{name: backend.unavailable(device) for name, backend in TABLE.items()}}

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..choice import LOW_PRECISION
-from .interface import Operands, Saved
+from .interface import LOW_PRECISION, Operands, Saved
+from .operators import accumulate_
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def refusal(form: str, dtype: torch.dtype, r_a: int, r_b: int, device: torch.device) -> str | None:
+def refusal(form: str, dtype: torch.dtype, r_a: int, r_b: int) -> str | None:
     if form == "composed" and r_b > 0 and dtype in LOW_PRECISION:
         return f"its composed form would round B_down W0 to {dtype} and lose accuracy that the naive layer keeps"
     return None
@@ -90,7 +90,7 @@ def _sum_of_products(x: Tensor, op: Operands, Z: Tensor, U: Tensor) -> Tensor:
         h = torch.cat((Z, Z.new_ones(len(Z), 1)), 1) @ torch.cat((U, b[:, None]), 1).t()
     else:
         h = _affine(Z, U, b)
-    return h.addmm_(x, op.weight.t())
+    return accumulate_(h, x, op.weight.t())
 
 
 def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -
     dZ = _mask_(G @ _stacked_up(op, G.dtype)[:, lo:hi], op, lo, hi)
     dZ_a, dZ_b = dZ[:, : r_a - lo], dZ[:, r_a - lo :]
     if D is not None:
-        grads["x"] = (dZ @ D).addmm_(G, op.weight)
+        grads["x"] = accumulate_(dZ @ D, G, op.weight)
     if x is not None:
         first, last = _columns(op, ("A_down",), ("B_down",), needs)
         dD = dZ[:, first - lo : last - lo].t() @ x

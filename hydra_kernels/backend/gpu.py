@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Set
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..kernels import configs
+from . import operators
 from .interface import Operands, Saved
 
-if TYPE_CHECKING:
-    from ..kernels.configs import Architecture
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LOWEST_CAPABILITY = (8, 0)
+LOWEST_CAPABILITY = (8, 0)
 
 
 class TritonBackend:
@@ -27,25 +25,18 @@ class TritonBackend:
     def __init__(self, fused: bool) -> None:
         self.fused = fused
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
         from ..kernels.language import INTERPRETED
 
-        if INTERPRETED.value or (torch.cuda.is_available() and torch.version.cuda is not None):
+        if INTERPRETED.value:
             return None
-        return "it needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment for Triton's interpreter on the CPU"
+        if device.type != "cuda" or torch.version.cuda is None:
+            return "it needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment for Triton's interpreter on the CPU"
+        return too_old(torch.cuda.get_device_capability(device))
 
-    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int, device: torch.device) -> str | None:
-        from ..kernels import configs
-        from ..kernels.language import INTERPRETED
-
-        if not INTERPRETED.value:
-            if device.type != "cuda":
-                return f"it needs tensors on an NVIDIA GPU, and x is on {device}"
-            capability = torch.cuda.get_device_capability(device)
-            if capability < _LOWEST_CAPABILITY:
-                return f"it needs compute capability 8.0 or later, and {device} has {capability[0]}.{capability[1]}"
+    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int) -> str | None:
         if dtype not in _DTYPES:
             return f"its kernels have no {dtype}"
         if form == "kept":
@@ -55,18 +46,22 @@ class TritonBackend:
         return None
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
+        if operators.traced(x):
+            return operators.forward(x, op, needs, self.fused)
         from . import gpu_steps
 
-        return gpu_steps.forward(x, op, needs, self.fused, _tiles(x.device))
+        return gpu_steps.forward(x, op, needs, self.fused, gpu_steps.tiles_of(x.device))
 
     def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
+        if operators.traced(G):
+            return operators.backward(G, op, saved, needs, self.fused)
         from . import gpu_steps
 
-        return gpu_steps.backward(G, op, saved, needs, self.fused, _tiles(G.device))
+        return gpu_steps.backward(G, op, saved, needs, self.fused, gpu_steps.tiles_of(G.device))
 
 
-def _tiles(device: torch.device) -> Architecture:
-    from ..kernels import configs
-    from ..kernels.language import INTERPRETED
-
-    return configs.of(None if INTERPRETED.value else torch.cuda.get_device_capability(device))
+def too_old(capability: tuple[int, int]) -> str | None:
+    """Why the kernels cannot run on GPUs of a capability, or None."""
+    if capability >= LOWEST_CAPABILITY:
+        return None
+    return f"it needs compute capability 8.0 or later, and this GPU has {capability[0]}.{capability[1]}"

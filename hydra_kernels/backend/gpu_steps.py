@@ -14,11 +14,11 @@ from collections.abc import Callable, Set
 import torch
 from torch import Tensor
 
-from ..choice import LOW_PRECISION
 from ..kernels import gemm, reduce, skinny
-from ..kernels.configs import Architecture, cdiv
+from ..kernels.configs import Architecture, cdiv, of
+from ..kernels.language import INTERPRETED
 from ..kernels.launch import Launch
-from .interface import Operands, Saved
+from .interface import LOW_PRECISION, Operands, Saved
 
 Run = Callable[[Launch], None]  # how a launch is carried out; a report collects them instead
 _ADAPTERS = ("A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias")
@@ -27,7 +27,7 @@ _ADAPTERS = ("A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_
 def forward(
     x: Tensor, op: Operands, needs: Set[str], fused: bool, arch: Architecture, run: Run = Launch.run
 ) -> tuple[Tensor, Operands, Saved]:
-    op = _contiguous(op)
+    op = contiguous(op)
     precision = _precision(x.dtype)
     tiles = arch.tiles(x.dtype, precision, [x, op.weight])
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
@@ -127,13 +127,17 @@ def _for_backward(op: Operands, needs: Set[str]) -> Operands:
     return op._replace(weight=op.weight if through_W0 or "x" in needs else None, bias=op.bias if through_W0 else None)
 
 
-def _contiguous(op: Operands) -> Operands:
+def contiguous(op: Operands) -> Operands:
     """Adapters and mask as the kernels read them; weight may have any strides."""
     mask = op.mask
     if mask is not None:
         mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()
     small = {name: getattr(op, name) for name in (*_ADAPTERS, "bias")}
     return op._replace(mask=mask, **{name: None if t is None else t.contiguous() for name, t in small.items()})
+
+
+def tiles_of(device: torch.device) -> Architecture:
+    return of(None if INTERPRETED.value else torch.cuda.get_device_capability(device))
 
 
 def _precision(dtype: torch.dtype) -> str:

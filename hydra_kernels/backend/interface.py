@@ -12,6 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+COMPOSED_ONLY = ("hybrid", "triton")
+
 
 class Operands(NamedTuple):
     """All of one call but x: weight [N, K] of x's dtype, adapters of that dtype or fp32, None where absent. For a
@@ -49,11 +52,11 @@ Saved = tuple[Tensor | None, ...]
 
 
 class Backend(Protocol):
-    def unavailable(self) -> str | None:
-        """Why this backend cannot run on this machine, or None."""
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on a device, or None."""
 
-    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int, device: torch.device) -> str | None:
-        """Why it cannot serve such a call, or None."""
+    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int) -> str | None:
+        """Why it cannot serve such a call on a device where it runs, or None."""
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
         """h [M, N] for x [M, K]; what the backward will read again of op, and what it will read besides."""

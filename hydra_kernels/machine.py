@@ -1,0 +1,108 @@
+"""What a device is and what was measured on it: all that the choice depends on and that is not in the call itself."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backend import TABLE
+from .choice import DATA, Key, Machine, Measured
+
+CPU = torch.device("cpu")
+
+
+def here(device: torch.device) -> Machine:
+    """The machine of a device; found once a process, and again after `tune`."""
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return _here(device, tf32)
+
+
+# torch.compile runs it instead of tracing it: what torch.compiler.assume_constant_result sets, which would import the
+# compiler with the package.
+here._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _here(device: torch.device, tf32: bool) -> Machine:
+    capability = torch.cuda.get_device_capability(device) if is_nvidia(device) else None
+    reasons = {name: backend.unavailable(device) for name, backend in TABLE.items()}
+    name = device_name(device)
+    rows = [row for row in DATA["measured"] if row["device"] == name]
+    return Machine(name, capability, reasons, table([*rows, *cached(name)], tf32))
+
+
+def forget() -> None:
+    """Makes the next call read the measurements again."""
+    _here.cache_clear()
+
+
+def is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cache_folder() -> Path:
+    """Where `tune` stores what it measured: ``$HYDRA_KERNELS_CACHE``, else hydra_kernels in the user's cache folder."""
+    if folder := os.environ.get("HYDRA_KERNELS_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra_kernels"
+
+
+def versions() -> dict[str, str | None]:
+    """What a measurement depends on beside the device: with another of these it says nothing."""
+    from . import __version__
+
+    return {"hydra_kernels": __version__, "torch": torch.__version__, "cuda": torch.version.cuda}
+
+
+def cached(name: str) -> list[dict[str, Any]]:
+    """The user's measurements on the device of this name, by these versions; damaged files are warned of."""
+    rows, now = [], versions()
+    for path in sorted(cache_folder().glob("*.json")):
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            table([row], tf32=False)
+            current = row["device"] == name and row["versions"] == now
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"hydra_kernels: {path} is not a stored measurement and is not used: {error!r}", stacklevel=2)
+            continue
+        if current:
+            rows.append(row)
+    return rows
+
+
+def table(rows: Iterable[Mapping[str, Any]], tf32: bool) -> list[tuple[Key, tuple[Measured, ...]]]:
+    """Stored measurements as `choice` reads them: those of float32 in the precision that is set; later rows win."""
+    found: dict[Key, dict[int, Measured]] = {}
+    for row in rows:
+        dtype = torch.float32 if row["dtype"] == "tf32" else getattr(torch, row["dtype"])
+        M, K, N, r_a, r_b = (int(row[key]) for key in ("M", "K", "N", "r_a", "r_b"))
+        if row["backend"] not in TABLE or row["form"] not in ("composed", "kept"):
+            raise ValueError(f"unknown backend {row['backend']!r} or form {row['form']!r}")
+        if dtype == torch.float32 and (row["dtype"] == "tf32") != tf32:
+            continue
+        found.setdefault((K, N, r_a, r_b, dtype), {})[M] = Measured(M, row["backend"], row["form"])
+    return [(key, tuple(by_M[M] for M in sorted(by_M))) for key, by_M in found.items()]
