@@ -3,6 +3,7 @@
 from . import analysis, reference
 from .backend import backends
 from .checkpoint import adapter_state_dict, load_adapters, save_adapters
+from .explanation import explain
 from .function import HydraFunction
 from .functional import hydra_linear
 from .layers import HydraLinear, LoRALinear, SeqLoRALinear
@@ -14,6 +15,7 @@ from .model import (
     print_trainable_parameters,
     unmerge,
 )
+from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,7 @@ __all__ = [
     "adapter_state_dict",
     "analysis",
     "backends",
+    "explain",
     "hydra_linear",
     "inject",
     "load_adapters",
@@ -34,5 +37,6 @@ __all__ = [
     "print_trainable_parameters",
     "reference",
     "save_adapters",
+    "tune",
     "unmerge",
 ]

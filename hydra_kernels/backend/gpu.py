@@ -33,7 +33,9 @@ class TritonBackend:
         if INTERPRETED.value:
             return None
         if device.type != "cuda" or torch.version.cuda is None:
-            return "it needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment for Triton's interpreter on the CPU"
+            return (
+                "it needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment for Triton's interpreter on the CPU"
+            )
         return too_old(torch.cuda.get_device_capability(device))
 
     def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int) -> str | None:

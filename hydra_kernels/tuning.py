@@ -1,0 +1,262 @@
+"""tune: which backend and form is the fastest for a shape on this device, among those that compute the right thing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import machine, reference
+from .backend import TABLE
+from .functional import hydra_linear
+from .layers import HydraLinear
+
+Shape = tuple[int, int, int, int, int]
+CANDIDATES = (("hybrid", "composed"), ("triton", "composed"), ("aten", "composed"), ("aten", "kept"))
+# Beyond twice the naive layer's error, in epsilons: what is left where the naive layer happens to be exact.
+_SLACK = {torch.float64: 64, torch.float32: 2, torch.float16: 1, torch.bfloat16: 1}
+_COLD_BYTES = 64 << 20  # on a CPU; on a GPU twice its L2
+
+
+class Tuned(NamedTuple):
+    """One shape: medians of a step in microseconds by candidate, the winner, and why the others failed."""
+
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    dtype: str
+    device: str
+    backend: str
+    form: str
+    us: dict[str, float]
+    failed: dict[str, str]
+    versions: dict[str, str | None]
+    date: str
+
+
+def tune(
+    model_or_shapes: nn.Module | Iterable[Shape],
+    *,
+    rows: int | Sequence[int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    rounds: int = 20,
+    report: Callable[[str], object] = print,
+) -> list[Tuned]:
+    """Measures every candidate for the shapes, and stores the winner, which ``backend="auto"`` then runs.
+
+    A candidate counts only where its output and every gradient are right: at most twice the error of the naive layer in
+    the same dtype, against float64. A step (forward and backward with every gradient) is timed in shuffled rounds, with
+    a cold L2. From the next call on the choice of this process changes too; a compiled function keeps its own.
+
+    Args:
+        model_or_shapes: a model, whose Hydra, LoRA and SeqLoRA layers are tuned with their own dtype and device, or
+            shapes (M, K, N, r_a, r_b): x [M, K], weight [N, K].
+        rows: M for a model: how many rows x has (batch times tokens), one number or several.
+        dtype: for shapes, that of x and weight.
+        device: for shapes; None for the GPU where there is one, else the CPU.
+        rounds: samples of each candidate.
+        report: gets a line a shape, naming the winner and what failed.
+
+    Returns:
+        What was measured, which also lies as one file a shape in ``$HYDRA_KERNELS_CACHE`` (else the user's cache
+        folder). It counts for M from half to twice that of the shape, on the same device and versions.
+
+    Raises:
+        ValueError, TypeError: naming the argument. RuntimeError where no candidate is right.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: expected 1 or more, got {rounds}")
+    jobs = _jobs(model_or_shapes, rows, dtype, device)
+    found = []
+    for shape, of, where in jobs:
+        found.append(_measure(shape, of, where, rounds))
+        _store(found[-1])
+        report(line_of(found[-1]))
+    machine.forget()
+    return found
+
+
+def line_of(tuned: Tuned) -> str:
+    times = ", ".join(f"{name} {us:.1f} us" for name, us in sorted(tuned.us.items(), key=lambda item: item[1]))
+    failed = "".join(f"; {name} FAILED: {why}" for name, why in tuned.failed.items())
+    shape = f"M={tuned.M} K={tuned.K} N={tuned.N} {tuned.r_a}+{tuned.r_b} {tuned.dtype}"
+    return f"{shape}: {tuned.backend} {tuned.form} ({times}{failed})"
+
+
+def _jobs(
+    model_or_shapes: nn.Module | Iterable[Shape],
+    rows: int | Sequence[int] | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> list[tuple[Shape, torch.dtype, torch.device]]:
+    if isinstance(model_or_shapes, nn.Module):
+        if rows is None:
+            raise ValueError("rows: a model does not tell how many rows its inputs have; pass rows=batch * tokens")
+        layers = [layer for layer in model_or_shapes.modules() if isinstance(layer, HydraLinear)]
+        if not layers:
+            raise ValueError("model_or_shapes: the model has no Hydra, LoRA or SeqLoRA layer; call inject first")
+        jobs = [
+            ((M, layer.in_features, layer.out_features, layer.r_a, layer.r_b), layer.weight.dtype, layer.weight.device)
+            for layer in layers
+            if layer.r_a + layer.r_b
+            for M in ([rows] if isinstance(rows, int) else rows)
+        ]
+    else:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        jobs = [(shape, dtype, where) for shape in model_or_shapes]
+    for shape, of, _ in jobs:
+        if (
+            not isinstance(shape, tuple)
+            or len(shape) != 5
+            or not all(isinstance(n, int) for n in shape)
+            or min(shape) < 0
+            or min(shape[:3]) < 1
+        ):
+            raise ValueError(f"model_or_shapes: expected (M, K, N, r_a, r_b) of positive integers, got {shape}")
+        if of not in _SLACK or shape[3] + shape[4] == 0:
+            raise ValueError(f"model_or_shapes: {shape} in {of} has no branch, or no such dtype is served")
+    return list(dict.fromkeys(jobs))
+
+
+def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> Tuned:
+    r_a, r_b = shape[3:]
+    t, G = _operands(shape, dtype, device)
+    exact = _step(reference.hydra_linear, {k: v if v is None else v.double() for k, v in t.items()}, G.double())
+    naive = _errors(_step(reference.hydra_linear, t, G), exact)
+    steps: dict[str, Callable[[], object]] = {}
+    failed: dict[str, str] = {}
+    for backend, form in CANDIDATES:
+        name = f"{backend} {form}"
+        reason = TABLE[backend].unavailable(device) or TABLE[backend].refusal(form, dtype, r_a, r_b)
+        if reason is not None or (form == "kept" and not r_b):
+            continue
+
+        def run(x: Tensor, *tensors: Tensor | None, form: str = form, backend: str = backend) -> Tensor:
+            return hydra_linear(x, *tensors, form=form, backend=backend)  # type: ignore[arg-type]
+
+        try:
+            wrong = _wrong(_errors(_step(run, t, G), exact), naive, dtype)
+        except Exception as error:  # a compiler's or a driver's: the other candidates must be measured all the same
+            wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if wrong is not None:
+            failed[name] = wrong
+        else:
+            steps[name] = lambda run=run: _step(run, t, G)  # type: ignore[misc]
+    del exact
+    if not steps:
+        raise RuntimeError(f"tune: nothing computes {shape} in {dtype} on {device} rightly: {failed}")
+    us = _times(steps, device, rounds)
+    backend, form = min(us, key=lambda name: us[name]).split()
+    tf32 = dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Tuned(
+        *shape,
+        dtype="tf32" if tf32 else str(dtype).removeprefix("torch."),
+        device=machine.device_name(device),
+        backend=backend,
+        form=form,
+        us={name: round(v, 3) for name, v in us.items()},
+        failed=failed,
+        versions=machine.versions(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor | None], Tensor]:
+    """Random x, weight, bias and adapters in the order of `hydra_linear`; all but weight and bias are trained."""
+    M, K, N, r_a, r_b = shape
+    sizes = {"x": (M, K), "weight": (N, K), "bias": (N,), "A_down": (r_a, K), "A_up": (N, r_a)}
+    sizes |= {"B_down": (r_b, N), "B_up": (N, r_b)}
+    draw = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=draw, device=device, dtype=torch.float32)
+
+    def scaled(name: str, size: tuple[int, ...]) -> Tensor | None:
+        if 0 in size:
+            return None
+        t = normal(*size) * (size[-1] ** -0.5 if len(size) == 2 and name != "x" else 1)
+        return t.to(dtype).requires_grad_(name not in ("weight", "bias"))
+
+    return {name: scaled(name, size) for name, size in sizes.items()}, normal(M, N).to(dtype)
+
+
+def _step(function: Callable[..., Tensor], t: dict[str, Tensor | None], G: Tensor) -> list[Tensor]:
+    """The output and every gradient."""
+    leaves = [v for name, v in t.items() if v is not None and name not in ("weight", "bias")]
+    h = function(*t.values())
+    return [h.detach(), *torch.autograd.grad(h, leaves, G)]
+
+
+def _errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """Largest and root mean square error of each, relative to the exact one's."""
+    pairs = []
+    for value, true in zip(got, exact, strict=True):
+        difference = value.double() - true
+        pairs.append(
+            (
+                (difference.abs().max() / true.abs().max()).item(),
+                (difference.square().mean() / true.square().mean()).sqrt().item(),
+            )
+        )
+    return pairs
+
+
+def _wrong(
+    errors: Sequence[tuple[float, float]], naive: Sequence[tuple[float, float]], dtype: torch.dtype
+) -> str | None:
+    slack = _SLACK[dtype] * torch.finfo(dtype).eps
+    for place, (mine, theirs) in enumerate(zip(errors, naive, strict=True)):
+        for error, allowed in zip(mine, theirs, strict=True):
+            if not error <= 2 * allowed + slack:  # NaN fails too
+                what = "the output" if place == 0 else f"gradient {place}"
+                return f"{what} is wrong by {error:.2e}, allowed {2 * allowed + slack:.2e}"
+    return None
+
+
+def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Medians of a step in microseconds, every round in a new random order, what is in L2 overwritten before."""
+    cuda, draw = device.type == "cuda", random.Random(0)
+    cold = 2 * torch.cuda.get_device_properties(device).L2_cache_size if cuda else _COLD_BYTES
+    flush = torch.empty(cold, dtype=torch.uint8, device=device)
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name in draw.sample(list(steps), len(steps)):
+            flush.zero_()
+            if cuda:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                with torch.cuda.device(device):
+                    start.record()
+                    steps[name]()
+                    end.record()
+                end.synchronize()
+                samples[name].append(start.elapsed_time(end) * 1e3)
+            else:
+                began = time.perf_counter()
+                steps[name]()
+                samples[name].append((time.perf_counter() - began) * 1e6)
+    return {name: statistics.median(taken) for name, taken in samples.items()}
+
+
+def _store(tuned: Tuned) -> Path:
+    """One file a shape, replaced as a whole: processes that tune at once never lose each other's."""
+    text = json.dumps(tuned._asdict(), indent=1)
+    words = [*(tuned.device, tuned.dtype), *map(str, tuned[:5])]
+    name = "".join(c if c.isalnum() else "-" for c in "_".join(words).replace(" ", "-"))
+    path = machine.cache_folder() / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path

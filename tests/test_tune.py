@@ -1,0 +1,251 @@
+"""tune: right candidates only, the fastest wins, and a folder of measurements that outlives accidents; and explain."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+
+import hydra_kernels as hk
+from hydra_kernels import machine
+from hydra_kernels.backend import TABLE, aten
+from hydra_kernels.choice import DATA, Machine, choose
+from hydra_kernels.explanation import Call, kernels_of, predict
+from hydra_kernels.machine import CPU, here
+from hydra_kernels.tuning import _store
+
+SHAPE = (64, 48, 32, 3, 2)
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRA_KERNELS_CACHE", str(tmp_path))
+    machine.forget()
+    yield tmp_path
+    machine.forget()
+
+
+def tune(*shapes, **options):
+    return hk.tune(shapes or [SHAPE], **{"dtype": F32, "rounds": 2, "report": lambda line: None, **options})
+
+
+def chosen(M: int = 64, dtype: torch.dtype = F32) -> tuple[str, str]:
+    return choose(M, *SHAPE[1:], dtype, here(CPU))[:2]
+
+
+def test_every_candidate_is_measured_and_the_fastest_stored(folder):
+    lines = []
+    (tuned,) = tune(report=lines.append)
+    assert set(tuned.us) == {"hybrid composed", "triton composed", "aten composed", "aten kept"}
+    assert tuned.us[f"{tuned.backend} {tuned.form}"] == min(tuned.us.values())
+    assert not tuned.failed
+    assert lines[0].startswith(f"M=64 K=48 N=32 3+2 float32: {tuned.backend} {tuned.form} (")
+    (path,) = folder.iterdir()
+    assert json.loads(path.read_text()) == json.loads(json.dumps(tuned._asdict()))
+    assert choose(*SHAPE, F32, here(CPU))[:3] == (
+        tuned.backend,
+        tuned.form,
+        "it won where it was measured on this device",
+    )
+
+
+def test_the_winner_is_what_auto_runs(monkeypatch):
+    """A measurement that says triton makes the layer launch triton's kernels, and one of another dtype does not."""
+    (tuned,) = tune()
+    _store(tuned._replace(backend="triton", form="composed"))
+    machine.forget()
+    calls = []
+    forward = TABLE["triton"].forward
+    monkeypatch.setattr(TABLE["triton"], "forward", lambda *a: calls.append(a) or forward(*a))
+    for dtype in (F32, BF16):
+        layer = hk.HydraLinear(48, 32, r_a=3, r_b=2, dtype=dtype)
+        layer(torch.randn(4, 16, 48, dtype=dtype))
+        layer(torch.randn(7, 48, dtype=dtype))  # far from 64 rows
+    assert [call[0].shape for call in calls] == [(64, 48)]
+
+
+def test_a_wrong_candidate_is_named_and_never_wins(monkeypatch):
+    """dB_down too large by a hundredth, from the fastest of all backends."""
+    backward = aten.backward
+
+    def wrong(*arguments):
+        grads = backward(*arguments)
+        return grads | {"B_down": grads["B_down"] * 1.01} if arguments[-1] == "kept" else grads
+
+    monkeypatch.setattr(aten, "backward", wrong)
+    lines = []
+    (tuned,) = tune(report=lines.append)
+    assert list(tuned.failed) == ["aten kept"]
+    assert "gradient 4 is wrong by" in tuned.failed["aten kept"]
+    assert "aten kept" not in tuned.us
+    assert "aten kept FAILED: gradient 4 is wrong by" in lines[0]
+
+
+def test_a_crashing_candidate_is_named_and_costs_only_itself(monkeypatch):
+    def crash(*arguments):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(TABLE["triton"], "forward", crash)
+    (tuned,) = tune()
+    assert tuned.failed == {"triton composed": "RuntimeError: no kernel image"}
+    assert set(tuned.us) == {"hybrid composed", "aten composed", "aten kept"}
+
+
+def test_where_nothing_is_right_it_raises_and_stores_nothing(monkeypatch, folder):
+    monkeypatch.setattr("hydra_kernels.tuning._wrong", lambda *arguments: "wrong")
+    with pytest.raises(RuntimeError, match=r"nothing computes \(64, 48, 32, 3, 2\) .*rightly"):
+        tune()
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path, row: path.write_text(path.read_text()[:40]),
+        lambda path, row: path.write_bytes(b"\x80\xff"),
+        lambda path, row: path.write_text("[]"),
+        lambda path, row: path.write_text(json.dumps({k: v for k, v in row.items() if k != "form"})),
+        lambda path, row: path.write_text(json.dumps(row | {"backend": "flash"})),
+        lambda path, row: path.write_text(json.dumps(row | {"dtype": "no_such"})),
+    ],
+)
+def test_a_damaged_file_is_warned_of_and_skipped_and_replaced(damage, folder):
+    (tuned,) = tune()
+    (path,) = folder.iterdir()
+    damage(path, tuned._asdict())
+    machine.forget()
+    with pytest.warns(UserWarning, match=f"{path.name} is not a stored measurement"):
+        here(CPU)
+    assert not here(CPU).measured
+    tune()
+    assert [key for key, _ in here(CPU).measured] == [(48, 32, 3, 2, F32)]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"device": "another card"},
+        {"versions": {**machine.versions(), "hydra_kernels": "0.0.1"}},
+        {"versions": {**machine.versions(), "torch": "2.0"}},
+        {"dtype": "tf32"},
+    ],
+    ids=str,
+)
+def test_what_another_card_or_version_measured_does_not_count(changed):
+    (tuned,) = tune()
+    for path in machine.cache_folder().iterdir():
+        path.unlink()
+    _store(tuned._replace(**{"backend": "triton", "form": "composed", **changed}))
+    machine.forget()
+    assert chosen() == ("aten", "kept")
+    assert not here(CPU).measured
+
+
+def _write(tuned, start, count):
+    for M in range(start, start + count):
+        _store(tuned._replace(M=M))
+
+
+def test_two_processes_that_write_at_once_lose_nothing(folder):
+    (tuned,) = tune()
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(tuned, 100, 40)) for _ in range(2)]
+    writers.append(context.Process(target=_write, args=(tuned, 120, 40)))
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    machine.forget()
+    ((_, rows),) = here(CPU).measured
+    assert [row.M for row in rows] == [64, *range(100, 160)]
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_model_is_tuned_by_its_own_layers():
+    model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 48), torch.nn.Linear(48, 32))
+    hk.inject(model, ["0", "1", "2"], method="lora", r=3)
+    found = hk.tune(model, rows=[8, 64], rounds=1, report=lambda line: None)
+    assert [t[:6] for t in found] == [(M, *KN, 3, 0, "float32") for KN in ((48, 32), (32, 48)) for M in (8, 64)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        (hk.LoRALinear(4, 4), {}, ValueError, "rows: a model does not tell"),
+        (torch.nn.Linear(4, 4), {"rows": 3}, ValueError, "has no Hydra, LoRA or SeqLoRA layer"),
+        ([(1, 2, 3)], {}, ValueError, r"expected \(M, K, N, r_a, r_b\)"),
+        ([(1, 2, 3, 0, 0)], {}, ValueError, "has no branch"),
+        ([SHAPE], {"rounds": 0}, ValueError, "rounds: expected 1 or more, got 0"),
+        ([SHAPE], {"dtype": torch.int8}, ValueError, "no such dtype"),
+    ],
+)
+def test_bad_input_is_refused(arguments, options, error, match):
+    with pytest.raises(error, match=match):
+        hk.tune(arguments, **options)
+
+
+@pytest.mark.parametrize("capability", ["sm_80", (8, 6), (9, 0), "sm_100", "sm_120", "cpu", (7, 5), (13, 0), None])
+@pytest.mark.parametrize("dtype", [torch.float64, F32, BF16], ids=str)
+def test_explain_answers_for_any_machine(capability, dtype, capsys):
+    choice = hk.explain(8192, 4096, 4096, 8, 8, dtype, capability)
+    text = capsys.readouterr().out
+    on_gpu = capability not in ("cpu", (7, 5), None)
+    assert choice.backend == ("hybrid" if on_gpu and dtype != torch.float64 else "aten")
+    assert f"runs      {choice.backend}, {choice.form} form" in text
+    assert choice.why_backend in text
+    assert f"hk.tune([(8192, 4096, 4096, 8, 8)], dtype={dtype})" in text
+    if capability in ((7, 5), (13, 0)):
+        assert "predicted nothing" in text
+    else:
+        assert "   1.000 of frozen" in text
+        assert text.count("<- runs") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"capability": "hopper"}, ValueError, "capability: expected one such as"),
+        ({"capability": 9.0}, ValueError, "capability: expected one such as"),
+        ({"M": 0}, ValueError, "M: expected an integer >= 1, got 0"),
+        ({"K": 2.0}, TypeError, "K: expected an integer >= 1, got float"),
+        ({"r_a": 0, "r_b": 0}, ValueError, "both are 0"),
+        ({"dtype": torch.int32}, TypeError, "dtype: expected"),
+    ],
+    ids=str,
+)
+def test_explain_refuses_bad_input(options, error, match):
+    with pytest.raises(error, match=match):
+        hk.explain(**{"M": 8, "K": 8, "N": 8, "r_a": 1, "r_b": 1, **options})
+
+
+@pytest.mark.parametrize("shape", [(6400, 3072, 768), (8192, 4096, 4096), (8192, 4096, 14336)], ids=str)
+@pytest.mark.parametrize("ranks", [(8, 8), (16, 0), (0, 16)], ids=str)
+@pytest.mark.parametrize("method", ["frozen", "hybrid", "triton"])
+def test_the_prediction_counts_what_the_kernels_move(method, shape, ranks):
+    """Against the launches that the roofline records: bytes, operations and their number."""
+    from benchmarks import roofline
+    from benchmarks.methods import Ranks
+    from benchmarks.shapes import Shape
+
+    recorded = roofline.STEPS[method](Shape(*shape), Ranks(*ranks), BF16)
+    counted = kernels_of(method, Call(*shape, *ranks, BF16), (9, 0))
+    assert len(counted) == len(recorded)
+    for quantity in ("bytes", "operations"):
+        mine, theirs = (sum(getattr(kernel, quantity) for kernel in step) for step in (counted, recorded))
+        assert mine == pytest.approx(theirs, rel=0.02), quantity
+
+
+def test_a_faster_card_is_predicted_faster_and_the_least_efficiency_is_where_triton_draws_level(capsys):
+    card, call = DATA["cards"]["9.0"], Call(6400, 3072, 768, 8, 8, BF16)
+    H100 = Machine("", (9, 0), dict.fromkeys(TABLE), [])
+    half = card | {"gigabytes": card["gigabytes"] / 2}
+    slow, fast = predict(call, H100, half), predict(call, H100, card)
+    assert all(slow[name] >= fast[name] for name in ("frozen", "hybrid", "triton", "aten kept"))
+    assert slow["hybrid"] > fast["hybrid"]
+    hk.explain(*call, (9, 0))
+    least = float(capsys.readouterr().out.partition("its GEMM reaches ")[2].split()[0])
+    at, below = (predict(call, H100, card, e) for e in (least, least - 0.01))
+    assert at["triton"] <= at["hybrid"]
+    assert below["triton"] > below["hybrid"]
