@@ -1,237 +1,100 @@
-"""All that a GPU which runs this code for the first time should do, stage by stage. ``python -m benchmarks.gpu``
+"""All that a GPU which runs this code should do, stage by stage. ``python -m benchmarks.gpu``
 
-doctor: each kernel and each backend compiled and compared with float64, groups of checks in processes of their own, so
-that a hang or an illegal address costs the one check it struck.
+doctor: each kernel and each backend compiled and compared with float64. ceilings: what the card reaches. tune: the
+winners that later stages run. layer, table4, host: the benchmarks of these names.
 
-It needs the source tree alone, from its root, and neither sets nor resets anything on the GPU. ``--dry-run`` goes
-through every stage with tiny shapes on the CPU, in Triton's interpreter.
+Every stage runs in a process of its own, which stores what it has after each of its parts: a stage that crashes, hangs
+or runs out of time costs the part it was at, and nothing after it. It needs the source tree alone, from its root, and
+neither sets nor resets anything on the GPU. ``--dry-run`` goes through every stage with tiny shapes on the CPU, in
+Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import doctor, timing
+from benchmarks import isolated, stages, timing
+from benchmarks.isolated import ROOT, CheckRow
+from benchmarks.stages import Part, Settings, TuneRow
+from benchmarks.timing import CeilingRow, HostRow, LayerRow, Table4Row
 
-ROOT = Path(__file__).resolve().parent.parent
-# Seconds a check may take; the first of a process starts torch and CUDA as well.
-CHECK_LIMIT = 90.0
-EXIT_LIMIT = 5.0
-
-
-class CheckRow(TypedDict):
-    """One check. ``error`` and ``allowed`` are those of ``what``, the output nearest to or furthest past its limit."""
-
-    group: str
-    check: str
-    # "pass", "fail" or "skip": it cannot run here, for the reason given.
-    status: str
-    error: float | None
-    allowed: float | None
-    what: str | None
-    reason: str | None
-    seconds: float
-    dry: bool
-
-
-class Settings(NamedTuple):
-    dry: bool
-    deadline: float  # in time.monotonic()
-
-
-class Outcome(NamedTuple):
-    rows: list[Any]
-    failures: int
+# Seconds that a stage may take after the end of its time to finish the part that it is at.
+GRACE = 20.0
 
 
 class Stage(NamedTuple):
-    """``run`` measures or checks; what it returns is stored as gpu-NAME.json, rows of ``schema``."""
+    """``run`` yields parts; their rows are stored together, of ``schema``. ``seconds`` is its share of the time."""
 
     name: str
-    run: Callable[[Settings], Outcome]
+    run: Callable[[Settings], Iterator[Part]]
     schema: type
+    seconds: float
 
 
-class Isolated(NamedTuple):
-    """How groups of checks run in processes: ``command`` for a group and the checks left of it prints a JSON line each.
+STAGES = (
+    Stage("doctor", isolated.check_kernels_and_backends, CheckRow, 150),
+    Stage("ceilings", stages.measure_ceilings, CeilingRow, 20),
+    Stage("tune", stages.tune, TuneRow, 70),
+    Stage("layer", stages.measure_layers, LayerRow, 140),
+    Stage("table4", stages.measure_table4, Table4Row, 120),
+    Stage("host", stages.measure_host, HostRow, 20),
+)
 
-    A process that ends, or is silent for ``limit`` seconds, fails the check that it was at; a new one takes the rest.
+
+def run_stage(stage: Stage, settings: Settings) -> int:
+    """Runs a stage here and stores its rows after each part; how many of its checks or measurements failed."""
+    rows: list[Any] = []
+    failures = 0
+    for part in stage.run(settings):
+        rows += part.rows
+        failures += part.failures
+        if rows:
+            timing.write_result(settings.path(stage.name), timing.environment(settings.device), rows, stage.schema)
+    return failures
+
+
+def run_stages(
+    selected: Sequence[Stage],
+    settings: Settings,
+    command: Callable[[Stage, float], list[str]],
+    environment: Mapping[str, str],
+) -> int:
+    """A process for each stage, one after the other, whatever becomes of those before; how many of them failed.
+
+    ``command`` runs one stage within so many seconds. What a stage leaves of its time is there for the later ones.
     """
-
-    command: Callable[[str, Sequence[str]], list[str]]
-    environment: Mapping[str, str]
-    limit: float
-    jobs: int
-    settings: Settings
-
-    def run(self, groups: Mapping[str, Sequence[str]], report: Callable[[CheckRow], None]) -> list[CheckRow]:
-        """A row for every check, in the order of the groups; each is reported when it is known."""
-        found: dict[tuple[str, str], CheckRow] = {}
-
-        def add(row: CheckRow) -> None:
-            found[row["group"], row["check"]] = row
-            report(row)
-
-        asyncio.run(self._all(groups, add))
-        return [found[group, check] for group, checks in groups.items() for check in checks]
-
-    async def _all(self, groups: Mapping[str, Sequence[str]], add: Callable[[CheckRow], None]) -> None:
-        free = asyncio.Semaphore(self.jobs)
-
-        async def one(group: str, checks: Sequence[str]) -> None:
-            async with free:
-                await self._group(group, list(checks), add)
-
-        await asyncio.gather(*(one(group, checks) for group, checks in groups.items()))
-
-    async def _group(self, group: str, left: list[str], add: Callable[[CheckRow], None]) -> None:
-        """Runs processes until no check is left; each takes at least one away."""
-        while left:
-            if time.monotonic() >= self.settings.deadline:
-                for check in left:
-                    add(self._failed(group, check, "not run: the time was over", 0.0))
-                return
-            start, before = time.monotonic(), len(left)
-            reason = await self._process(group, left, add)
-            if reason is not None or (left and len(left) == before):
-                reason = reason or "the process gave it no result"
-                add(self._failed(group, left.pop(0), reason, time.monotonic() - start))
-
-    async def _process(self, group: str, left: list[str], add: Callable[[CheckRow], None]) -> str | None:
-        """Takes from ``left`` what one process reports. Why it failed at the next, None where that has not begun."""
-        with tempfile.TemporaryFile() as complaints:
-            process = await asyncio.create_subprocess_exec(
-                *self.command(group, left),
-                stdout=asyncio.subprocess.PIPE,
-                stderr=complaints,
-                env=self.environment,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-            try:
-                while left and (line := await asyncio.wait_for(process.stdout.readline(), self._patience())):
-                    row = self._row(group, line, left)
-                    if row is not None:
-                        left.remove(row["check"])
-                        add(row)
-                await asyncio.wait_for(process.wait(), self._patience() if left else EXIT_LIMIT)
-            except asyncio.TimeoutError:
-                return f"no result within {self._patience():.0f} s: killed" if left else None
-            finally:
-                if process.returncode is None:
-                    # The whole session: a compiler that it started must not outlive it.
-                    os.killpg(process.pid, signal.SIGKILL)
-                    await process.wait()
-            if not left or process.returncode == doctor.START_OVER:
-                return None
-            return _death(process.returncode, _last_line(complaints))
-
-    def _patience(self) -> float:
-        return max(0.0, min(self.limit, self.settings.deadline - time.monotonic()))
-
-    def _row(self, group: str, line: bytes, left: Sequence[str]) -> CheckRow | None:
-        """The row that a line holds; None where a library printed it."""
-        try:
-            found = json.loads(line)
-        except ValueError:
-            return None
-        if not isinstance(found, dict) or found.get("check") not in left:
-            return None
-        return CheckRow(group=group, **found, dry=self.settings.dry)
-
-    def _failed(self, group: str, check: str, reason: str, seconds: float) -> CheckRow:
-        return CheckRow(
-            group=group,
-            check=check,
-            status="fail",
-            error=None,
-            allowed=None,
-            what=None,
-            reason=reason,
-            seconds=seconds,
-            dry=self.settings.dry,
-        )
-
-
-def _death(status: int, complaint: str) -> str:
-    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-    return f"the process ended, {how}{': ' if complaint else ''}{complaint}"
-
-
-def _last_line(file: Any) -> str:
-    file.seek(0, os.SEEK_END)
-    file.seek(max(0, file.tell() - 4096))
-    lines = file.read().decode(errors="replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
-
-
-def line_of(row: CheckRow) -> str:
-    """A check as the terminal shows it."""
-    if row["error"] is not None:
-        figures = f"{row['error']:.2e} of {row['allowed']:.2e} allowed ({row['what']})"
-    else:
-        figures = ": ".join(filter(None, (row["what"], row["reason"])))
-    return f"{row['status'].upper():4}  {row['group']:19}  {row['check']:50}  {row['seconds']:5.1f} s  {figures}"
-
-
-def check_kernels_and_backends(settings: Settings) -> Outcome:
-    """The stage `doctor`."""
-    cores = len(os.sched_getaffinity(0))
-    # Compilers keep a core each busy, the GPU has memory for more than these.
-    jobs = min(8, cores)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
-    environment |= {"TRITON_INTERPRET": "1"} if settings.dry else {}
-
-    def command(group: str, checks: Sequence[str]) -> list[str]:
-        dry = ["--dry"] if settings.dry else []
-        return [sys.executable, "-m", "benchmarks.doctor", *dry, group, *checks]
-
-    isolated = Isolated(command, environment, CHECK_LIMIT, jobs, settings)
-    groups = {group: list(checks) for group, checks in doctor.groups(settings.dry).items()}
-    rows = isolated.run(groups, lambda row: print(line_of(row), flush=True))
-    count = {status: sum(row["status"] == status for row in rows) for status in ("pass", "fail", "skip")}
-    print(f"doctor: {count['pass']} passed, {count['fail']} failed, {count['skip']} cannot run here")
-    for row in rows:
-        if row["status"] == "fail":
-            print(line_of(row))
-    return Outcome(rows, count["fail"])
-
-
-STAGES = (Stage("doctor", check_kernels_and_backends, CheckRow),)
-
-
-def run_stages(stages: Sequence[Stage], settings: Settings, out: Path, device: torch.device) -> int:
-    """Runs and stores one stage after the other, whatever becomes of those before; how many of them failed."""
     failed = 0
-    for stage in stages:
-        if time.monotonic() >= settings.deadline:
-            print(f"{stage.name}: skipped, the time was over")
+    for place, stage in enumerate(selected):
+        spared = sum(later.seconds for later in selected[place + 1 :])
+        seconds = max(min(stage.seconds, settings.left()), settings.left() - spared)
+        if settings.left() <= 0:
+            print(f"{stage.name}: skipped, the time was over", flush=True)
             continue
         start = time.monotonic()
+        process = subprocess.Popen(command(stage, seconds), env=environment, cwd=ROOT, start_new_session=True)
         try:
-            rows, failures = stage.run(settings)
-            path = out / f"gpu-{stage.name}.json"
-            timing.write_result(path, timing.environment(device), rows, stage.schema)
-        except Exception:  # the stages after it must run whatever this one's library raises
-            traceback.print_exc()
-            failed += 1
-            continue
-        failed += failures > 0
-        print(f"{stage.name}: {time.monotonic() - start:.0f} s, stored in {path}", flush=True)
+            status = str(process.wait(timeout=seconds + GRACE))
+        except subprocess.TimeoutExpired:
+            status = f"killed, {seconds + GRACE:.0f} s were over"
+        finally:
+            if process.poll() is None:
+                # The whole session: a compiler that it started must not outlive it.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        failed += status != "0"
+        verdict = "ok" if status == "0" else f"FAILED ({status})"
+        print(f"{stage.name}: {verdict}, {time.monotonic() - start:.0f} s, {settings.path(stage.name)}", flush=True)
     return failed
 
 
@@ -239,17 +102,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--stage", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--minutes", type=float, default=9.0, help="no stage starts after so long")
+    parser.add_argument("--minutes", type=float, default=8.6, help="for all stages")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, to see that everything runs")
+    parser.add_argument("--here", action="store_true", help="in this process, not in one for each stage")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu: torch finds no GPU here; --dry-run needs none", file=sys.stderr)
         return 2
-    settings = Settings(options.dry_run, time.monotonic() + 60 * options.minutes)
+    settings = Settings(options.dry_run, time.monotonic() + 60 * options.minutes, options.out.resolve())
     selected = [stage for stage in STAGES if stage.name in options.stage]
-    device = torch.device("cpu" if options.dry_run else "cuda")
-    return int(run_stages(selected, settings, options.out, device) > 0)
+    if options.here:
+        return int(sum(run_stage(stage, settings) for stage in selected) > 0)
+
+    def command(stage: Stage, seconds: float) -> list[str]:
+        dry = ["--dry-run"] if settings.dry else []
+        own = ["--stage", stage.name, "--minutes", str(seconds / 60), "--out", str(settings.out)]
+        return [sys.executable, "-m", "benchmarks.gpu", "--here", *own, *dry]
+
+    # The profiler that measures peak memory on a CPU would print two lines a step.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"KINETO_LOG_LEVEL": "99"}
+    environment |= {"TRITON_INTERPRET": "1"} if settings.dry else {}
+    with tempfile.TemporaryDirectory() as tuned:
+        return int(run_stages(selected, settings, command, environment | {"HYDRA_KERNELS_CACHE": tuned}) > 0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Every round takes one sample of every method in a new random order; ratios are medians of paired rounds. Inputs and
 output gradients come from buffers in turn, so that none is hot from the call before. Before anything is timed, every
 method's output and gradients are compared with the naive layer's from identical weights: a difference beyond rounding
-ends the run, and nothing is printed or stored.
+ends the run, and nothing is printed or stored. In mode compile every layer is compiled; in mode graph a forward and a
+backward are replays of CUDA graphs, but memory is that of eager steps: what a graph holds, it holds for good.
 
 The same cases under pytest-benchmark, one at a time: ``pytest benchmarks/layer.py --benchmark-only -k 64x768x768``.
 """
@@ -26,14 +27,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import hydra_kernels as hk
-from benchmarks import methods, render, timing
+from benchmarks import methods, modes, render, timing
 from benchmarks.methods import Ranks
+from benchmarks.modes import device_option
+from benchmarks.passes import Inputs, Pass, captured
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, DRY_SHAPES, Entry, Shape, entries_of, trainable
 from benchmarks.timing import LayerRow
 from hydra_kernels.choice import choose
+from hydra_kernels.machine import here
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODES = ("eager",)
 PHASES = ("forward", "backward", "step")
 # A sample of a small shape is the mean of as many calls as last this long, in seconds: clocks and scheduler hide less.
 SAMPLE_SECONDS = 2e-3
@@ -57,6 +60,9 @@ class Settings:
     seed: int
     dry: bool
 
+    def __post_init__(self) -> None:
+        modes.check(self.mode, self.device, self.dry)
+
 
 @dataclass
 class Contestant:
@@ -64,6 +70,8 @@ class Contestant:
 
     entry: Entry
     layer: nn.Module
+    # One for each of the bench's inputs.
+    passes: Sequence[Pass] = ()
     saved_bytes: int = 0
     peak_bytes: int = 0
     parity: dict[str, float | str] | None = None
@@ -74,21 +82,6 @@ class Contestant:
         return [{"forward": f, "backward": b, "step": f + b}[phase] for f, b in self.samples]
 
 
-class Inputs:
-    """x, which requires grad, and G = dL/dh, taken in turn from enough buffers that none is still in the L2 cache."""
-
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-        draw = torch.Generator(device).manual_seed(seed)
-        new = partial(torch.randn, device=device, dtype=dtype, generator=draw)
-        copies = timing.cold_copies(shape.M * (shape.K + shape.N) * dtype.itemsize, device)
-        self.buffers = [(new(shape.M, shape.K).requires_grad_(), new(shape.M, shape.N)) for _ in range(copies)]
-        self._turn = 0
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        self._turn = (self._turn + 1) % len(self.buffers)
-        return self.buffers[self._turn]
-
-
 class Bench:
     """One shape: its frozen layer, its inputs, and the naive layers' results, which every other method must give."""
 
@@ -96,7 +89,7 @@ class Bench:
         self.settings, self.device, dtype = settings, settings.device, DTYPES[settings.dtype]
         torch.manual_seed(settings.seed)
         self.linear = nn.Linear(shape.K, shape.N, device=self.device, dtype=dtype)
-        self.inputs = Inputs(shape, dtype, self.device, settings.seed)
+        self.inputs = Inputs(shape.M, shape.K, shape.N, dtype, self.device, settings.seed)
         self.allowed = methods.LAYER_TOLERANCES[dtype]
         self._expected: dict[tuple[str, Ranks], Mapping[str, Tensor | None]] = {}
 
@@ -105,50 +98,58 @@ class Bench:
         return methods.build_layer(self.linear, method, ranks, seed=seed, form=form, backend=backend)
 
     def expected(self, method: str, ranks: Ranks) -> Mapping[str, Tensor | None]:
-        """What the naive layer gives from the same weights and inputs."""
+        """What the eager layer gives from the same weights and inputs."""
         if (method, ranks) not in self._expected:
             self._expected[method, ranks] = methods.layer_step(self.build(method, ranks), *self.inputs.buffers[0])
         return self._expected[method, ranks]
 
     def prepare(self, entry: Entry, form: str = "auto") -> Contestant | str:
         """A contestant whose sums are proved and whose memory is measured, or why its library cannot run it here."""
-        found: dict[str, Tensor | None] = {}
+        mode, found = self.settings.mode, {}
         try:
-            contestant = Contestant(entry, self.build(entry.method, entry.ranks, form))
-            layer = contestant.layer
-            step = partial(methods.layer_step, layer, *self.inputs.buffers[0])
-            if entry.method.startswith("compiled_"):
+            layer = self.build(entry.method, entry.ranks, form)
+            if mode == "compile":
+                layer.compile(fullgraph=True, dynamic=False)
+            contestant = Contestant(entry, layer, [Pass(layer, x, G) for x, G in self.inputs.buffers])
+            step = contestant.passes[0].step
+            if mode == "compile" or entry.method.startswith("compiled_"):
                 step()  # compiles, which must not happen under the hooks that count what is saved
             contestant.saved_bytes = timing.saved_bytes(lambda: found.update(step()), layer.parameters())
+            start = time.perf_counter()
+            contestant.peak_bytes = timing.peak_bytes(step, self.device)
+            small = time.perf_counter() - start < PROFILER_SLOWDOWN * SAMPLE_SECONDS
+            if mode == "graph":
+                contestant.passes = captured(layer, self.inputs, modes.Recorder(self.device))
+                found = contestant.passes[0].step()
         except (ImportError, RuntimeError) as error:
             if entry.method.partition("_")[0] not in ("compiled", "peft"):
                 raise
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if partner := methods.naive_of(entry.method):
+        partner = methods.naive_of(entry.method) or entry.method
+        if partner == entry.method and mode == "eager":
+            self._expected[partner, entry.ranks] = found
+        else:
             expected = self.expected(partner, entry.ranks)
             worst, tensor = methods.worst_difference(entry.method, partner, found, expected, self.allowed)
             contestant.parity = {"difference": worst, "tensor": tensor, "allowed": self.allowed}
-        elif entry.method != "frozen":
-            self._expected[entry.method, entry.ranks] = found
-        start = time.perf_counter()
-        contestant.peak_bytes = timing.peak_bytes(step, self.device)
-        if time.perf_counter() - start < PROFILER_SLOWDOWN * SAMPLE_SECONDS:
-            fastest = min(sum(self.sample(layer, 1)) for _ in range(5))
+        if small:
+            fastest = min(sum(self.sample(contestant.passes, 1)) for _ in range(5))
             contestant.calls = max(1, math.ceil(SAMPLE_SECONDS / fastest))
         return contestant
 
-    def sample(self, layer: nn.Module, calls: int) -> tuple[float, float]:
+    def sample(self, passes: Sequence[Pass], calls: int) -> tuple[float, float]:
         """Mean seconds of a forward and of a backward over some calls, each with the next inputs and no gradients."""
         watch = timing.Stopwatch(self.device)
+        if self.settings.mode == "graph" and calls > 1:
+            modes.head_start(self.device)
         for _ in range(calls):
-            x, G = self.inputs.take()
+            next_pass = passes[self.inputs.turn()]
             watch.mark()
-            h = layer(x)
+            next_pass.forward()
             watch.mark()
-            h.backward(G)
+            next_pass.backward()
             watch.mark()
-            del h
-            methods.forget(layer, x)
+            next_pass.forget()
         laps = watch.laps()
         # Every third lap lies between two calls.
         return sum(laps[0::3]) / calls, sum(laps[1::3]) / calls
@@ -161,7 +162,7 @@ def play(bench: Bench, contestants: Mapping[str, Contestant], deadline: float) -
         started = time.perf_counter()
         for name in order:
             contestant = contestants[name]
-            contestant.samples.append(bench.sample(contestant.layer, contestant.calls))
+            contestant.samples.append(bench.sample(contestant.passes, contestant.calls))
         now = time.perf_counter()
         if number + 1 >= MIN_ROUNDS and 2 * now - started > deadline:
             break
@@ -185,10 +186,8 @@ def deadlines(shapes: Sequence[Shape], end: float) -> list[tuple[Shape, Callable
 
 def measure(shape: Shape, hydra: Ranks, settings: Settings, deadline: float) -> list[LayerRow]:
     """The rows of one shape: every phase of every method."""
-    # A compiled forward is specialised for a shape, and torch gives up on a function after a few: each starts afresh.
-    torch.compiler.reset()
     bench = Bench(shape, settings)
-    entries = entries_of(shape, hydra, settings.methods)
+    entries = entries_of(shape, hydra, methods.in_mode(settings.mode, settings.methods))
     prepared = {entry.names()[0]: bench.prepare(entry) for entry in entries}
     contestants = {name: made for name, made in prepared.items() if isinstance(made, Contestant)}
     play(bench, contestants, deadline)
@@ -218,7 +217,11 @@ def row_of(
         if ran and (name in methods.BASELINES or render.is_rival(name, entry.method))
     }
     ours = entry.method.startswith("ours_")
-    choice = choose(*shape, *entry.ranks, DTYPES[settings.dtype], backend=settings.backend) if ours else None
+    choice = (
+        choose(*shape, *entry.ranks, DTYPES[settings.dtype], here(settings.device), backend=settings.backend)
+        if ours
+        else None
+    )
     return LayerRow(
         **shape._asdict(),
         **entry.ranks._asdict(),
@@ -234,6 +237,7 @@ def row_of(
         median_us=micro and round(micro.median, 3),
         q1_us=micro and round(micro.q1, 3),
         q3_us=micro and round(micro.q3, 3),
+        floor_us=None,
         runs=len(seconds),
         calls=made.calls if ran else 0,
         dropout=0.0,
@@ -257,7 +261,9 @@ def run(settings: Settings, progress: Progress) -> list[LayerRow]:
         finish, start = share(), time.perf_counter()
         for number, hydra in enumerate(settings.ranks):
             deadline = start + (finish - start) * (number + 1) / len(settings.ranks)
-            rows[shape, hydra] = measure(shape, hydra, settings, deadline)
+            # A compiled forward is specialised for a shape: each starts afresh.
+            with modes.isolated(settings.device):
+                rows[shape, hydra] = measure(shape, hydra, settings, deadline)
             progress.advance(bar)
             if not progress.console.is_terminal:
                 taken, runs = time.perf_counter() - start, rows[shape, hydra][0]["runs"]
@@ -279,14 +285,6 @@ def ranks_option(text: str) -> Ranks:
     return Ranks(*map(int, parts))
 
 
-def device_option(text: str) -> torch.device:
-    if text.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device is {text!r}, expected cpu or cuda")
-    if text.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {text!r}, but torch sees no GPU here")
-    return torch.device(text)
-
-
 def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     """The command line as settings and the folder for the results; ValueError names a bad option."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__.splitlines()[0])
@@ -294,20 +292,21 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--shape", action="append", metavar="M,K,N", help="may be repeated")
     parser.add_argument("--ranks", action="append", metavar="A+B", help="of Hydra's branches; may be repeated")
-    parser.add_argument("--methods", default=",".join(methods.LAYER_METHODS))
+    parser.add_argument("--methods", help="with commas between; every one without it")
     parser.add_argument("--backend", default="auto", help="of ours")
     parser.add_argument("--rounds", type=int, help="at most so many a shape: 100, in a dry run 3")
-    parser.add_argument("--mode", choices=MODES, default="eager")
+    parser.add_argument("--mode", choices=modes.MODES, default="eager")
     parser.add_argument("--time-limit", type=float, default=430.0, help="seconds for all shapes; each gets 3 rounds")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that everything runs")
     options = parser.parse_args(arguments)
     device = device_option(options.device)
-    names = options.methods.split(",")
+    measurable = methods.in_mode(options.mode, methods.LAYER_METHODS)
+    names = options.methods.split(",") if options.methods is not None else measurable
     for name in names:
-        if name not in methods.LAYER_METHODS:
-            raise ValueError(f"methods: {name!r}, expected some of {','.join(methods.LAYER_METHODS)}")
+        if name not in measurable:
+            raise ValueError(f"methods: {name!r}, in mode {options.mode} expected some of {','.join(measurable)}")
     usable = hk.backends()
     if options.backend != "auto" and (options.backend not in usable or usable[options.backend]):
         reason = usable.get(options.backend) or f"expected auto or one of {', '.join(usable)}"
@@ -322,7 +321,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
         mode=options.mode,
         shapes=tuple(dict.fromkeys(map(shape_option, options.shape))) if options.shape else default_shapes,
         ranks=tuple(dict.fromkeys(map(ranks_option, options.ranks or ["8+8"]))),
-        methods=tuple(name for name in methods.LAYER_METHODS if name in names),
+        methods=tuple(name for name in measurable if name in names),
         backend=options.backend,
         rounds=rounds,
         time_limit=options.time_limit,
@@ -342,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, methods.ParityError) as error:
         print(f"layer: {error}", file=sys.stderr)
         return 1
-    path = out / f"layer-{'dry-' if settings.dry else ''}{settings.device.type}-{settings.dtype}.json"
+    path = out / modes.file_name("layer", settings.device, settings.dtype, settings.mode, settings.dry)
     timing.write_result(path, environment, rows, LayerRow)
     # Without a terminal rich assumes 80 columns, which would break every cell.
     report = Console(width=None if sys.stdout.isatty() else 200)
@@ -375,20 +374,22 @@ def test_layer(benchmark, shape: Shape, entry: Entry, phase: str) -> None:
     contestant = bench.prepare(entry)
     if isinstance(contestant, str):
         pytest.skip(contestant)
-    layer = contestant.layer
 
-    def next_call() -> tuple[tuple[Tensor, Tensor], dict[str, object]]:
-        x, G = bench.inputs.take()
-        methods.forget(layer, x)
-        return (layer(x) if phase == "backward" else x, G), {}
+    def next_call() -> tuple[tuple[Pass], dict[str, object]]:
+        next_pass = contestant.passes[bench.inputs.turn()]
+        next_pass.forget()
+        if phase == "backward":
+            next_pass.forward()
+        return (next_pass,), {}
 
-    def call(first: Tensor, G: Tensor) -> None:
-        h = first if phase == "backward" else layer(first)
+    def call(next_pass: Pass) -> None:
+        if phase != "backward":
+            next_pass.forward()
         if phase != "forward":
-            h.backward(G)
+            next_pass.backward()
         timing.synchronize(settings.device)
 
-    rounds = max(MIN_ROUNDS, min(settings.rounds, math.ceil(0.5 / sum(bench.sample(layer, 1)))))
+    rounds = max(MIN_ROUNDS, min(settings.rounds, math.ceil(0.5 / sum(bench.sample(contestant.passes, 1)))))
     benchmark.extra_info.update(saved_bytes=contestant.saved_bytes, peak_bytes=contestant.peak_bytes)
     benchmark.pedantic(call, setup=next_call, rounds=rounds, warmup_rounds=1)
 

@@ -1,14 +1,14 @@
 """The methods that benchmarks compare, each built once here, and the proof that ours and naive compute the same.
 
 A method is full_tuning, linear_probing (whole models), frozen (one layer), or an owner and a kind: naive_, ours_,
-compiled_ (naive under torch.compile) or peft_ followed by lora, seqlora or hydra.
+compiled_ (naive under torch.compile, in whatever mode) or peft_ followed by lora, seqlora or hydra.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,6 +83,13 @@ class Naive(nn.Module):
                 nn.init.normal_(self.get_parameter(f"{branch}_down"), std=1 / math.sqrt(fan_in))
 
 
+class Frozen(Naive):
+    """The layer alone. Not nn.Linear itself: torch.compile skips the forwards of torch's own modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
 class NaiveHydra(Naive):
     def forward(self, x: Tensor) -> Tensor:
         return hk.reference.hydra_linear(
@@ -128,6 +135,11 @@ class NaiveSeqLoRA(Naive):
 
 NAIVE = {"lora": NaiveLoRA, "seqlora": NaiveSeqLoRA, "hydra": NaiveHydra}
 OURS = {"lora": hk.LoRALinear, "seqlora": hk.SeqLoRALinear, "hydra": hk.HydraLinear}
+
+
+def in_mode(mode: str, names: Sequence[str]) -> list[str]:
+    """Those methods that a mode measures: where every layer is compiled, compiled_ would be naive_ once more."""
+    return [name for name in names if not (mode == "compile" and name.startswith("compiled_"))]
 
 
 def widths(kind: str, ranks: Ranks) -> dict[str, int]:
@@ -183,7 +195,7 @@ def build_layer(
         raise ValueError(f"method is {method!r}, expected one of {', '.join(LAYER_METHODS)}")
     linear.requires_grad_(False)
     if method == "frozen":
-        return linear
+        return Frozen(linear, ranks)
     owner, _, kind = method.partition("_")
     torch.manual_seed(seed)
     naive = NAIVE[kind](linear, ranks, adapter_bias=False)
@@ -220,13 +232,19 @@ def forget(layer: nn.Module, x: Tensor) -> None:
         parameter.grad = None
 
 
+def layer_results(layer: nn.Module, x: Tensor, h: Tensor) -> dict[str, Tensor | None]:
+    """The output and every gradient after a forward and backward, by what they are."""
+    gradients = {"x": x.grad, **{name: parameter.grad for name, parameter in layer_adapters(layer).items()}}
+    return {"the output": h.detach(), **{f"the gradient of {name}": gradient for name, gradient in gradients.items()}}
+
+
 def layer_step(layer: nn.Module, x: Tensor, G: Tensor) -> dict[str, Tensor | None]:
     """One forward and backward: the output and every gradient, by what they are; no gradient is left behind."""
     h = layer(x)
     h.backward(G)
-    gradients = {"x": x.grad, **{name: parameter.grad for name, parameter in layer_adapters(layer).items()}}
+    found = layer_results(layer, x, h)
     forget(layer, x)
-    return {"the output": h.detach(), **{f"the gradient of {name}": gradient for name, gradient in gradients.items()}}
+    return found
 
 
 @dataclass
@@ -239,9 +257,10 @@ class Contestant:
     loss: Tensor | None = None
 
     @classmethod
-    def of(cls, method: str, model: nn.Module) -> Contestant:
+    def of(cls, method: str, model: nn.Module, capturable: bool = False) -> Contestant:
+        """``capturable``: its steps can be captured in a CUDA graph; on a GPU alone."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return cls(method, model, torch.optim.AdamW(trainable, lr=LEARNING_RATE))
+        return cls(method, model, torch.optim.AdamW(trainable, lr=LEARNING_RATE, capturable=capturable))
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One step of training: what the table times. The gradients stay until the next one."""
@@ -294,13 +313,20 @@ def naive_of(method: str) -> str | None:
     return f"naive_{kind}" if owner in ("ours", "compiled", "peft") else None
 
 
+def start_equal(contestants: Mapping[str, Contestant]) -> None:
+    """Gives ours naive's state."""
+    for name, contestant in contestants.items():
+        if partner := naive_of(name):
+            copy_state(contestants[partner], contestant)
+
+
 def settle(contestants: Mapping[str, Contestant], tolerance: Tolerance) -> dict[str, Difference]:
     """Compares ours with naive after a round and gives ours naive's state, so that the next one starts equal."""
     differences = {}
     for name, contestant in contestants.items():
         if partner := naive_of(name):
             differences[name] = compare(contestant, contestants[partner], tolerance)
-            copy_state(contestants[partner], contestant)
+    start_equal(contestants)
     return differences
 
 

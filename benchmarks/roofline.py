@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import hydra_kernels as hk
-from benchmarks import layer, render, timing
+from benchmarks import layer, tables, timing
 from benchmarks.methods import Ranks
+from benchmarks.render_roofline import RooflineRow
 from benchmarks.shapes import CUDA_SHAPES, Shape
 from hydra_kernels.backend import gpu_steps
 from hydra_kernels.backend.interface import Operands
@@ -71,29 +72,6 @@ class Kernel(NamedTuple):
     @property
     def bytes(self) -> int:
         return sum(size(t) * passes for t, passes in self.reads) + sum(map(size, self.writes))
-
-
-class RooflineRow(TypedDict):
-    """A predicted step. ``kernels``: [name, bytes, operations, microseconds] of each launch."""
-
-    M: int
-    K: int
-    N: int
-    r_a: int
-    r_b: int
-    dtype: str
-    method: str
-    tflops: float
-    gigabytes_per_second: float
-    l2_megabytes: float
-    launch_us: float
-    gemm_efficiency: float
-    bytes: int
-    operations: int
-    launches: int
-    predicted_us: float
-    over_frozen: float
-    kernels: list[list[Any]]
 
 
 def size(t: Tensor) -> int:
@@ -158,6 +136,8 @@ def of_launch(launch: Launch) -> Kernel:
         passes = launch.grid[-1]
     tensors = {key: v.base if isinstance(v, TensorDescriptor) else v for key, v in a.items()}
     tensors = {key: v for key, v in tensors.items() if isinstance(v, Tensor)}
+    if name == "compose" and a["B_down_ptr"] is None:
+        del tensors["w_ptr"]  # without a sequential branch it is handed over, but not read
     reads = [(t, passes if key == PASSED.get(name) else 1) for key, t in tensors.items() if key not in WRITTEN[name]]
     writes = [t for key, t in tensors.items() if key in WRITTEN[name]]
     return Kernel(name, tuple(reads), tuple(writes), _launch_operations(name, launch, passes))
@@ -284,6 +264,12 @@ def microseconds(kernels: Iterable[Kernel], model: Model, ours: bool) -> list[fl
     return found
 
 
+def floor_us(shape: Shape, ranks: Ranks, dtype: str, tflops: float, gigabytes: float) -> float:
+    """The least that a composed step takes, on a card with these ceilings; ranks 0 and 0: the frozen layer's step."""
+    model = Model(Card(tflops, gigabytes), l2_bytes=0, launch_us=0.0, gemm_efficiency=1.0)
+    return sum(microseconds(floor_step(shape, ranks, {**DTYPES, "fp32": torch.float32}[dtype]), model, ours=False))
+
+
 def predict(shape: Shape, ranks: Ranks, dtype: str, model: Model) -> list[RooflineRow]:
     """A row a method; the fused kernels only where they take the ranks."""
     rows: list[RooflineRow] = []
@@ -325,7 +311,7 @@ def step_table(rows: Sequence[RooflineRow]) -> Table:
         cells.append([*cell, f"{row['predicted_us']:.1f}", f"{row['over_frozen']:.3f}"])
     first = rows[0]
     title = f"Predicted, not measured: a training step, Hydra {first['r_a']}+{first['r_b']}, {first['dtype']}"
-    return render.terminal(title, headings, cells, bold=[cell[1] in ("hybrid", "triton") for cell in cells])
+    return tables.terminal(title, headings, cells, bold=[cell[1] in ("hybrid", "triton") for cell in cells])
 
 
 def kernel_table(rows: Sequence[RooflineRow]) -> Table:
@@ -338,7 +324,7 @@ def kernel_table(rows: Sequence[RooflineRow]) -> Table:
     ]
     first = rows[0]
     title = f"Predicted, not measured: the kernels at {first['M']} x {first['K']} x {first['N']}"
-    return render.terminal(title, headings, cells, bold=[False] * len(cells))
+    return tables.terminal(title, headings, cells, bold=[False] * len(cells))
 
 
 def number(text: str) -> float:

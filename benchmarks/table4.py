@@ -2,12 +2,15 @@
 
 Every round gives all methods the same batch, in a new random order, and every round starts ours from the weights and
 the optimizer state of naive. After it their losses and gradients are compared: a difference beyond rounding ends the
-run, and nothing is printed or stored. The batch is on the device, enlarged, before the clock starts.
+run, and nothing is printed or stored. The batch is on the device, enlarged, before the clock starts. In mode compile
+the forward of the whole model is compiled; in mode graph a step, optimizer and all, is the replay of one CUDA graph,
+but memory is that of eager steps: what a graph holds, it holds for good.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -22,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks import images, methods, render, timing
+from benchmarks import images, methods, modes, render, timing
 from benchmarks.methods import Contestant, Difference, Ranks
 from benchmarks.timing import Table4Row
 
@@ -42,6 +45,7 @@ UNCOUNTED_ROUNDS = 2
 class Settings:
     device: torch.device
     dtype: str
+    mode: str
     batch_size: int
     steps: int
     methods: tuple[str, ...]
@@ -53,6 +57,14 @@ class Settings:
     dry: bool
     # Seconds after which no further round starts, None for no limit.
     time_limit: float | None
+
+    def __post_init__(self) -> None:
+        modes.check(self.mode, self.device, self.dry)
+        if self.mode != "eager" and self.full and EPOCH_IMAGES % self.batch_size:
+            raise ValueError(
+                f"batch-size is {self.batch_size}, which leaves the epoch a smaller last batch, but a model has one "
+                f"batch size in mode {self.mode}: expected a divisor of {EPOCH_IMAGES:,}"
+            )
 
 
 @dataclass
@@ -85,11 +97,32 @@ def model_name(config: ViTConfig) -> str:
     return f"ViT {config.num_hidden_layers}x{config.hidden_size}/{config.patch_size}"
 
 
+class Replayed:
+    """A contestant whose step copies the batch to where its CUDA graph reads it, which counts, and replays that."""
+
+    def __init__(self, contestant: Contestant, batch: tuple[Tensor, Tensor], device: torch.device) -> None:
+        self._batch = tuple(tensor.clone() for tensor in batch)
+        step = partial(contestant.step, *self._batch)
+        recorder = modes.Recorder(device)
+        recorder.warm_up(step)
+        # Where there are none, the captured backward writes gradients; else every replay would add to them.
+        contestant.optimizer.zero_grad(set_to_none=True)
+        self._replay = recorder.capture(step)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        for read, new in zip(self._batch, (images, labels), strict=True):
+            read.copy_(new)
+        self._replay()
+
+
 def play_round(
-    contestants: Mapping[str, Contestant], order: Sequence[str], batch: tuple[Tensor, Tensor], device: torch.device
+    players: Mapping[str, Contestant | Replayed],
+    order: Sequence[str],
+    batch: tuple[Tensor, Tensor],
+    device: torch.device,
 ) -> dict[str, float]:
     """One step of every method on the same batch; seconds by method."""
-    return {name: timing.seconds(partial(contestants[name].step, *batch), device) for name in order}
+    return {name: timing.seconds(partial(players[name].step, *batch), device) for name in order}
 
 
 def measure(
@@ -100,7 +133,7 @@ def measure(
 ) -> Measured:
     """Plays the uncounted rounds, in which memory is measured, and then counted ones until the batches end."""
     device, tolerance = settings.device, methods.TOLERANCES[DTYPES[settings.dtype]]
-    measured = Measured(seconds={name: [] for name in contestants})
+    measured, players = Measured(seconds={name: [] for name in contestants}), contestants
     started = time.perf_counter()
     rounds = UNCOUNTED_ROUNDS + settings.steps
     bar = progress.add_task("rounds", total=rounds)
@@ -118,10 +151,13 @@ def measure(
                 measured.peak[name] = contestants[name].held_bytes() + above
         else:
             measured.images.append(len(batch[1]))
-            for name, taken in play_round(contestants, order, batch, device).items():
+            for name, taken in play_round(players, order, batch, device).items():
                 measured.seconds[name].append(taken)
         for name, difference in methods.settle(contestants, tolerance).items():
             measured.parity[name] = difference.or_worse(measured.parity.get(name, difference))
+        if settings.mode == "graph" and number + 1 == UNCOUNTED_ROUNDS:
+            players = {name: Replayed(contestant, batch, device) for name, contestant in contestants.items()}
+            methods.start_equal(contestants)  # after the steps that warmed up
         progress.advance(bar)
         last_round = time.perf_counter() - round_started
         if not progress.console.is_terminal:
@@ -162,7 +198,7 @@ def rows_of(
                 image_size=config.image_size,
                 data=data,
                 dtype=settings.dtype,
-                mode="eager",
+                mode=settings.mode,
                 method=name,
                 ranks=list(settings.ranks[kind]) if kind in settings.ranks else None,
                 trainable=sum(parameter.numel() for parameter in parameters.values()) - head,
@@ -189,29 +225,42 @@ def rows_of(
 
 def run(settings: Settings, progress: Progress) -> list[Table4Row]:
     """Builds every method from the same weights and measures them; ValueError on bad input, ParityError on bad sums."""
+    with modes.isolated(settings.device):
+        return contest(settings, progress)
+
+
+def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
+    """What `run` does, in a call of its own, at whose end all that it built is let go."""
     dtype = DTYPES[settings.dtype]
     torch.manual_seed(settings.seed)
     pictures = images.load(settings.data)
     base = vit(settings.checkpoint, settings.dry).to(settings.device, dtype)
     contestants = {
         name: Contestant.of(
-            name, methods.build(base, name, settings.ranks, target=TARGET, head=HEAD, seed=settings.seed)
+            name,
+            methods.build(base, name, settings.ranks, target=TARGET, head=HEAD, seed=settings.seed),
+            capturable=settings.mode == "graph" and settings.device.type == "cuda",
         )
         for name in settings.methods
     }
-    for name, contestant in contestants.items():
-        if partner := methods.naive_of(name):
-            methods.copy_state(contestants[partner], contestant)
+    methods.start_equal(contestants)
+    size = settings.batch_size
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        count, size = len(pictures.labels), settings.batch_size
-        counted = EPOCH_IMAGES if settings.full else size * settings.steps
-        # The uncounted rounds draw batches of their own: a full epoch shows every image of CIFAR-10 exactly once.
-        for total, seed in ((UNCOUNTED_ROUNDS * size, settings.seed + 1), (counted, settings.seed)):
-            for indices in images.index_batches(count, size, total, seed):
-                yield pictures.batch(indices, base.config.image_size, settings.device, dtype)
+    def draw(total: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in images.index_batches(len(pictures.labels), size, total, seed):
+            yield pictures.batch(indices, base.config.image_size, settings.device, dtype)
 
-    measured = measure(contestants, batches(), settings, progress)
+    if settings.mode == "compile":
+        [batch] = draw(size, settings.seed + 2)
+        for contestant in contestants.values():
+            contestant.model.compile(fullgraph=True, dynamic=False)
+            # Compiles, which must happen neither under the hooks that count what is saved nor under the clock.
+            contestant.step(*batch)
+        methods.settle(contestants, methods.TOLERANCES[dtype])
+    counted = EPOCH_IMAGES if settings.full else size * settings.steps
+    # The uncounted rounds draw batches of their own: a full epoch shows every image of CIFAR-10 exactly once.
+    batches = itertools.chain(draw(UNCOUNTED_ROUNDS * size, settings.seed + 1), draw(counted, settings.seed))
+    measured = measure(contestants, batches, settings, progress)
     return rows_of(measured, contestants, pictures.name, settings)
 
 
@@ -246,6 +295,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table4", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the whole model")
+    parser.add_argument("--mode", choices=modes.MODES, default="eager")
     parser.add_argument("--batch-size", type=int, help="128 on a GPU, the paper's; 32 on a CPU")
     parser.add_argument("--steps", type=int, help="counted rounds: 50 on a GPU, 10 on a CPU")
     parser.add_argument("--methods", default=",".join(methods.METHODS))
@@ -264,12 +314,8 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     options = parser.parse_args(arguments)
     if options.full and options.steps is not None:
         raise ValueError(f"steps is {options.steps}, but --full sets them: a whole epoch")
-    kind = options.device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device is {options.device!r}, expected cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {options.device!r}, but torch sees no GPU here")
-    device, on_cpu = torch.device(options.device), kind == "cpu"
+    device = modes.device_option(options.device)
+    on_cpu = device.type == "cpu"
     batch_size = options.batch_size if options.batch_size is not None else 32 if on_cpu else PAPER_BATCH
     steps = options.steps if options.steps is not None else 10 if on_cpu else 50
     for name, value in (("batch-size", batch_size), ("steps", steps)):
@@ -278,6 +324,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     settings = Settings(
         device=device,
         dtype=options.dtype,
+        mode=options.mode,
         batch_size=batch_size,
         steps=math.ceil(EPOCH_IMAGES / batch_size) if options.full else steps,
         methods=methods_option(options.methods),
@@ -303,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, methods.ParityError) as error:
         print(f"table4: {error}", file=sys.stderr)
         return 1
-    path = out / f"table4-{'dry-' if settings.dry else ''}{settings.device.type}-{settings.dtype}.json"
+    path = out / modes.file_name("table4", settings.device, settings.dtype, settings.mode, settings.dry)
     timing.write_result(path, environment, rows, Table4Row)
     render.table4_chart(environment, rows, path.with_suffix(".png"))
     # Without a terminal rich assumes 80 columns, which would break every cell.

@@ -109,6 +109,8 @@ class LayerRow(TypedDict):
     median_us: float | None
     q1_us: float | None
     q3_us: float | None
+    # On a GPU, the least that a composed step can take at the measured ceilings (benchmarks.roofline).
+    floor_us: float | None
     runs: int
     calls: int
     dropout: float
@@ -144,6 +146,48 @@ class SweepRow(TypedDict):
     runs: int
     # The form that the package chooses here.
     chosen: str
+    dry: bool
+
+
+class CeilingRow(TypedDict):
+    """What the device reaches in one large operation."""
+
+    # "copy" or "product"; of products "tf32" is fp32 data.
+    what: str
+    dtype: str
+    # Over the median time of a call, and over the third and the first quartile of the times.
+    value: float
+    q1: float
+    q3: float
+    # "GB/s", of bytes read and written, or "TFLOP/s".
+    unit: str
+    # Of one call.
+    bytes_or_operations: int
+    runs: int
+    dry: bool
+
+
+class HostRow(TypedDict):
+    """Host time of an eager step (forward and backward) of one method, x [M, K], weight [N, K]."""
+
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    dtype: str
+    device: str
+    method: str
+    # Of ours.
+    backend: str | None
+    # Microseconds of a step over the rounds, each the mean of ``calls`` steps.
+    host_us: float
+    q1_us: float
+    q3_us: float
+    # [q1, median, q3] of the paired rounds over other methods.
+    over: dict[str, list[float]]
+    runs: int
+    calls: int
     dry: bool
 
 

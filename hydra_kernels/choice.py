@@ -67,7 +67,7 @@ def choose(
     """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b; what the user fixed stays fixed."""
     why_backend = why_form = "you fixed it"
     if backend == "auto":
-        winner = _winner(machine, (K, N, r_a, r_b, dtype), M)
+        winner = _winner(machine, (K, N, r_a, r_b, dtype), M) if machine.measured else None
         if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
             why = "it won where it was measured on this device"
             return Choice(winner.backend, winner.form, why, why)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import doctor, gpu, timing
+from benchmarks import doctor, gpu, isolated, stages, timing
 from benchmarks.doctor_kernels import FORMATS, Compared, judge, slack_of
-from benchmarks.gpu import CheckRow, Isolated, Outcome, Settings, Stage
+from benchmarks.gpu import Stage
+from benchmarks.isolated import CheckRow, Isolated
+from benchmarks.stages import Part, Settings
+from benchmarks.timing import CeilingRow
 from hydra_kernels.kernels.launch import Launch
 
-CPU = torch.device("cpu")
 # Stands for `benchmarks.doctor`: each check does what its name says.
 CHILD = f"""
 import json, os, signal, sys, time
@@ -34,8 +38,8 @@ for name in sys.argv[2:]:
 """
 
 
-def isolated(limit: float = 60.0, seconds: float = 60.0) -> Isolated:
-    settings = Settings(dry=True, deadline=time.monotonic() + seconds)
+def checks_of(limit: float = 60.0, seconds: float = 60.0) -> Isolated:
+    settings = Settings(True, time.monotonic() + seconds, Path())
     return Isolated(lambda group, checks: [sys.executable, "-c", CHILD, group, *checks], {}, limit, 4, settings)
 
 
@@ -56,7 +60,7 @@ def statuses(rows: list[CheckRow]) -> dict[str, str]:
 def test_one_bad_check_costs_one_line(check, reason, place):
     checks = ["a", "b"]
     checks.insert(place, check)
-    rows = isolated().run({"group": checks}, lambda row: None)
+    rows = checks_of().run({"group": checks}, lambda row: None)
     assert [row["check"] for row in rows] == checks
     assert statuses(rows) == {"a": "pass", "b": "pass", check: "fail"}
     assert rows[place]["reason"] == reason
@@ -64,24 +68,24 @@ def test_one_bad_check_costs_one_line(check, reason, place):
 
 def test_a_check_that_hangs_is_killed_and_costs_one_line():
     start = time.monotonic()
-    rows = isolated(limit=2.0).run({"one": ["a", "hang", "b"], "two": ["c"]}, lambda row: None)
+    rows = checks_of(limit=2.0).run({"one": ["a", "hang", "b"], "two": ["c"]}, lambda row: None)
     assert statuses(rows) == {"a": "pass", "hang": "fail", "b": "pass", "c": "pass"}
     assert rows[1]["reason"] == "no result within 2 s: killed"
     assert time.monotonic() - start < 15
 
 
 def test_what_the_time_did_not_reach_fails_and_says_so():
-    rows = isolated(seconds=0.0).run({"group": ["a", "b"]}, lambda row: None)
+    rows = checks_of(seconds=0.0).run({"group": ["a", "b"]}, lambda row: None)
     assert [(row["status"], row["reason"]) for row in rows] == [("fail", "not run: the time was over")] * 2
 
 
 def test_every_check_is_reported_once_when_it_is_known():
     reported: list[CheckRow] = []
-    rows = isolated().run({"one": ["a", "crash"], "two": ["b"]}, reported.append)
+    rows = checks_of().run({"one": ["a", "crash"], "two": ["b"]}, reported.append)
     assert sorted(row["check"] for row in reported) == ["a", "b", "crash"]
     assert all(set(row) == set(CheckRow.__annotations__) for row in rows)
     assert all(row["dry"] for row in rows)
-    assert all(isinstance(gpu.line_of(row), str) for row in rows)
+    assert all(isinstance(isolated.line_of(row), str) for row in rows)
 
 
 def row_of(status: str) -> CheckRow:
@@ -90,28 +94,72 @@ def row_of(status: str) -> CheckRow:
     )
 
 
-def test_a_failing_stage_does_not_stop_the_next(tmp_path, capsys):
-    def raises(settings: Settings) -> Outcome:
+def settings(tmp_path: Path, seconds: float = 60.0) -> Settings:
+    return Settings(True, time.monotonic() + seconds, tmp_path)
+
+
+def test_what_a_stage_had_before_it_failed_is_stored(tmp_path):
+    def run(settings: Settings) -> Iterator[Part]:
+        yield Part([row_of("pass")])
+        yield Part([row_of("fail")], 1)
         raise RuntimeError("no driver")
 
-    stages = [
-        Stage("first", raises, CheckRow),
-        Stage("second", lambda settings: Outcome([row_of("fail")], 1), CheckRow),
-        Stage("third", lambda settings: Outcome([row_of("pass")], 0), CheckRow),
-    ]
-    settings = Settings(dry=True, deadline=time.monotonic() + 60)
-    assert gpu.run_stages(stages, settings, tmp_path, CPU) == 2
-    assert "RuntimeError: no driver" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-second.json", "gpu-third.json"]
-    assert timing.read_result(tmp_path / "gpu-third.json", CheckRow)[1] == [row_of("pass")]
-    assert gpu.run_stages(stages[2:], settings, tmp_path, CPU) == 0
+    stage = Stage("first", run, CheckRow, 10)
+    with pytest.raises(RuntimeError, match="no driver"):
+        gpu.run_stage(stage, settings(tmp_path))
+    stored = timing.read_result(tmp_path / "first-dry-cpu.json", CheckRow)[1]
+    assert stored == [row_of("pass"), row_of("fail")]
+    assert gpu.run_stage(stage._replace(run=lambda s: iter([Part([row_of("fail")], 2)])), settings(tmp_path)) == 2
 
 
-def test_a_stage_that_starts_too_late_is_skipped(tmp_path, capsys):
-    stage = Stage("late", lambda settings: pytest.fail("it ran"), CheckRow)
-    assert gpu.run_stages([stage], Settings(dry=True, deadline=time.monotonic() - 1), tmp_path, CPU) == 0
-    assert capsys.readouterr().out == "late: skipped, the time was over\n"
-    assert not list(tmp_path.iterdir())
+def test_one_task_that_raises_does_not_stop_the_next(tmp_path, capsys):
+    def broken() -> list[CheckRow]:
+        raise ValueError("no such kernel")
+
+    tasks = [("one", broken), ("two", lambda: [row_of("pass")])]
+    parts = list(stages.attempts(settings(tmp_path), tasks, lambda row: row["status"] == "fail"))
+    assert parts == [Part([], 1), Part([row_of("pass")], 0)]
+    assert "ValueError: no such kernel" in capsys.readouterr().err
+    assert list(stages.attempts(settings(tmp_path, -1.0), tasks, lambda row: 0)) == []
+    assert capsys.readouterr().out == "one: skipped, the time was over\ntwo: skipped, the time was over\n"
+
+
+def test_a_stage_that_crashes_or_hangs_does_not_stop_the_next(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    bodies = {"crash": "import os; os.abort()", "hang": "import time; time.sleep(60)", "good": "print('ran')"}
+    selected = [Stage(name, lambda settings: iter(()), CheckRow, 2.0 if name == "hang" else 20.0) for name in bodies]
+    allowed: dict[str, float] = {}
+
+    def command(stage: Stage, seconds: float) -> list[str]:
+        allowed[stage.name] = seconds
+        return [sys.executable, "-c", bodies[stage.name]]
+
+    start = time.monotonic()
+    assert gpu.run_stages(selected, settings(tmp_path, 42.0), command, {}) == 2
+    assert time.monotonic() - start < 40
+    out = capfd.readouterr().out
+    assert "crash: FAILED (-6)" in out
+    assert "hang: FAILED (killed, " in out
+    assert "ran\ngood: ok" in out
+    # The time that a stage leaves goes to the next.
+    assert allowed["crash"] == pytest.approx(20, abs=1)
+    assert 20 < allowed["hang"] < 23
+    assert gpu.run_stages(selected, settings(tmp_path, -1.0), command, {}) == 0
+    assert capfd.readouterr().out.count("skipped, the time was over") == 3
+
+
+def test_the_stages_of_a_dry_run_store_their_rows(tmp_path):
+    """Those that the other benchmarks' own tests do not go through: ceilings, and a tuned shape."""
+    here = settings(tmp_path)
+    by_name = {stage.name: stage for stage in gpu.STAGES}
+    assert list(by_name) == ["doctor", "ceilings", "tune", "layer", "table4", "host"]
+    assert sum(stage.seconds for stage in gpu.STAGES) <= 9 * 60 - 20
+    assert gpu.run_stage(by_name["ceilings"], here) == 0
+    rows = timing.read_result(here.path("ceilings"), CeilingRow)[1]
+    assert {(row["what"], row["dry"]) for row in rows} == {("copy", True), ("product", True)}
+    tflops, gigabytes = stages._ceilings(here)
+    assert tflops > 0
+    assert gigabytes > 0
 
 
 def test_without_a_gpu_only_the_dry_run_starts(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -13,13 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
+from torch._dynamo.utils import counters
 
-from benchmarks import layer, methods, render, shapes, sweep, timing
+from benchmarks import layer, methods, modes, passes, render, shapes, sweep, timing
 from benchmarks.layer import Bench, Contestant
 from benchmarks.methods import ParityError, Ranks
+from benchmarks.passes import Inputs, Pass, Replay
 from benchmarks.shapes import Entry, Shape
 from benchmarks.timing import LayerRow, SweepRow
+
+from .emulated import emulate_graphs
 
 # torch.compile warns of torch's own deprecations while it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -74,17 +80,19 @@ def test_a_difference_of_one_in_a_hundred_thousand_is_no_parity(problem):
 
 
 @pytest.mark.parametrize(
-    ("method", "parameter"),
+    ("mode", "method", "parameter"),
     [
-        ("ours_hydra", "B_down"),
-        ("ours_hydra", "A_up"),
-        ("ours_lora", "A_down"),
-        ("ours_seqlora", "B_up"),
-        ("peft_lora", "lora_B.default.weight"),
+        ("eager", "ours_hydra", "B_down"),
+        ("eager", "ours_hydra", "A_up"),
+        ("eager", "ours_lora", "A_down"),
+        ("eager", "ours_seqlora", "B_up"),
+        ("eager", "peft_lora", "lora_B.default.weight"),
+        ("compile", "ours_seqlora", "B_down"),
+        ("graph", "ours_hydra", "A_down"),
     ],
 )
 def test_a_gradient_scaled_by_099_ends_the_run_before_anything_is_timed(
-    method, parameter, tmp_path, monkeypatch, capsys
+    mode, method, parameter, tmp_path, monkeypatch, capsys
 ):
     build, played = methods.build_layer, []
 
@@ -97,7 +105,8 @@ def test_a_gradient_scaled_by_099_ends_the_run_before_anything_is_timed(
     monkeypatch.setattr(layer, "play", lambda *_: played.append(1))
     monkeypatch.setattr(methods, "build_layer", build_wrong)
     # Not even asked for, the naive layer is what the method is compared with.
-    assert layer.main(["--device", "cpu", "--dry", "--methods", f"frozen,{method}", "--out", str(tmp_path / "o")]) == 1
+    arguments = ["--device", "cpu", "--dry", "--mode", mode, "--methods", f"frozen,{method}"]
+    assert layer.main([*arguments, "--out", str(tmp_path / "o")]) == 1
     printed = capsys.readouterr()
     assert f"{method}: the gradient of" in printed.err
     assert f"differs from {methods.naive_of(method)} by 1.00e-02" in printed.err
@@ -204,7 +213,7 @@ def test_a_sample_takes_cold_inputs_in_turn_and_times_fresh_gradients(monkeypatc
     made.register_forward_pre_hook(record)
     laps = iter([[1.0, 10.0, 500.0, 2.0, 20.0, 700.0, 6.0, 60.0]])
     monkeypatch.setattr(timing.Stopwatch, "laps", lambda self: next(laps))
-    assert bench.sample(made, 3) == (3.0, 30.0)
+    assert bench.sample([Pass(made, x, G) for x, G in bench.inputs.buffers], 3) == (3.0, 30.0)
     assert len(set(seen)) == 3
     assert all(x.grad is None for x, _ in bench.inputs.buffers)
 
@@ -220,22 +229,22 @@ def test_laps_are_the_time_between_marks(monkeypatch):
 
 def test_a_sample_of_a_tiny_shape_lasts_two_milliseconds(monkeypatch):
     bench = Bench(SMALL, settings_of())
-    monkeypatch.setattr(Bench, "sample", lambda self, made, calls: (1e-4, 2e-4))
+    monkeypatch.setattr(Bench, "sample", lambda self, passes, calls: (1e-4, 2e-4))
     assert bench.prepare(Entry("frozen", Ranks(0, 0), None)).calls == math.ceil(2e-3 / 3e-4) == 7
-    monkeypatch.setattr(Bench, "sample", lambda self, made, calls: (1.0, 2.0))
+    monkeypatch.setattr(Bench, "sample", lambda self, passes, calls: (1.0, 2.0))
     assert bench.prepare(Entry("frozen", Ranks(0, 0), None)).calls == 1
 
 
 def test_rounds_are_interleaved_and_stop_at_the_deadline(monkeypatch):
     bench = Bench(SMALL, settings_of("--rounds", "40"))
     order = []
-    monkeypatch.setattr(Bench, "sample", lambda self, made, calls: order.append(made) or (1.0, 1.0))
-    contestants = {name: Contestant(Entry(name, Ranks(0, 0), None), nn.Identity()) for name in "abcd"}
+    monkeypatch.setattr(Bench, "sample", lambda self, passes, calls: order.append(passes) or (1.0, 1.0))
+    contestants = {name: Contestant(Entry(name, Ranks(0, 0), None), nn.Identity(), passes=name) for name in "abcd"}
     layer.play(bench, contestants, math.inf)
     rounds = [order[place : place + 4] for place in range(0, 160, 4)]
     assert len(order) == 160
-    assert all(len(set(map(id, names))) == 4 for names in rounds)
-    assert len({tuple(map(id, names)) for names in rounds}) > 10
+    assert all(sorted(names) == ["a", "b", "c", "d"] for names in rounds)
+    assert len(set(map(tuple, rounds))) > 10
     assert all(len(made.samples) == 40 for made in contestants.values())
     layer.play(bench, contestants, 0.0)
     assert len(order) == 160 + 4 * layer.MIN_ROUNDS
@@ -443,9 +452,103 @@ def test_ours_has_no_excuse(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_in_mode_compile_every_layer_is_compiled_and_the_compiled_rivals_are_left_out(monkeypatch):
+    play, found = layer.play, {}
+
+    def spy(bench, contestants, deadline):
+        found.update(contestants)
+        before = counters["stats"]["unique_graphs"]
+        play(bench, contestants, deadline)
+        # All was compiled before anything was timed: 5 entries, naive LoRA at two ranks.
+        assert (before, counters["stats"]["unique_graphs"]) == (5, 5)
+
+    monkeypatch.setattr(layer, "play", spy)
+    names = "frozen,naive_hydra,naive_lora,ours_hydra,compiled_hydra,compiled_lora"
+    settings = settings_of("--shape", "5,11,7", "--ranks", "8+8", "--methods", names)
+    counters.clear()
+    with Progress(disable=True) as progress:
+        rows = layer.run(dataclasses.replace(settings, mode="compile"), progress)
+    assert list(found) == ["frozen", "naive_hydra", "naive_lora", "naive_lora@parameters", "ours_hydra"]
+    for made in found.values():
+        assert made.layer._compiled_call_impl is not None
+        assert {one.layer for one in made.passes} == {made.layer}
+    assert len(rows) == 3 * len(found)
+    for row in rows:
+        assert (row["mode"], row["runs"], row["unavailable"]) == ("compile", 3, None)
+        # Every compiled layer, frozen and naive too, against an eager one.
+        assert 0 <= row["parity"]["difference"] <= row["parity"]["allowed"] == 4e-6
+        assert row["saved_bytes"] > 0 or row["method"] == "frozen"
+
+
+def test_a_dry_run_in_mode_graph_goes_through_on_a_cpu_and_says_so(tmp_path):
+    names = "frozen,naive_lora,ours_lora,compiled_lora,peft_lora"
+    arguments = ["--device", "cpu", "--dry", "--mode", "graph", "--shape", "5,11,7", "--ranks", "3+2"]
+    assert layer.main([*arguments, "--methods", names, "--out", str(tmp_path)]) == 0
+    _, rows = timing.read_result(tmp_path / "layer-dry-cpu-fp32-graph.json", LayerRow)
+    assert {row["method"] for row in rows} == set(names.split(","))
+    for row in rows:
+        assert (row["mode"], row["dry"], row["runs"], row["unavailable"]) == ("graph", True, 3, None)
+        assert row["parity"]["difference"] <= row["parity"]["allowed"]
+
+
+def test_parity_in_mode_graph_is_that_of_the_replays(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Replay, "backward", lambda self: None)
+    arguments = ["--device", "cpu", "--dry", "--mode", "graph", "--methods", "frozen"]
+    assert layer.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "frozen: the gradient of x is missing or zero" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["frozen", "naive_hydra", *ADAPTED])
+def test_a_replay_computes_anew_where_its_capture_wrote(method, monkeypatch):
+    emulate_graphs(monkeypatch)
+    made = methods.build_layer(nn.Linear(11, 7), method, RANKS.get(method.rpartition("_")[2], Ranks(0, 0)), seed=3)
+    inputs = Inputs(*SMALL, torch.float32, CPU, seed=1)
+    inputs.buffers = inputs.buffers[:3]
+    replays = passes.captured(made, inputs, modes.Recorder(torch.device("cuda")))
+    assert [one.x for one in replays] == [x for x, _ in inputs.buffers]
+    with torch.no_grad():
+        for tensor in (*made.parameters(), *(tensor for buffer in inputs.buffers for tensor in buffer)):
+            tensor += 0.5
+    replays[2].forward()
+    replays[2].backward()
+    replays[1].forward()
+    replays[1].backward()
+    found = replays[0].step()
+    expected = methods.layer_step(made, *inputs.buffers[0])
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+    # A replay writes its gradients again, adding nothing.
+    replays[0].forward()
+    replays[0].backward()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_leaves_torch_as_it_was():
+    limit = torch._dynamo.config.recompile_limit
+    with modes.isolated(CPU):
+        assert torch._dynamo.config.recompile_limit == modes.VARIANTS > limit
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_a_mode_is_refused_where_it_cannot_run(tmp_path, capsys):
+    assert layer.main(["--device", "cpu", "--mode", "graph", "--out", str(tmp_path)]) == 1
+    assert "mode is 'graph': it needs a GPU" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="mode is 'graph': it needs a GPU"):
+        dataclasses.replace(settings_of("--mode", "graph"), dry=False)
+    with pytest.raises(ValueError, match="mode is 'jit', expected one of eager, compile, graph"):
+        dataclasses.replace(settings_of(), mode="jit")
+    assert settings_of("--mode", "compile").methods == tuple(
+        name for name in methods.LAYER_METHODS if not name.startswith("compiled_")
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--mode", "compile", "--methods", "ours_lora,compiled_lora"], "'compiled_lora', in mode compile"),
         (["--methods", "ours_lora,qlora"], "'qlora'"),
         (["--ranks", "8"], "'8'"),
         (["--ranks", "0+0"], "'0+0'"),

@@ -16,12 +16,19 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[-1][:30])
 def test_every_python_block_runs(block, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_KERNELS_CACHE", str(tmp_path / "tuned"))
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
-    assert not [m for m in names["plain"].modules() if isinstance(m, hk.HydraLinear)]
+    out = capsys.readouterr().out
+    if "plain" in names:
+        assert not [m for m in names["plain"].modules() if isinstance(m, hk.HydraLinear)]
     if "loss" in names:
-        assert capsys.readouterr().out.startswith("trainable parameters: 3,210 of ")
+        assert out.startswith("trainable parameters: 3,210 of ")
         assert names["loss"].item() > 0
+    if "hk.tune" in block:
+        assert "runs      hybrid, composed form" in out
+        assert [path.name.endswith("float32-256-64-48-4-4.json") for path in (tmp_path / "tuned").iterdir()] == [True]
+    assert "plain" in names or "hk.tune" in block
 
 
 def test_the_two_commands_and_the_license_are_there():

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import roofline, timing
 from benchmarks.methods import Ranks
-from benchmarks.roofline import CARDS, L2, Kernel, Model, RooflineRow, predict
+from benchmarks.render_roofline import RooflineRow
+from benchmarks.roofline import CARDS, L2, Kernel, Model, predict
 from benchmarks.shapes import Shape
 
 FC2, SQUARE, LONG = Shape(6400, 3072, 768), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096)
@@ -120,6 +121,24 @@ def test_l2_spares_what_it_still_holds():
     assert cache.missed(Kernel("third", ((c, 1), (a, 1)), (), 0)) == 0
     assert cache.missed(Kernel("fourth", ((b, 1),), (), 0)) == 40
     assert L2(0).missed(Kernel("fifth", ((a, 1), (a, 1)), (), 0)) == 80
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp32", 4)])
+def test_the_floor_by_hand_where_arithmetic_hides_every_activation(dtype, size):
+    M, K, N = SQUARE
+    frozen, adapters = 4 * M * N * K, 6 * M * 16 * (K + N)
+    weight = N * K * size / 3e6
+    assert roofline.floor_us(SQUARE, RANKS, dtype, 400, 3000) == pytest.approx((frozen + adapters) / 4e8 + 2 * weight)
+    # C and T W0^T belong to the sequential branch.
+    assert roofline.floor_us(SQUARE, Ranks(16, 0), dtype, 400, 3000) == pytest.approx((frozen + adapters) / 4e8)
+    assert roofline.floor_us(SQUARE, Ranks(0, 0), dtype, 400, 3000) == pytest.approx(frozen / 4e8)
+
+
+def test_the_floor_of_few_tokens_is_four_reads_of_the_weight_and_the_activations():
+    M, K, N = Shape(16, 4096, 4096)
+    moved = 2 * (4 * N * K + 2 * M * (K + N) + N)
+    grad_z = 2 * M * 16 * 2 * N
+    assert roofline.floor_us(Shape(M, K, N), RANKS, "bf16", 800, 4000) == pytest.approx(moved / 4e6 + grad_z / 8e8)
 
 
 def test_command(tmp_path, capsys):

@@ -14,10 +14,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from benchmarks import images, methods, render, table4, timing
 from benchmarks.methods import Contestant, ParityError, Ranks
 from benchmarks.timing import Environment, Table4Row
+
+from .emulated import emulate_graphs
+
+# torch.compile warns of torch's own deprecations while it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 CPU = torch.device("cpu")
 FP32 = methods.TOLERANCES[torch.float32]
@@ -403,6 +409,66 @@ def test_the_command_stores_what_it_measured(dry_run):
             assert row["parity"]["gradient"] < row["parity"]["allowed"]["gradient"] == FP32.gradient
     assert rows[-1]["paper_ratio"] == pytest.approx(1.034, abs=5e-4)
     assert dry_run.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_in_mode_compile_whole_models_are_compiled_before_anything_is_measured(tmp_path, monkeypatch):
+    measure, seen = table4.measure, []
+
+    def spy(contestants, *arguments):
+        assert all(contestant.model._compiled_call_impl is not None for contestant in contestants.values())
+        naive, ours = contestants.values()
+        for name, parameter in naive.trainable().items():
+            assert torch.equal(parameter, ours.trainable()[name]), name
+        seen.append(counters["stats"]["unique_graphs"])
+        measured = measure(contestants, *arguments)
+        seen.append(counters["stats"]["unique_graphs"])
+        return measured
+
+    monkeypatch.setattr(table4, "measure", spy)
+    counters.clear()
+    arguments = ["--dry", "--mode", "compile", "--steps", "2", "--batch-size", "4", "--methods", "naive_lora,ours_lora"]
+    assert table4.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert seen == [2, 2]
+    _, rows = timing.read_result(tmp_path / "table4-dry-cpu-fp32-compile.json", Table4Row)
+    assert [(row["mode"], row["dry"], row["steps"]) for row in rows] == [("compile", True, 2)] * 2
+    assert 0 < rows[1]["parity"]["gradient"] < FP32.gradient
+
+
+def test_a_dry_run_in_mode_graph_goes_through_on_a_cpu_and_says_so(tmp_path):
+    arguments = ["--dry", "--mode", "graph", "--steps", "2", "--batch-size", "4", "--methods", "naive_lora,ours_lora"]
+    assert table4.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    _, rows = timing.read_result(tmp_path / "table4-dry-cpu-fp32-graph.json", Table4Row)
+    assert [(row["mode"], row["dry"], row["steps"]) for row in rows] == [("graph", True, 2)] * 2
+    assert 0 < rows[1]["parity"]["gradient"] < FP32.gradient
+
+
+def test_replays_of_a_step_train_as_eager_steps_do(base, monkeypatch):
+    emulate_graphs(monkeypatch)
+    made = contestants_of(base, "naive_hydra", "ours_hydra")
+    naive, ours = made.values()
+    first, *others = batches_of(4)
+    replayed = table4.Replayed(ours, first, torch.device("cuda"))
+    naive.step(*first)
+    methods.start_equal(made)
+    losses = []
+    for batch in others:
+        naive.step(*batch)
+        replayed.step(*batch)
+        losses.append(ours.loss.item())
+        methods.settle(made, FP32)
+    assert len(set(losses)) == len(others)
+
+
+def test_a_mode_of_one_batch_size_needs_an_epoch_of_whole_batches(tmp_path, capsys):
+    for mode in ("compile", "graph"):
+        assert table4.main(["--dry", "--full", "--mode", mode, "--batch-size", "128", "--out", str(tmp_path)]) == 1
+        assert "batch-size is 128, which leaves the epoch a smaller last batch" in capsys.readouterr().err
+    assert table4.settings_of(["--dry", "--full", "--mode", "graph", "--batch-size", "125"])[0].steps == 400
+
+
+def test_mode_graph_without_a_gpu_is_for_dry_runs(tmp_path, capsys):
+    assert table4.main(["--device", "cpu", "--mode", "graph", "--out", str(tmp_path)]) == 1
+    assert "mode is 'graph': it needs a GPU" in capsys.readouterr().err
 
 
 def test_a_parity_failure_ends_the_command_with_nothing_printed_or_stored(tmp_path, monkeypatch, capsys):

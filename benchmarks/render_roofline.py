@@ -1,0 +1,75 @@
+"""The README's table of predicted steps: never beside measured ones, and it says in every table what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from benchmarks.tables import Stored, commit_note, groups, markdown
+from benchmarks.timing import Environment
+
+COLUMNS = {
+    "naive_lora": "naive LoRA",
+    "naive_seqlora": "naive SeqLoRA",
+    "naive_hydra": "naive Hydra",
+    "hybrid": "hybrid",
+    "triton": "triton",
+    "floor": "floor",
+}
+
+
+class RooflineRow(TypedDict):
+    """A predicted step. ``kernels``: [name, bytes, operations, microseconds] of each launch."""
+
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    dtype: str
+    method: str
+    tflops: float
+    gigabytes_per_second: float
+    l2_megabytes: float
+    launch_us: float
+    gemm_efficiency: float
+    bytes: int
+    operations: int
+    launches: int
+    predicted_us: float
+    over_frozen: float
+    kernels: list[list[Any]]
+
+
+def roofline_markdown(environment: Environment, rows: Sequence[RooflineRow]) -> str:
+    """Every method's predicted step over the frozen layer's, a line a shape, and what it was predicted from."""
+    shapes: dict[tuple[int, int, int], dict[str, float]] = {}
+    for row in rows:
+        shapes.setdefault((row["M"], row["K"], row["N"]), {})[row["method"]] = row["over_frozen"]
+    cells = [
+        [f"{M} x {K} x {N}", *(f"{over[method]:.2f}" if method in over else "-" for method in COLUMNS)]
+        for (M, K, N), over in shapes.items()
+    ]
+    row = rows[0]
+    gaps = f"{row['launch_us']:g} us a launch" if row["launch_us"] else "no gaps between launches (a CUDA graph)"
+    cache = f"{row['l2_megabytes']:g} MB of L2 between kernels" if row["l2_megabytes"] else "nothing left in L2"
+    return "\n\n".join(
+        [
+            f"Hydra {row['r_a']}+{row['r_b']}, {row['dtype']}: predicted step over the frozen layer's, LoRA and "
+            f"SeqLoRA of rank {row['r_a'] + row['r_b']}:",
+            markdown(["M x K x N", *COLUMNS.values()], cells),
+            f"Nothing here was measured: bytes and operations of every launch at {row['tflops']:g} TFLOP/s and "
+            f"{row['gigabytes_per_second']:g} GB/s, {gaps}, {cache}, `triton`'s GEMM at {row['gemm_efficiency']:g} of "
+            f"cuBLAS (`python -m benchmarks.roofline`; {commit_note(environment)}). Floor: of the composed form, the "
+            "frozen layer's kernels with all of the arithmetic and two more reads of W0; where M is small the kept "
+            "form needs less.",
+        ]
+    )
+
+
+def roofline_block(stored: Sequence[Stored]) -> str:
+    return "\n\n".join(
+        roofline_markdown(environment, group)
+        for _, environment, rows in stored
+        for group in groups(rows, by=("dtype", "r_a", "r_b"), same=("M", "K", "N", "method"))
+    )

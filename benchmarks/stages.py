@@ -1,0 +1,196 @@
+"""The stages of `benchmarks.gpu` after the doctor: each yields its rows part by part, the most valuable part first."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import hydra_kernels as hk
+from benchmarks import ceilings, host, layer, methods, roofline, table4, timing
+from benchmarks.methods import Ranks
+from benchmarks.shapes import CUDA_SHAPES, DRY_SHAPES, Shape
+from benchmarks.timing import CeilingRow, LayerRow, Table4Row
+from hydra_kernels.backend import TABLE
+
+# Those of the goals: ViT-B/32 fc2, ViT-L fc2, and a language model's layers.
+HEADLINE = (Shape(6400, 3072, 768), Shape(25216, 4096, 1024), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096))
+RANKS = ("2+2", "4+8", "16+16", "32+32")
+# A compiled rival takes seconds to compile at every shape.
+ALL_BUT_COMPILED = ",".join(name for name in methods.LAYER_METHODS if not name.startswith("compiled_"))
+OURS_AND_RIVALS = "naive_lora,naive_seqlora,naive_hydra,ours_hydra"
+ALL = ",".join(methods.METHODS)
+
+
+class Settings(NamedTuple):
+    dry: bool
+    deadline: float  # in time.monotonic()
+    out: Path
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry else "cuda")
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def path(self, stage: str) -> Path:
+        return self.out / f"{stage}-{'dry-' if self.dry else ''}{self.device.type}.json"
+
+
+class Part(NamedTuple):
+    """Rows of a stage that are ready, and how many checks or measurements among them failed."""
+
+    rows: Sequence[Any]
+    failures: int = 0
+
+
+class TuneRow(TypedDict):
+    """`hydra_kernels.tuning.Tuned`: one shape, its winner, medians of a step, and what failed there."""
+
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    dtype: str
+    device: str
+    backend: str
+    form: str
+    us: dict[str, float]
+    failed: dict[str, str]
+    versions: dict[str, str | None]
+    date: str
+    dry: bool
+
+
+def attempts(
+    settings: Settings, tasks: Sequence[tuple[str, Callable[[], Sequence[Any]]]], failures_of: Callable[[Any], int]
+) -> Iterator[Part]:
+    """Each task's rows; one that raises is told, counts as failed and does not stop the next; late ones are skipped."""
+    for name, run in tasks:
+        if settings.left() <= 0:
+            print(f"{name}: skipped, the time was over", flush=True)
+            continue
+        start = time.monotonic()
+        try:
+            rows = run()
+        except Exception:  # the tasks after it must run whatever this one's library raises
+            traceback.print_exc()
+            yield Part([], 1)
+            continue
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        yield Part(rows, sum(map(failures_of, rows)))
+
+
+def measure_ceilings(settings: Settings) -> Iterator[Part]:
+    rows = ceilings.measure(settings.device, settings.dry)
+    Console(width=140).print(ceilings.table(rows))
+    yield Part(rows)
+
+
+def tune(settings: Settings) -> Iterator[Part]:
+    """The shapes of the layer benchmark in bf16, then Table 4's own layer; later stages run the winners."""
+    jobs = [(shape, Ranks(8, 8), torch.bfloat16) for shape in (DRY_SHAPES if settings.dry else _headline_first())]
+    fc2 = Shape(64, 64, 32) if settings.dry else Shape(table4.PAPER_BATCH * 50, 3072, 768)
+    jobs += [(fc2, ranks, of) for of in (torch.bfloat16, torch.float32) for ranks in table4.PAPER_RANKS.values()]
+
+    def measured(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> Sequence[TuneRow]:
+        rounds = 2 if settings.dry else 20
+        found = hk.tune([(*shape, *ranks)], dtype=dtype, device=settings.device, rounds=rounds)
+        return [TuneRow(**row._asdict(), dry=settings.dry) for row in found]
+
+    tasks = [
+        (f"tune {shape} {ranks.r_a}+{ranks.r_b}", partial(measured, shape, ranks, of)) for shape, ranks, of in jobs
+    ]
+    yield from attempts(settings, tasks, lambda row: len(row["failed"]))
+
+
+def measure_layers(settings: Settings) -> Iterator[Part]:
+    """bf16 in CUDA graphs first, where the goals are; compiled rivals at the headline shapes alone."""
+    headline = DRY_SHAPES[:1] if settings.dry else HEADLINE
+    others = DRY_SHAPES[1:] if settings.dry else tuple(_headline_first()[len(HEADLINE) :])
+    parts = [
+        ("graph", headline, ["8+8"], ",".join(methods.LAYER_METHODS), 60),
+        ("graph", others, ["8+8"], ALL_BUT_COMPILED, 30),
+        ("eager", headline, ["8+8"], ALL_BUT_COMPILED, 10),
+        ("graph", headline, RANKS[:1] if settings.dry else RANKS, ALL_BUT_COMPILED, 25),
+        ("compile", headline, ["8+8"], f"frozen,{OURS_AND_RIVALS}", 40),
+    ]
+    rates = _ceilings(settings)
+
+    def measured(
+        mode: str, shapes: Sequence[Shape], ranks: Sequence[str], names: str, seconds: float
+    ) -> list[LayerRow]:
+        arguments = ["--device", settings.device.type, "--dtype", "bf16", "--mode", mode, "--methods", names]
+        arguments += ["--time-limit", str(min(seconds, max(1.0, settings.left())))]
+        arguments += [text for shape in shapes for text in ("--shape", ",".join(map(str, shape)))]
+        arguments += [text for pair in ranks for text in ("--ranks", pair)]
+        options, _ = layer.settings_of([*arguments, *_dry(settings)])
+        rows = layer.run(options, _silent())
+        if rates is not None:
+            for row in rows:
+                shape, pair = Shape(row["M"], row["K"], row["N"]), Ranks(row["r_a"], row["r_b"])
+                row["floor_us"] = round(roofline.floor_us(shape, pair, row["dtype"], *rates), 3)
+        return rows
+
+    tasks = [
+        (f"layer {mode} {len(shapes)} shapes {' '.join(ranks)}", partial(measured, mode, shapes, ranks, names, seconds))
+        for mode, shapes, ranks, names, seconds in parts
+    ]
+    yield from attempts(settings, tasks, lambda row: 0)
+
+
+def measure_host(settings: Settings) -> Iterator[Part]:
+    usable = ["aten", *(name for name in ("hybrid", "triton") if TABLE[name].unavailable(settings.device) is None)]
+    rows = host.measure(settings.device, usable, 3 if settings.dry else 100, settings.dry)
+    yield Part(rows)
+
+
+def measure_table4(settings: Settings) -> Iterator[Part]:
+    """The paper's table in bf16, tf32 and fp32; compiled, only ours beside the naive methods."""
+    parts = [
+        *(("bf16", "graph", ALL), ("bf16", "eager", ALL), ("fp32", "eager", ALL), ("tf32", "eager", ALL)),
+        *(("bf16", "compile", OURS_AND_RIVALS), ("tf32", "graph", ALL), ("fp32", "graph", ALL)),
+        *(("tf32", "compile", OURS_AND_RIVALS), ("fp32", "compile", OURS_AND_RIVALS)),
+    ]
+
+    def measured(dtype: str, mode: str, names: str) -> Sequence[Table4Row]:
+        arguments = ["--device", settings.device.type, "--dtype", dtype, "--mode", mode, "--methods", names]
+        arguments += ["--batch-size", "2", "--steps", "1"] if settings.dry else ["--steps", "20"]
+        options, _ = table4.settings_of([*arguments, *_dry(settings)])
+        return table4.run(options, _silent())
+
+    tasks = [(f"table4 {dtype} {mode}", partial(measured, dtype, mode, names)) for dtype, mode, names in parts]
+    yield from attempts(settings, tasks, lambda row: 0)
+
+
+def _headline_first() -> list[Shape]:
+    return [*HEADLINE, *(shape for shape in CUDA_SHAPES if shape not in HEADLINE)]
+
+
+def _ceilings(settings: Settings) -> tuple[float, float] | None:
+    """TFLOP/s of bf16 products and GB/s of a copy, where that stage has stored them."""
+    try:
+        _, rows = timing.read_result(settings.path("ceilings"), CeilingRow)
+    except ValueError as error:
+        print(f"no floors: {error}", file=sys.stderr)
+        return None
+    found = {(row["what"], row["dtype"]): row["value"] for row in rows}
+    return found["product", "bf16"], found["copy", "bf16"]
+
+
+def _dry(settings: Settings) -> list[str]:
+    return ["--dry"] if settings.dry else []
+
+
+def _silent() -> Progress:
+    return Progress(console=Console(quiet=True))

@@ -1,0 +1,96 @@
+"""What the tables of all benchmarks share: how a method is called, Markdown and terminal, and who measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from rich.table import Table
+
+from benchmarks.timing import Environment, HostRow, LayerRow, Table4Row
+
+OWNERS = {"ours": "our", "peft": "PEFT"}
+KINDS = {"lora": "LoRA", "seqlora": "SeqLoRA", "hydra": "Hydra"}
+MODES = {
+    "eager": "eager",
+    "compile": "compile (every method under torch.compile)",
+    "graph": "graph (CUDA graphs replayed, saved bytes counted in eager mode)",
+}
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
+
+
+class Stored(NamedTuple):
+    """One file of results."""
+
+    path: Path
+    environment: Environment
+    rows: list[Any]
+
+
+def label(row: Table4Row | LayerRow | HostRow) -> str:
+    """A method and its ranks as a reader knows them: "our Hydra 3+3", "naive LoRA 4", "full tuning"."""
+    owner, _, kind = row["method"].partition("_")
+    if kind not in KINDS:
+        return row["method"].replace("_", " ")
+    ranks = (row["ranks"] or []) if "ranks" in row else [row["r_a"], row["r_b"]]
+    return f"{OWNERS.get(owner, owner)} {KINDS[kind]} {'+'.join(str(rank) for rank in ranks if rank)}"
+
+
+def or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def terminal(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], bold: Sequence[bool]) -> Table:
+    table = Table(title=title)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left")
+    for line, stands_out in zip(cells, bold, strict=True):
+        table.add_row(*line, style="bold" if stands_out else None)
+    return table
+
+
+def markdown(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def commit_note(environment: Environment) -> str:
+    commit = "no commit" if environment["commit"] is None else f"commit {environment['commit'][:12]}"
+    return f"{environment['date'][:10]}; {commit}{' with local changes' if environment['dirty'] else ''}"
+
+
+def environment_note(environment: Environment) -> str:
+    versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment[name]]
+    driver = f", driver {environment['driver']}" if environment["driver"] else f", {environment['threads']} threads"
+    return (
+        f"{environment['device']} ({environment['capability']}{driver}); {commit_note(environment)}; "
+        f"{', '.join(versions)}, Python {environment['python']}."
+    )
+
+
+def groups(rows: Sequence[Row], by: Sequence[str], same: Sequence[str]) -> list[list[Row]]:
+    """The rows equal in ``by``, in the order of the file; equal in ``same`` too, of a further run: a new group."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    seen: Counter[tuple[str, ...]] = Counter()
+    for row in rows:
+        run = tuple(str(row[key]) for key in by)
+        cell = (*run, *(str(row[key]) for key in same))
+        found.setdefault((*run, str(seen[cell])), []).append(row)
+        seen[cell] += 1
+    return list(found.values())
+
+
+def headed(made: Iterable[tuple[Environment, Sequence[Mapping[str, Any]], str]]) -> str:
+    """The texts made of measured groups, each under what tells it from the others; one alone has nothing to tell."""
+    made = list(made)
+    if len(made) == 1:
+        return made[0][2]
+    parts = []
+    for environment, rows, text in made:
+        backends = dict.fromkeys(row["backend"] for row in rows if row.get("backend"))
+        ours = f", ours: {', '.join(backends)}" if backends else ""
+        parts.append(f"**{rows[0]['dtype']}, {rows[0]['mode']}{ours}; {environment['device']}**\n\n{text}")
+    return "\n\n".join(parts)

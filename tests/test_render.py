@@ -1,0 +1,312 @@
+"""The README's blocks: what is grouped, predicted or measured, which goals belong to which run, and the chart."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib.figure import Figure
+
+from benchmarks import render, render_layer, roofline, timing
+from benchmarks.methods import Ranks
+from benchmarks.render_roofline import RooflineRow
+from benchmarks.shapes import Shape
+from benchmarks.timing import Environment, LayerRow, Table4Row
+
+FC2, SQUARE, LONG, SMALL = Shape(6400, 3072, 768), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096), Shape(16, 64, 32)
+RIVALS = ("frozen", "naive_hydra", "naive_lora", "naive_lora@parameters", "naive_seqlora@parameters")
+GPU = {"device": "cuda", "dtype": "bf16", "mode": "graph"}
+ENVIRONMENT = Environment(
+    device="A Card",
+    capability="9.0",
+    driver="999",
+    threads=2,
+    torch="2.13.0",
+    triton="3.6.0",
+    transformers=None,
+    python="3.11",
+    commit="0123456789abcdef",
+    dirty=False,
+    date="2026-11-30T00:00:00+00:00",
+)
+
+
+def layer_row(shape: Shape, method: str, ranks: Ranks, pair: str | None, over: dict, **changes) -> LayerRow:
+    row = LayerRow(
+        **shape._asdict(),
+        **ranks._asdict(),
+        hydra=[8, 8],
+        device="cpu",
+        pair=pair,
+        dtype="fp32",
+        mode="eager",
+        phase="step",
+        method=method,
+        backend="aten" if method.startswith("ours") else None,
+        form="kept" if method.startswith("ours") else None,
+        median_us=200.0,
+        q1_us=190.0,
+        q3_us=210.0,
+        floor_us=None,
+        runs=7,
+        calls=1,
+        dropout=0.0,
+        trainable=1,
+        over={name: [ratio - 0.01, ratio, ratio + 0.02] for name, ratio in over.items()},
+        saved_bytes=4,
+        peak_bytes=8,
+        parity=None,
+        unavailable=None,
+        dry=False,
+    )
+    return LayerRow(**{**row, **changes})
+
+
+def layer_rows(shapes: tuple[Shape, ...] = (FC2,), ours: float = 0.5, **changes) -> list[LayerRow]:
+    """Five methods a shape; ours takes ``ours`` of each rival's time."""
+    rows = []
+    for shape in shapes:
+        rows += [
+            layer_row(shape, "frozen", Ranks(0, 0), None, {"frozen": 1.0}, **changes),
+            layer_row(shape, "naive_hydra", Ranks(8, 8), "both", {"frozen": 2.0}, **changes),
+            layer_row(shape, "naive_lora", Ranks(16, 0), "rank", {"frozen": 1.5}, **changes),
+            layer_row(shape, "naive_lora", Ranks(11, 0), "parameters", {"frozen": 1.4}, **changes),
+            layer_row(shape, "naive_seqlora", Ranks(0, 28), "parameters", {"frozen": 1.3}, **changes),
+            layer_row(shape, "ours_hydra", Ranks(8, 8), "both", dict.fromkeys(RIVALS, ours), **changes),
+        ]
+    return rows
+
+
+def table4_row(method: str, **changes) -> Table4Row:
+    values = dict.fromkeys(Table4Row.__annotations__, 1.0)
+    values |= {"model": "ViT", "weights": "random", "data": "digits", "dtype": "fp32", "mode": "eager"}
+    values |= {"method": method, "ranks": None, "projected": False, "step_seconds": [1.0, 2.0], "parity": None}
+    return Table4Row(**{**values, "dry": False, **changes})
+
+
+def steps_of(rows: list[LayerRow]) -> list[dict[str, LayerRow]]:
+    [(_, steps)] = render_layer.layer_steps(rows)
+    return steps
+
+
+def goals_missed(rows: list[LayerRow]) -> list[str]:
+    return [line for line in render_layer.layer_losses(steps_of(rows)) if line.startswith("GOAL MISSED")]
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A README with every marker, and a function that renders it from the files given."""
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+
+    def publish(files: dict[str, tuple[list, type]], *options: str) -> int:
+        for name, (rows, schema) in files.items():
+            timing.write_result(results / name, ENVIRONMENT, rows, schema)
+        return render.main(["--readme", str(readme), "--results", str(results), *options])
+
+    def mark(*markers: str) -> None:
+        readme.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers), encoding="utf-8")
+
+    publish.readme, publish.results, publish.mark = readme, results, mark
+    return publish
+
+
+@pytest.fixture(scope="module")
+def predicted() -> list[RooflineRow]:
+    model = roofline.Model(roofline.CARDS["h200"], l2_bytes=0, launch_us=0.0, gemm_efficiency=0.95)
+    shapes = (FC2, SQUARE)
+    return [row for shape in shapes for row in roofline.predict(shape, Ranks(8, 8), "bf16", model)]
+
+
+def test_every_dtype_and_mode_has_a_table_and_notes_of_its_own(place):
+    place.mark("measured:layer")
+    compiled = layer_rows(mode="compile", ours=0.97)
+    graph = layer_rows((SMALL, FC2), **GPU, ours=0.6)
+    files = {"layer-cpu-fp32.json": (layer_rows(), LayerRow), "layer-cpu-fp32-compile.json": (compiled, LayerRow)}
+    assert place({**files, "layer-gpu.json": (layer_rows(**{**GPU, "mode": "eager"}) + graph, LayerRow)}) == 0
+    text = place.readme.read_text(encoding="utf-8")
+    headings = [line for line in text.splitlines() if line.startswith("**")]
+    assert headings == [
+        "**fp32, eager, ours: aten; A Card**",
+        "**fp32, compile, ours: aten; A Card**",
+        "**bf16, eager, ours: aten; A Card**",
+        "**bf16, graph, ours: aten; A Card**",
+    ]
+    blocks = text.split("**\n\n")[1:]
+    for block, ratio in zip(blocks, ("0.500", "0.970", "0.500", "0.600"), strict=True):
+        lines = block.splitlines()
+        assert [line.startswith("Hydra 8+8, ratios") for line in lines].count(True) == 1
+        [cells] = [line.split(" | ") for line in lines if line.startswith("| 6400 x 3072 x 768")]
+        assert cells[5].split()[0] == ratio
+    assert ["| 16 x 64 x 32 |" in block for block in blocks] == [False, False, False, True]
+    notes = ("fp32, eager, x", "fp32, compile (every method under", "bf16, eager, x", "bf16, graph (CUDA graphs")
+    assert all(note in block for note, block in zip(notes, blocks, strict=True))
+    assert ["GOAL MISSED: our Hydra over naive Hydra 0.970 at M >= 256, goal 0.95" in b for b in blocks] == [
+        *(False, True, False, False)
+    ]
+
+
+def test_a_group_alone_needs_no_heading_and_backends_are_told_apart(place):
+    place.mark("measured:layer")
+    assert place({"layer-gpu.json": (layer_rows(), LayerRow)}) == 0
+    assert "**" not in place.readme.read_text(encoding="utf-8")
+    both = layer_rows(**GPU, ours=0.7)
+    for row in both:
+        row["backend"] = row["backend"] and "hybrid"
+    assert place({"layer-gpu.json": (layer_rows(**GPU, ours=0.6) + both, LayerRow)}) == 0
+    text = place.readme.read_text(encoding="utf-8")
+    first, second = text.split("**bf16, graph, ours: hybrid; A Card**")
+    assert "**bf16, graph, ours: aten; A Card**" in first
+    assert ("0.600" in first, "0.700" in first) == (True, False)
+    assert ("0.600" in second, "0.700" in second) == (False, True)
+
+
+def test_table_4_is_grouped_by_dtype_and_mode(place):
+    place.mark("measured:table4")
+    eager = [table4_row("naive_lora"), table4_row("ours_lora", sec_per_epoch=7.5)]
+    graph = [{**row, "mode": "graph", "dtype": "bf16", "sec_per_epoch": 2.5} for row in eager]
+    assert place({"table4-cuda.json": (eager + graph, Table4Row)}) == 0
+    text = place.readme.read_text(encoding="utf-8")
+    first, second = text.split("**bf16, graph; A Card**")
+    assert "**fp32, eager; A Card**" in first
+    assert ("| 7.5 (" in first, "| 2.5 (" in first) == (True, False)
+    assert second.count("| 2.5 (") == 2
+    assert "bf16, graph (CUDA graphs replayed" in second
+
+
+def test_compiled_over_compiled_has_a_goal_for_every_size():
+    assert goals_missed(layer_rows((FC2, SMALL), ours=0.96, mode="compile")) == [
+        "GOAL MISSED: our Hydra over naive Hydra 0.960 at M >= 256, goal 0.95",
+        "GOAL MISSED: our Hydra over naive Hydra 0.960 at M <= 64, goal 0.95",
+    ]
+    assert goals_missed(layer_rows((FC2, SMALL), ours=0.95, mode="compile")) == []
+    eager = [line.partition(" over ")[2] for line in goals_missed(layer_rows((FC2, SMALL), ours=0.96))]
+    assert eager == ["naive Hydra 0.960 at M >= 256, goal 0.80", "naive Hydra 0.960 at M <= 64, goal 0.95"]
+
+
+def test_a_gpus_goals_are_those_of_each_shape():
+    rows = layer_rows((FC2, SQUARE, LONG, SMALL), ours=0.95, **GPU)
+    assert goals_missed(rows) == [
+        "GOAL MISSED: our Hydra 8+8 over naive Hydra 8+8 0.950 at 6400 x 3072 x 768, goal 0.65",
+        "GOAL MISSED: our Hydra 8+8 over naive LoRA 11 0.950 at 6400 x 3072 x 768, goal 0.80",
+        "GOAL MISSED: our Hydra 8+8 over naive SeqLoRA 28 0.950 at 6400 x 3072 x 768, goal 0.85",
+        "GOAL MISSED: our Hydra 8+8 over naive Hydra 8+8 0.950 at 8192 x 4096 x 4096, goal 0.78",
+        "GOAL MISSED: our Hydra 8+8 over naive LoRA 11 0.950 at 8192 x 4096 x 4096, goal 0.92",
+        "GOAL MISSED: our Hydra 8+8 over naive SeqLoRA 28 0.950 at 8192 x 4096 x 4096, goal 0.92",
+        "GOAL MISSED: our Hydra 8+8 over naive Hydra 8+8 0.950 at 8192 x 14336 x 4096, goal 0.90",
+    ]
+    over_frozen = [line for line in goals_missed(layer_rows((FC2, SQUARE, LONG), ours=1.06, **GPU)) if "frozen" in line]
+    assert [line.split(" over ")[1] for line in over_frozen] == [
+        "frozen 1.060 at 8192 x 4096 x 4096, goal 1.05",
+        "frozen 1.060 at 8192 x 14336 x 4096, goal 1.04",
+    ]
+    for changes in ({"mode": "eager"}, {"dtype": "fp32"}, {"hydra": [16, 16]}):
+        assert goals_missed(layer_rows((FC2, SQUARE), ours=0.99, **{**GPU, **changes})) == []
+
+
+def test_goals_and_the_share_of_the_floor_stand_in_the_table():
+    rows = layer_rows((FC2, SMALL), ours=0.6, floor_us=150.0, **GPU)
+    headings, cells = render_layer.layer_cells(steps_of(rows))
+    line = dict(zip(headings, cells[0], strict=True))
+    assert line["our Hydra / frozen"] == "0.600 (goal 1.15)"
+    assert line["ours / naive Hydra"] == "0.600 (goal 0.65)"
+    assert line["ours / naive LoRA, equal parameters"] == "0.600 (goal 0.80)"
+    assert line["ours / naive LoRA, equal R"] == "0.600"
+    # In the kept form the composed form's floor says nothing.
+    assert "floor / our Hydra" not in headings
+    steps_of(rows)[0]["ours_hydra"]["form"] = "composed"
+    headings, cells = render_layer.layer_cells(steps_of(rows))
+    assert [headings[-1], *(cell[-1] for cell in cells)] == ["floor / our Hydra", "75%", "-", "-", "-"]
+    assert "measured ceilings" in render_layer.layer_notes(ENVIRONMENT, rows)[0]
+    on_cpu = layer_rows((FC2,), form="composed")
+    assert "floor / our Hydra" not in render_layer.layer_cells(steps_of(on_cpu))[0]
+    assert "ceilings" not in render_layer.layer_notes(ENVIRONMENT, on_cpu)[0]
+
+
+def test_the_chart_shows_the_stored_ratios(monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    rows = layer_rows((FC2, SMALL), ours=0.75) + layer_rows((FC2,), ours=0.9, mode="compile")
+    first, second = (render_layer.layer_chart(ENVIRONMENT, rows) for _ in range(2))
+    assert first == second
+    assert "A Card" in first
+    eager, compiled = drawn[0].axes
+    heights = {
+        bars.get_label(): [bar.get_height() for bar in bars] for bars in eager.containers if hasattr(bars, "patches")
+    }
+    assert heights == {
+        "naive LoRA of equal R": [1.5, 1.5],
+        "naive Hydra": [2.0, 2.0],
+        "our Hydra": [0.75, 0.75],
+    }
+    assert [bar.get_height() for bar in compiled.patches] == [1.5, 2.0, 0.9]
+    assert "compile" in compiled.get_title()
+    [line] = [line for line in eager.lines if len(line.get_ydata()) == 2 and set(line.get_ydata()) == {1.0}]
+    assert line.get_linestyle() == "-"
+
+
+def test_the_chart_is_stored_linked_and_checked(place):
+    place.mark("measured:layer")
+    chart = place.results / "layer-cpu-fp32.svg"
+    assert place({"layer-cpu-fp32.json": (layer_rows(), LayerRow)}, "--check") == 1
+    assert not chart.exists()
+    assert place({}) == 0
+    assert chart.read_text(encoding="utf-8") == render_layer.layer_chart(ENVIRONMENT, layer_rows())
+    assert "![layer-cpu-fp32](results/layer-cpu-fp32.svg)" in place.readme.read_text(encoding="utf-8")
+    assert place({}, "--check") == 0
+    chart.write_text("<svg/>", encoding="utf-8")
+    assert place({}, "--check") == 1
+    assert chart.read_text(encoding="utf-8") == "<svg/>"
+
+
+def test_the_predicted_table_is_the_stored_rows_and_says_what_it_is(place, predicted):
+    place.mark("predicted:roofline")
+    assert place({"predicted-h200-bf16.json": (predicted, RooflineRow)}) == 0
+    text = place.readme.read_text(encoding="utf-8")
+    over = {row["method"]: f"{row['over_frozen']:.2f}" for row in predicted if row["M"] == FC2.M}
+    columns = ("naive_lora", "naive_seqlora", "naive_hydra", "hybrid", "triton", "floor")
+    assert f"| 6400 x 3072 x 768 | {' | '.join(over[name] for name in columns)} |" in text
+    assert "| M x K x N | naive LoRA | naive SeqLoRA | naive Hydra | hybrid | triton | floor |" in text
+    assert text.startswith("<!-- predicted:roofline -->\nHydra 8+8, bf16: predicted step")
+    for fact in ("Nothing here was measured", "790 TFLOP/s", "4300 GB/s", "a CUDA graph", "0123456789ab"):
+        assert fact in text
+    assert "A Card" not in text
+    without = [row for row in predicted if row["method"] != "triton"]
+    assert place({"predicted-h200-bf16.json": (without, RooflineRow)}) == 0
+    [line] = [line for line in place.readme.read_text(encoding="utf-8").splitlines() if line.startswith("| 6400")]
+    assert line.split(" | ")[5] == "-"
+
+
+def test_nothing_predicted_comes_under_a_measured_marker(place, predicted, capsys):
+    place.mark("measured:layer", "predicted:roofline")
+    files = {"layer-cpu-fp32.json": (layer_rows(), LayerRow), "predicted-h200.json": (predicted, RooflineRow)}
+    assert place(files) == 0
+    before = place.readme.read_text(encoding="utf-8")
+    assert place({"layer-cpu-fp32.json": (predicted, RooflineRow)}) == 2
+    assert "is no LayerRow" in capsys.readouterr().err
+    assert place({**files, "predicted-h200.json": (layer_rows(), LayerRow)}) == 2
+    assert "is no RooflineRow" in capsys.readouterr().err
+    assert place.readme.read_text(encoding="utf-8") == before
+    for marker, other in (("measured:roofline", "measured:layer"), ("predicted:layer", "predicted:roofline")):
+        place.mark(marker, other)
+        assert place(files) == 2
+        assert (
+            f"README has markers for {marker}, expected measured:table4, measured:layer, predicted:roofline"
+            in capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize("kind", ["measured:layer", "measured:table4", "predicted:roofline"])
+def test_a_block_needs_its_markers_and_its_results(kind, place, predicted, capsys):
+    files = {
+        "measured:layer": ("layer.json", (layer_rows(), LayerRow)),
+        "measured:table4": ("table4.json", ([table4_row("naive_lora")], Table4Row)),
+        "predicted:roofline": ("predicted.json", (predicted, RooflineRow)),
+    }
+    place.mark(kind)
+    assert place({}) == 2
+    assert f"README has markers for {kind.partition(':')[2]}" in capsys.readouterr().err
+    place.mark()
+    assert place({}) == 0
+    assert place(dict([files[kind]])) == 2
+    assert f"README needs one <!-- {kind} -->" in capsys.readouterr().err
+    place.mark(kind)
+    assert place({}) == 0
+    assert place({}, "--check") == 0
