@@ -426,7 +426,7 @@ def test_in_mode_compile_whole_models_are_compiled_before_anything_is_measured(t
 
     monkeypatch.setattr(table4, "measure", spy)
     counters.clear()
-    arguments = ["--dry", "--mode", "compile", "--steps", "2", "--batch-size", "4", "--methods", "naive_lora,ours_lora"]
+    arguments = ["--dry", "--mode", "compile", "--steps", "2", "--batch-size", "4", "--methods", "naive_hydra,ours_hydra"]
     assert table4.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert seen == [2, 2]
     _, rows = timing.read_result(tmp_path / "table4-dry-cpu-fp32-compile.json", Table4Row)
@@ -435,7 +435,7 @@ def test_in_mode_compile_whole_models_are_compiled_before_anything_is_measured(t
 
 
 def test_a_dry_run_in_mode_graph_goes_through_on_a_cpu_and_says_so(tmp_path):
-    arguments = ["--dry", "--mode", "graph", "--steps", "2", "--batch-size", "4", "--methods", "naive_lora,ours_lora"]
+    arguments = ["--dry", "--mode", "graph", "--steps", "2", "--batch-size", "4", "--methods", "naive_hydra,ours_hydra"]
     assert table4.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
     _, rows = timing.read_result(tmp_path / "table4-dry-cpu-fp32-graph.json", Table4Row)
     assert [(row["mode"], row["dry"], row["steps"]) for row in rows] == [("graph", True, 2)] * 2

@@ -144,7 +144,7 @@ def test_what_another_card_or_version_measured_does_not_count(changed):
 
 
 def _in_another_process(function, *arguments) -> None:
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()
     assert process.exitcode == 0
