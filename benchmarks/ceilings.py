@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import tables, timing
-from benchmarks.layer import device_option
+from benchmarks import modes, tables, timing
 from benchmarks.timing import CeilingRow
 
 UNCOUNTED_CALLS = 3
@@ -50,7 +48,7 @@ def product_row(
     stored = torch.bfloat16 if dtype == "bf16" else torch.float32
     left, right = (new(sizes.side, sizes.side, dtype=stored) for _ in range(2))
     out = torch.empty_like(left)
-    with fp32_products("tf32" if dtype == "tf32" else "ieee"):
+    with modes.fp32_products("tf32" if dtype == "tf32" else "ieee"):
         taken = times(lambda: torch.mm(left, right, out=out), device, sizes.runs)
     return row_of("product", dtype, "TFLOP/s", 1e12, 2 * sizes.side**3, taken, dry)
 
@@ -83,17 +81,6 @@ def row_of(what: str, dtype: str, unit: str, scale: float, count: int, taken: li
     )
 
 
-@contextmanager
-def fp32_products(precision: str) -> Iterator[None]:
-    """Sets how torch multiplies fp32 on a GPU, and sets it back."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
 def measure(device: torch.device, dry: bool) -> list[CeilingRow]:
     """The copy, then the products: tf32 only where there is such a thing."""
     on_gpu = device.type == "cuda"
@@ -122,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON")
     options = parser.parse_args(arguments)
     try:
-        device = device_option(options.device)
+        device = modes.device_option(options.device)
     except ValueError as error:
         print(f"ceilings: {error}", file=sys.stderr)
         return 1

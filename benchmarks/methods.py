@@ -52,8 +52,8 @@ class Tolerance(NamedTuple):
 # What rounding alone does, measured on ViT-B/32 over 30 steps: in fp32 losses differ by up to 3e-7 and gradients by up
 # to 6e-6, in bf16 by 3e-3 and 8e-2. A gradient that is 0.9999 of the right one fails in fp32. In bf16 the bound catches
 # a missing, wrong or strongly scaled term; a smaller error is below what rounding does to the naive layer itself, and
-# it is the run in fp32 that vouches for the algebra.
-TOLERANCES = {torch.float32: Tolerance(1e-5, 2e-5), torch.bfloat16: Tolerance(1e-2, 2e-1)}
+# it is the run in fp32 that vouches for the algebra. tf32, not measured yet, is given a quarter of bf16's.
+TOLERANCES = {"fp32": Tolerance(1e-5, 2e-5), "tf32": Tolerance(2.5e-3, 5e-2), "bf16": Tolerance(1e-2, 2e-1)}
 # The same for one layer, output and gradients alike: rounding gave up to 8.1e-7 in fp32 and 3.4e-3 in bf16 on shapes
 # from 8x16x24 to 256x4096x4096; the rest is room for other GEMM libraries and longer sums.
 LAYER_TOLERANCES = {torch.float32: 4e-6, torch.bfloat16: 8e-3}

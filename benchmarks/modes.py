@@ -53,6 +53,17 @@ def isolated(device: torch.device) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def fp32_products(precision: str) -> Iterator[None]:
+    """Sets how torch multiplies fp32 on a GPU, and sets it back."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The one of all warm-ups and captures: cuBLAS keeps a workspace for every stream that it has seen."""

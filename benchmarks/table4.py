@@ -36,7 +36,8 @@ PAPER_SECONDS = {"full_tuning": 148.95, "lora": 115.44, "seqlora": 112.19, "hydr
 # With adapter biases these give the paper's parameter counts: 0.21 M for SeqLoRA and Hydra, 0.19 M of 0.22 M for LoRA.
 PAPER_RANKS = {"lora": Ranks(4, 0), "seqlora": Ranks(0, 11), "hydra": Ranks(3, 3)}
 TARGET, HEAD = "mlp.fc2", "classifier"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# fp32 is multiplied in full, tf32 is fp32 multiplied as a GPU does with that setting.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 # Rounds before the counted ones: in the first the saved bytes are counted, in the second the peak is measured.
 UNCOUNTED_ROUNDS = 2
 
@@ -132,7 +133,7 @@ def measure(
     progress: Progress,
 ) -> Measured:
     """Plays the uncounted rounds, in which memory is measured, and then counted ones until the batches end."""
-    device, tolerance = settings.device, methods.TOLERANCES[DTYPES[settings.dtype]]
+    device, tolerance = settings.device, methods.TOLERANCES[settings.dtype]
     measured, players = Measured(seconds={name: [] for name in contestants}), contestants
     started = time.perf_counter()
     rounds = UNCOUNTED_ROUNDS + settings.steps
@@ -174,7 +175,7 @@ def rows_of(
     measured: Measured, contestants: Mapping[str, Contestant], data: str, settings: Settings
 ) -> list[Table4Row]:
     """The table's rows, in the order of the methods."""
-    tolerance = methods.TOLERANCES[DTYPES[settings.dtype]]
+    tolerance = methods.TOLERANCES[settings.dtype]
     config = next(iter(contestants.values())).model.config
     model = model_name(config)
     whole_epoch = sum(measured.images) == EPOCH_IMAGES
@@ -225,7 +226,7 @@ def rows_of(
 
 def run(settings: Settings, progress: Progress) -> list[Table4Row]:
     """Builds every method from the same weights and measures them; ValueError on bad input, ParityError on bad sums."""
-    with modes.isolated(settings.device):
+    with modes.isolated(settings.device), modes.fp32_products("tf32" if settings.dtype == "tf32" else "ieee"):
         return contest(settings, progress)
 
 
@@ -256,7 +257,7 @@ def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
             contestant.model.compile(fullgraph=True, dynamic=False)
             # Compiles, which must happen neither under the hooks that count what is saved nor under the clock.
             contestant.step(*batch)
-        methods.settle(contestants, methods.TOLERANCES[dtype])
+        methods.settle(contestants, methods.TOLERANCES[settings.dtype])
     counted = EPOCH_IMAGES if settings.full else size * settings.steps
     # The uncounted rounds draw batches of their own: a full epoch shows every image of CIFAR-10 exactly once.
     batches = itertools.chain(draw(UNCOUNTED_ROUNDS * size, settings.seed + 1), draw(counted, settings.seed))
