@@ -133,6 +133,30 @@ def cuda_graph(backend: str, form: Format, case: Case) -> Finding:
     return judge([against_oracle(got, form, case, {name: v.detach() for name, v in leaves.items()}, G)])
 
 
+def no_synchronisation(backend: str, form: Format, case: Case) -> Finding:
+    """torch raises where a step makes the host wait for the GPU."""
+    if device().type == "cpu":
+        return Finding("skip", reason="a CPU is never waited for")
+    prepare(form)
+    t, G = drawn(case, form)
+    ours(case, backend, t, G)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = ours(case, backend, t, G)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return judge([against_oracle(got, form, case, t, G)])
+
+
+def compiled(backend: str, form: Format, case: Case) -> Finding:
+    """torch.compile of the call, without a graph break; inductor, in a dry run its tracer alone."""
+    prepare(form)
+    t, G = drawn(case, form)
+    compiler = "aot_eager" if device().type == "cpu" else "inductor"
+    traced = torch.compile(partial(call, hk.hydra_linear, case, backend=backend), fullgraph=True, backend=compiler)
+    return judge([against_oracle(differentiate(traced, t, G, wanted(t)), form, case, t, G)])
+
+
 def int64_offsets(backend: str, form: Format, K: int, N: int, elements: int) -> Finding:
     """More than ``elements`` elements in x and dx, or in h and G. G is zero but for a few rows, which then say all."""
     if device().type == "cuda" and torch.cuda.mem_get_info()[0] < FREE_BYTES:
@@ -194,7 +218,9 @@ def groups(dry: bool) -> dict[str, dict[str, Check]]:
             found.setdefault(backend if dry or backend == "aten" else f"{backend} {name}", {}).update(checks)
         case = replace(DRY[0] if dry else Case((512,), 1024, 768, 8, 8), adapter_bias=True, dropout=True)
         use = found.setdefault(backend if dry else f"{backend} in use", {})
-        for name, check in {"same bits": same_bits, "stream": side_stream, "CUDA graph": cuda_graph}.items():
+        checks = {"same bits": same_bits, "stream": side_stream, "CUDA graph": cuda_graph}
+        checks |= {"no synchronisation": no_synchronisation, "torch.compile": compiled}
+        for name, check in checks.items():
             use |= {f"{name} {f}": partial(check, backend, FORMATS[f], case) for f in ("bf16", "fp32")}
         if backend != "aten":
             wide, elements = (64, 2**12) if dry else (4096, 2**31)
