@@ -71,10 +71,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Recorder:
-    """Captures calls as CUDA graphs that share one memory pool and are to be replayed in the order of their capture.
+    """Captures calls as CUDA graphs that share one memory pool.
 
-    A tensor that a capture made and that nothing refers to any more lends its memory to the captures after it. Not on
-    a GPU, in a dry run, a replay is the call itself.
+    A tensor that a capture made and that nothing refers to any more lends its memory to the captures after it: what a
+    replay needs of another's must be replayed just before it. Not on a GPU, in a dry run, a replay is the call itself.
     """
 
     def __init__(self, device: torch.device) -> None:

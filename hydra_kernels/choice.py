@@ -66,15 +66,15 @@ def choose(
 ) -> Choice:
     """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b; what the user fixed stays fixed."""
     why_backend = why_form = "you fixed it"
+    if r_b == 0:
+        form, why_form = "composed", "without a sequential branch nothing needs y0"
     if backend == "auto":
         winner = _winner(machine, (K, N, r_a, r_b, dtype), M) if machine.measured else None
         if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
             why = "it won where it was measured on this device"
             return Choice(winner.backend, winner.form, why, why)
         backend, why_backend = _backend(dtype, machine, form)
-    if r_b == 0:
-        form, why_form = "composed", "without a sequential branch nothing needs y0"
-    elif form == "auto" and backend in COMPOSED_ONLY:
+    if form == "auto" and backend in COMPOSED_ONLY:
         form, why_form = "composed", "it is the only form of this backend"
     elif form == "auto":
         form, why_form = _form(M, K, N, r_a, dtype)

@@ -195,8 +195,9 @@ def _operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[d
 def _step(function: Callable[..., Tensor], t: dict[str, Tensor | None], G: Tensor) -> list[Tensor]:
     """The output and every gradient."""
     leaves = [v for name, v in t.items() if v is not None and name not in ("weight", "bias")]
-    h = function(*t.values())
-    return [h.detach(), *torch.autograd.grad(h, leaves, G)]
+    with torch.enable_grad(), torch.autocast(G.device.type, enabled=False):
+        h = function(*t.values())
+        return [h.detach(), *torch.autograd.grad(h, leaves, G)]
 
 
 def _errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> list[tuple[float, float]]:

@@ -51,6 +51,7 @@ def test_what_the_user_fixed_stays_fixed():
     assert chosen(8192, 64, 64, 8, 0, F32, CPU, form="kept") == ("aten", "composed")
     assert chosen(8192, 64, 64, 8, 8, BF16, H100, form="kept") == ("aten", "kept")
     assert chosen(8192, 64, 64, 8, 8, BF16, H100, backend="aten") == ("aten", "kept")
+    assert chosen(8192, 64, 64, 8, 0, BF16, H100, form="kept") == ("hybrid", "composed")
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,20 @@
 Two routes: `aten` is traced through; the Triton backends are operators, here over the interpreter's kernels.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import hydra_kernels as hk
+from hydra_kernels import machine
 from hydra_kernels.backend import operators
 from hydra_kernels.backend.interface import Operands
 
@@ -72,6 +75,28 @@ def test_a_new_number_of_rows_does_not_recompile(backend, form):
     for M in (5, 12, 31):
         same(step(compiled, layer, rows(M)), step(layer, layer, rows(M)))
     assert counter.frame_count == graphs
+
+
+def test_a_measured_winner_is_traced_for_all_sizes_that_it_counts_for(tmp_path, monkeypatch):
+    """triton at 10 to 40 rows is one graph with its operators, aten beyond another one."""
+    monkeypatch.setenv("HYDRA_KERNELS_CACHE", str(tmp_path))
+    shape = {"M": 20, "K": 13, "N": 11, "r_a": 2, "r_b": 3, "dtype": "float32", "backend": "triton", "form": "composed"}
+    row = shape | {"device": machine.device_name(machine.CPU), "versions": machine.versions()}
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    machine.forget()
+    launches: list[bool] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]):
+        launches.append("hydra_kernels.forward" in module.print_readable(print_output=False))
+        return lookup_backend("aot_eager")(module, inputs)
+
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for M in (10, 40, 17, 41, 60):
+        same(step(compiled, layer, rows(M)), step(layer, layer, rows(M)))
+    machine.forget()
+    # Each compilation shows two graphs: torch first tries the scales as symbols.
+    assert launches == [True, True, False, False]
 
 
 # torch warns of its own deprecations while inductor is imported.
@@ -149,13 +174,13 @@ def test_operators_pass_opcheck(case, fused, permuted):
     fields |= case.constant_scales | t | {"mask": None if mask is None else mask != 0}
     op = Operands(**fields)
     packed, needs = operators._packed(op), operators._joined(names)
-    opcheck(operators._forward, (x, *packed, needs, fused))
+    opcheck(torch.ops.hydra_kernels.forward.default, (x, *packed, needs, fused))
     _, _, saved = operators.forward(x, op, names, fused)
-    opcheck(operators._backward, (G, list(saved), *packed, needs, fused))
+    opcheck(torch.ops.hydra_kernels.backward.default, (G, list(saved), *packed, needs, fused))
 
 
 def test_accumulate_passes_opcheck():
-    opcheck(operators._accumulate_, (torch.randn(5, 4), torch.randn(5, 3), torch.randn(4, 3).t()))
+    opcheck(torch.ops.hydra_kernels.accumulate_.default, (torch.randn(5, 4), torch.randn(5, 3), torch.randn(4, 3).t()))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

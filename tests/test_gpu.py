@@ -177,7 +177,9 @@ def test_every_kernel_and_backend_is_checked(dry):
     assert alone == set(kernels)
     for backend in ("aten", "hybrid", "triton"):
         checks = " ".join(check for group, found in groups.items() if group.startswith(backend) for check in found)
-        assert all(name in checks for name in (*FORMATS, "same bits", "stream", "CUDA graph", "no sync", "torch.compile"))
+        assert all(
+            name in checks for name in (*FORMATS, "same bits", "stream", "CUDA graph", "no sync", "torch.compile")
+        )
     assert len(groups) <= 22
 
 

@@ -426,18 +426,8 @@ def test_in_mode_compile_whole_models_are_compiled_before_anything_is_measured(t
 
     monkeypatch.setattr(table4, "measure", spy)
     counters.clear()
-    arguments = [
-        "--dry",
-        "--mode",
-        "compile",
-        "--steps",
-        "2",
-        "--batch-size",
-        "4",
-        "--methods",
-        "naive_hydra,ours_hydra",
-    ]
-    assert table4.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    arguments = ["--dry", "--mode", "compile", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
+    assert table4.main([*arguments, "--methods", "naive_hydra,ours_hydra", "--out", str(tmp_path)]) == 0
     assert seen == [2, 2]
     _, rows = timing.read_result(tmp_path / "table4-dry-cpu-fp32-compile.json", Table4Row)
     assert [(row["mode"], row["dry"], row["steps"]) for row in rows] == [("compile", True, 2)] * 2
