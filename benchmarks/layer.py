@@ -89,7 +89,7 @@ class Bench:
         self.settings, self.device, dtype = settings, settings.device, DTYPES[settings.dtype]
         torch.manual_seed(settings.seed)
         self.linear = nn.Linear(shape.K, shape.N, device=self.device, dtype=dtype)
-        self.inputs = Inputs(shape.M, shape.K, shape.N, dtype, self.device, settings.seed)
+        self.inputs = Inputs(*shape, dtype, self.device, settings.seed, settings.mode)
         self.allowed = methods.LAYER_TOLERANCES[dtype]
         self._expected: dict[tuple[str, Ranks], Mapping[str, Tensor | None]] = {}
 
