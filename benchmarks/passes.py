@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from benchmarks import methods, timing
 from benchmarks.modes import Recorder
 
-
 MOST_CAPTURED = 8
 
 
