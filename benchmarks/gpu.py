@@ -30,7 +30,9 @@ from benchmarks.stages import Part, Settings, TuneRow
 from benchmarks.timing import CeilingRow, HostRow, LayerRow, Table4Row
 
 # Seconds that a stage may take after the end of its time to finish the part that it is at.
-GRACE = 20.0
+GRACE = 15.0
+# And then to end its own processes.
+TERMINATION = 2.0
 
 
 class Stage(NamedTuple):
@@ -46,9 +48,9 @@ STAGES = (
     Stage("doctor", isolated.check_kernels_and_backends, CheckRow, 150),
     Stage("ceilings", stages.measure_ceilings, CeilingRow, 20),
     Stage("tune", stages.tune, TuneRow, 70),
-    Stage("layer", stages.measure_layers, LayerRow, 140),
-    Stage("table4", stages.measure_table4, Table4Row, 120),
-    Stage("host", stages.measure_host, HostRow, 20),
+    Stage("host", stages.measure_host, HostRow, 25),
+    Stage("layer", stages.measure_layers, LayerRow, 130),
+    Stage("table4", stages.measure_table4, Table4Row, 110),
 )
 
 
@@ -80,6 +82,7 @@ def run_stages(
         seconds = max(min(stage.seconds, settings.left()), settings.left() - spared)
         if settings.left() <= 0:
             print(f"{stage.name}: skipped, the time was over", flush=True)
+            failed += 1
             continue
         start = time.monotonic()
         process = subprocess.Popen(command(stage, seconds), env=environment, cwd=ROOT, start_new_session=True)
@@ -89,7 +92,9 @@ def run_stages(
             status = f"killed, {seconds + GRACE:.0f} s were over"
         finally:
             if process.poll() is None:
-                # The whole session: a compiler that it started must not outlive it.
+                # It may end what it started in sessions of their own; then its whole session, compilers included.
+                os.killpg(process.pid, signal.SIGTERM)
+                time.sleep(TERMINATION)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         failed += status != "0"
@@ -110,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu: torch finds no GPU here; --dry-run needs none", file=sys.stderr)
         return 2
+    # As an exception it ends the processes below this one too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu: terminated"))
     settings = Settings(options.dry_run, time.monotonic() + 60 * options.minutes, options.out.resolve())
     selected = [stage for stage in STAGES if stage.name in options.stage]
     if options.here:

@@ -140,8 +140,8 @@ class Bench:
     def sample(self, passes: Sequence[Pass], calls: int) -> tuple[float, float]:
         """Mean seconds of a forward and of a backward over some calls, each with the next inputs and no gradients."""
         watch = timing.Stopwatch(self.device)
-        if self.settings.mode == "graph" and calls > 1:
-            modes.head_start(self.device)
+        if self.settings.mode == "graph":
+            modes.head_start(self.device, calls)
         for _ in range(calls):
             next_pass = passes[self.inputs.turn()]
             watch.mark()

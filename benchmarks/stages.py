@@ -20,6 +20,7 @@ from benchmarks.methods import Ranks
 from benchmarks.shapes import CUDA_SHAPES, DRY_SHAPES, Shape
 from benchmarks.timing import CeilingRow, LayerRow, Table4Row
 from hydra_kernels.backend import TABLE
+from hydra_kernels.backend.interface import COMPOSED_ONLY
 
 # Those of the goals: ViT-B/32 fc2, ViT-L fc2, and a language model's layers.
 HEADLINE = (Shape(6400, 3072, 768), Shape(25216, 4096, 1024), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096))
@@ -99,9 +100,11 @@ def measure_ceilings(settings: Settings) -> Iterator[Part]:
 
 def tune(settings: Settings) -> Iterator[Part]:
     """The shapes of the layer benchmark in bf16, then Table 4's own layer; later stages run the winners."""
-    jobs = [(shape, Ranks(8, 8), torch.bfloat16) for shape in (DRY_SHAPES if settings.dry else _headline_first())]
+    first, others = (DRY_SHAPES[:1], DRY_SHAPES[1:]) if settings.dry else (HEADLINE, _headline_first()[len(HEADLINE) :])
     fc2 = Shape(64, 64, 32) if settings.dry else Shape(table4.PAPER_BATCH * 50, 3072, 768)
+    jobs = [(shape, Ranks(8, 8), torch.bfloat16) for shape in first]
     jobs += [(fc2, ranks, of) for of in (torch.bfloat16, torch.float32) for ranks in table4.PAPER_RANKS.values()]
+    jobs += [(shape, Ranks(8, 8), torch.bfloat16) for shape in others]
 
     def measured(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> Sequence[TuneRow]:
         rounds = 2 if settings.dry else 20
@@ -118,41 +121,49 @@ def measure_layers(settings: Settings) -> Iterator[Part]:
     """bf16 in CUDA graphs first, where the goals are; compiled rivals at the headline shapes alone."""
     headline = DRY_SHAPES[:1] if settings.dry else HEADLINE
     others = DRY_SHAPES[1:] if settings.dry else tuple(_headline_first()[len(HEADLINE) :])
+    kernels = [name for name in COMPOSED_ONLY if TABLE[name].unavailable(settings.device) is None]
+    ours = f"frozen,{OURS_AND_RIVALS}"
+    # Mode, shapes, ranks, methods, backend of ours, and seconds of rounds for each shape.
     parts = [
-        ("graph", headline, ["8+8"], ",".join(methods.LAYER_METHODS), 60),
-        ("graph", others, ["8+8"], ALL_BUT_COMPILED, 30),
-        ("eager", headline, ["8+8"], ALL_BUT_COMPILED, 10),
-        ("graph", headline, RANKS[:1] if settings.dry else RANKS, ALL_BUT_COMPILED, 25),
-        ("compile", headline, ["8+8"], f"frozen,{OURS_AND_RIVALS}", 40),
+        ("graph", headline, ["8+8"], ALL_BUT_COMPILED, "auto", 4),
+        *(("graph", headline, ["8+8"], ours, backend, 3) for backend in kernels),
+        ("graph", headline, ["8+8"], ",".join(methods.LAYER_METHODS), "auto", 6),
+        ("eager", headline, ["8+8"], ALL_BUT_COMPILED, "auto", 3),
+        ("graph", others, ["8+8"], ALL_BUT_COMPILED, "auto", 2),
+        ("graph", headline, RANKS[:1] if settings.dry else RANKS, ours, "auto", 6),
+        ("compile", headline, ["8+8"], ours, "auto", 3),
     ]
     rates = _ceilings(settings)
 
     def measured(
-        mode: str, shapes: Sequence[Shape], ranks: Sequence[str], names: str, seconds: float
+        mode: str, shape: Shape, ranks: Sequence[str], names: str, backend: str, seconds: float
     ) -> list[LayerRow]:
         arguments = ["--device", settings.device.type, "--dtype", "bf16", "--mode", mode, "--methods", names]
-        arguments += ["--time-limit", str(min(seconds, max(1.0, settings.left())))]
-        arguments += [text for shape in shapes for text in ("--shape", ",".join(map(str, shape)))]
+        arguments += ["--backend", backend, "--time-limit", str(seconds), "--shape", ",".join(map(str, shape))]
         arguments += [text for pair in ranks for text in ("--ranks", pair)]
         options, _ = layer.settings_of([*arguments, *_dry(settings)])
         rows = layer.run(options, _silent())
-        if rates is not None:
-            for row in rows:
-                shape, pair = Shape(row["M"], row["K"], row["N"]), Ranks(row["r_a"], row["r_b"])
+        for row in rows:
+            if rates is not None and row["phase"] == "step":
+                pair = Ranks(row["r_a"], row["r_b"])
                 row["floor_us"] = round(roofline.floor_us(shape, pair, row["dtype"], *rates), 3)
         return rows
 
     tasks = [
-        (f"layer {mode} {len(shapes)} shapes {' '.join(ranks)}", partial(measured, mode, shapes, ranks, names, seconds))
-        for mode, shapes, ranks, names, seconds in parts
+        (f"layer {mode} {shape} {' '.join(ranks)} {backend}", partial(measured, mode, shape, ranks, names, backend, s))
+        for mode, shapes, ranks, names, backend, s in parts
+        for shape in shapes
     ]
     yield from attempts(settings, tasks, lambda row: 0)
 
 
 def measure_host(settings: Settings) -> Iterator[Part]:
     usable = ["aten", *(name for name in ("hybrid", "triton") if TABLE[name].unavailable(settings.device) is None)]
-    rows = host.measure(settings.device, usable, 3 if settings.dry else 100, settings.dry)
-    yield Part(rows)
+    tasks = [
+        (f"host {name}", partial(host.measure, settings.device, [name], 3 if settings.dry else 60, settings.dry))
+        for name in usable
+    ]
+    yield from attempts(settings, tasks, lambda row: 0)
 
 
 def measure_table4(settings: Settings) -> Iterator[Part]:

@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from hydra_kernels.machine import cpu_name
+
 # Above the L2 of any CPU core today, the L2 caches of two cores together.
 CPU_L2_BYTES = 8 << 20
 
@@ -320,13 +322,14 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 def environment(device: torch.device) -> Environment:
     """The machine, the versions, the commit and the time (UTC) that a result is published with."""
     cuda = device.type == "cuda"
-    commit = _output("git", "rev-parse", "HEAD")
+    # A source tree without its history is told by whoever copied it.
+    commit = os.environ.get("HYDRA_COMMIT") or _output("git", "rev-parse", "HEAD")
     if cuda:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     else:
         capability = torch.backends.cpu.get_cpu_capability()
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "capability": capability,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "threads": torch.get_num_threads(),
@@ -373,15 +376,6 @@ def _check(environment: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], sc
         if expected != record.keys():
             missing, unknown = sorted(expected - record.keys()), sorted(record.keys() - expected)
             raise ValueError(f"{where} is no {kind.__name__}: missing {missing}, unknown {unknown}")
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

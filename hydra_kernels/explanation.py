@@ -22,7 +22,7 @@ Capability = tuple[int, int] | str | None
 
 
 class Call(NamedTuple):
-    """x [M, K], weight [N, K]; ``size``: bytes of an element."""
+    """x [M, K], weight [N, K]."""
 
     M: int
     K: int
@@ -74,9 +74,9 @@ def _machine(capability: Capability) -> tuple[Machine, Mapping[str, Any] | None]
     """The machine that is asked for, and its card's figures where they are known."""
     cards = DATA["cards"]
     if capability is None:
-        machine = here(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU)
-        key = ".".join(map(str, machine.capability)) if machine.capability else "cpu"
-        return machine, cards.get(key)
+        on_gpu = torch.cuda.is_available()
+        machine = here(torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU)
+        return machine, cards.get(".".join(map(str, machine.capability or ())) if on_gpu else "cpu")
     if capability == "cpu":
         aten_only = {name: None if name == "aten" else "it needs an NVIDIA GPU" for name in TABLE}
         return Machine(device_name(CPU), None, aten_only, here(CPU).measured), cards["cpu"]

@@ -25,6 +25,7 @@ CANDIDATES = (("hybrid", "composed"), ("triton", "composed"), ("aten", "composed
 # Beyond twice the naive layer's error, in epsilons: what is left where the naive layer happens to be exact.
 _SLACK = {torch.float64: 64, torch.float32: 2, torch.float16: 1, torch.bfloat16: 1}
 _COLD_BYTES = 64 << 20  # on a CPU; on a GPU twice its L2
+_SLEEP_CYCLES = 1_000_000  # about half a millisecond: longer than Python needs for a step
 
 
 class Tuned(NamedTuple):
@@ -58,7 +59,8 @@ def tune(
 
     A candidate counts only where its output and every gradient are right: at most twice the error of the naive layer in
     the same dtype, against float64. A step (forward and backward with every gradient) is timed in shuffled rounds, with
-    a cold L2. From the next call on the choice of this process changes too; a compiled function keeps its own.
+    a cold L2; on a GPU without the time that the host takes to enqueue it. From the next call on the choice of this
+    process changes too; a compiled function keeps its own.
 
     Args:
         model_or_shapes: a model, whose Hydra, LoRA and SeqLoRA layers are tuned with their own dtype and device, or
@@ -80,11 +82,13 @@ def tune(
         raise ValueError(f"rounds: expected 1 or more, got {rounds}")
     jobs = _jobs(model_or_shapes, rows, dtype, device)
     found = []
-    for shape, of, where in jobs:
-        found.append(_measure(shape, of, where, rounds))
-        _store(found[-1])
-        report(line_of(found[-1]))
-    machine.forget()
+    try:
+        for shape, of, where in jobs:
+            found.append(_measure(shape, of, where, rounds))
+            _store(found[-1])
+            report(line_of(found[-1]))
+    finally:
+        machine.forget()
     return found
 
 
@@ -236,6 +240,8 @@ def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds:
         for name in draw.sample(list(steps), len(steps)):
             flush.zero_()
             if cuda:
+                # While it sleeps the host enqueues the step, whose time on the GPU is what counts.
+                torch.cuda._sleep(_SLEEP_CYCLES)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 with torch.cuda.device(device):
                     start.record()

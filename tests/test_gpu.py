@@ -144,7 +144,7 @@ def test_a_stage_that_crashes_or_hangs_does_not_stop_the_next(tmp_path, capfd, m
     # The time that a stage leaves goes to the next.
     assert allowed["crash"] == pytest.approx(20, abs=1)
     assert 20 < allowed["hang"] < 23
-    assert gpu.run_stages(selected, settings(tmp_path, -1.0), command, {}) == 0
+    assert gpu.run_stages(selected, settings(tmp_path, -1.0), command, {}) == 3
     assert capfd.readouterr().out.count("skipped, the time was over") == 3
 
 
@@ -152,7 +152,7 @@ def test_the_stages_of_a_dry_run_store_their_rows(tmp_path):
     """Those that the other benchmarks' own tests do not go through: ceilings, and a tuned shape."""
     here = settings(tmp_path)
     by_name = {stage.name: stage for stage in gpu.STAGES}
-    assert list(by_name) == ["doctor", "ceilings", "tune", "layer", "table4", "host"]
+    assert list(by_name) == ["doctor", "ceilings", "tune", "host", "layer", "table4"]
     assert sum(stage.seconds for stage in gpu.STAGES) <= 9 * 60 - 20
     assert gpu.run_stage(by_name["ceilings"], here) == 0
     rows = timing.read_result(here.path("ceilings"), CeilingRow)[1]

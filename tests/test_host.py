@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hydra_kernels as hk
-from benchmarks import ceilings, host, methods, timing
+from benchmarks import ceilings, host, methods, modes, timing
 from benchmarks.timing import CeilingRow, HostRow
 
 CPU = torch.device("cpu")
@@ -102,16 +102,7 @@ def test_a_ceiling_is_the_count_over_the_median_time():
     assert (row["value"], row["q1"], row["q3"], row["runs"]) == (2.0, 1.5, 3.0, 5)
 
 
-@pytest.fixture
-def tf32():
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
-@pytest.mark.usefixtures("tf32")
-def test_the_ceilings_command_times_random_data_and_leaves_the_precision_alone(tmp_path, monkeypatch, capsys):
+def test_the_ceilings_command_times_random_data_in_full_precision(tmp_path, monkeypatch, capsys):
     seen, mm = [], torch.mm
 
     def spy(left, right, out):
@@ -123,7 +114,9 @@ def test_the_ceilings_command_times_random_data_and_leaves_the_precision_alone(t
 
     monkeypatch.setattr(torch, "mm", spy)
     assert ceilings.main(["--device", "cpu", "--dry", "--out", str(tmp_path)]) == 0
-    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    with modes.fp32_products("tf32"):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
     _, rows = timing.read_result(tmp_path / "ceilings-dry-cpu.json", CeilingRow)
     assert [(row["what"], row["dtype"], row["unit"]) for row in rows] == [
         ("copy", "bf16", "GB/s"),

@@ -38,7 +38,7 @@ def sum_of_partials(ptr, P, size, offs, mask, BLOCK_P: tl.constexpr):
 def through_weight(
     dD_ptr, z_sums_ptr, w_ptr, bias_ptr, dB_down_ptr,
     pid, P, N, K, r_a, r_b, stride_wn, stride_wk,
-    S: tl.constexpr, PRECISION: tl.constexpr,
+    S, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dB_down [r_b, N] at one block of columns and ranks."""
@@ -52,7 +52,7 @@ def through_weight(
         offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
         mask_k = offs_k < K
         T = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        for s in tl.static_range(0, S):
+        for s in range(0, S):
             T_ptrs = dD_ptr + (s * R + r_a + offs_r)[:, None] * K + offs_k[None, :]
             T += tl.load(T_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
         w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
@@ -149,7 +149,7 @@ def gradients_of_ranks(
 
 
 # The number of rows must not decide what is compiled: a last short batch would wait for it.
-@triton.jit(do_not_specialize=["P", "end_weight", "end_up", "end_down", "end_columns"])
+@triton.jit(do_not_specialize=["P", "S", "end_weight", "end_up", "end_down", "end_columns"])
 def reduce_kernel(
     dU_ptr,  # partial sums, None where nothing needs them
     g_ptr,
@@ -185,7 +185,7 @@ def reduce_kernel(
     stride_wk,
     LOADED_A: tl.constexpr,  # whether scale_a is a pointer
     LOADED_B: tl.constexpr,
-    S: tl.constexpr,
+    S,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
