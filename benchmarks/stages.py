@@ -21,6 +21,7 @@ from benchmarks.shapes import CUDA_SHAPES, DRY_SHAPES, Shape
 from benchmarks.timing import CeilingRow, LayerRow, Table4Row
 from hydra_kernels.backend import TABLE
 from hydra_kernels.backend.interface import COMPOSED_ONLY
+from hydra_kernels.tuning import Tuned
 
 # Those of the goals: ViT-B/32 fc2, ViT-L fc2, and a language model's layers.
 HEADLINE = (Shape(6400, 3072, 768), Shape(25216, 4096, 1024), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096))
@@ -54,23 +55,8 @@ class Part(NamedTuple):
     failures: int = 0
 
 
-class TuneRow(TypedDict):
-    """`hydra_kernels.tuning.Tuned`: one shape, its winner, medians of a step, and what failed there."""
-
-    M: int
-    K: int
-    N: int
-    r_a: int
-    r_b: int
-    dtype: str
-    device: str
-    backend: str
-    form: str
-    us: dict[str, float]
-    failed: dict[str, str]
-    versions: dict[str, str | None]
-    date: str
-    dry: bool
+# One shape, its winner, medians of a step, and what failed there.
+TuneRow = TypedDict("TuneRow", {**Tuned.__annotations__, "dry": bool})
 
 
 def attempts(
