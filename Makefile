@@ -1,6 +1,7 @@
 # make test      the tests            make lint     ruff and mypy
 # make table4    the main benchmark   make mutate   each named defect must turn the tests red
 # make layer     one layer beside its rivals (7 minutes)
+# make sanitize  the CUDA kernels on the host, under clang's and GCC's sanitizers
 # make gpu       on a machine with a GPU: does everything work there, and how fast (9 minutes, the system's own torch)
 # Options of the benchmark: make table4 ARGS="--device cuda --dtype bf16"
 
@@ -11,41 +12,53 @@ PINS := constraints.txt pyproject.toml setup.py
 STAMP := $(VENV)/.installed-$(firstword $(shell cat $(PINS) | cksum))
 # Without an NVIDIA GPU the CPU build of the same torch will do; from PyPI a Linux machine gets gigabytes of CUDA.
 TORCH_SOURCE ?= $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
+# A change of csrc rebuilds the compiled part alone; where there is no compiler, the record says so.
+NATIVE := hydra_kernels/_native.json
+CSRC := $(wildcard $(foreach kind,cpp h cu cuh,csrc/*.$(kind) csrc/*/*.$(kind)))
+# CUDA kernels for the cards that are here; without one they are only compiled, once.
+export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | grep -x '[0-9.]*'),9.0)
 
 # The profiler that measures peak memory would print two lines a step.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: test table4 layer gpu mutate lint clean
+.PHONY: test table4 layer gpu mutate sanitize lint clean
 
-test: $(STAMP)
+test: $(NATIVE)
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-table4: $(STAMP)
+table4: $(NATIVE)
 	$(BIN)/python -m benchmarks.table4 $(ARGS)
 
-layer: $(STAMP)
+layer: $(NATIVE)
 	$(BIN)/python -m benchmarks.layer $(ARGS)
 
 # Not from .venv: the torch of a GPU machine is the one to be tested, and there may be no network to install another.
 gpu:
+	-$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-mutate: $(STAMP)
+mutate: $(NATIVE)
 	$(BIN)/python -m tests.mutate $(ARGS)
+
+sanitize: $(STAMP)
+	$(BIN)/python -m tests.sanitize $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch first, so that the package is built against the torch that will run it.
+# torch first: the package is built against the torch that will run it, by a rule of its own.
 $(STAMP): $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps $(TORCH_SOURCE) -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench,test,lint]"
+	HYDRA_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench,test,lint]"
 	rm -f $(VENV)/.installed-*
 	touch $@
 
+$(NATIVE): $(CSRC) $(STAMP)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
 clean:
-	rm -rf $(VENV) build out *.egg-info
+	rm -rf $(VENV) build out *.egg-info hydra_kernels/_native.*

@@ -15,10 +15,12 @@ import torch
 
 from .backend.interface import COMPOSED_ONLY, LOW_PRECISION
 
-FORMS = ("auto", "composed", "kept")
+FORMS = ("auto", "composed", "kept", "effective")
 DATA: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "choice.json").read_text(encoding="utf-8"))
 _COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
+_EFFECTIVE_FROM: float = DATA["effective_from_M_over_N"]
 _COMPOSED_FROM_WORK: int = DATA["composed_from_multiply_adds"]
+_WHY_LORA = "without a sequential branch nothing needs y0"
 _WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
 _WHY_COMPOSED = f"M is at least {_COMPOSED_FROM} K: passes over [M, N] are spared"
 
@@ -63,13 +65,17 @@ def choose(
     machine: Machine,
     form: str = "auto",
     backend: str = "auto",
+    masked: bool = False,
 ) -> Choice:
-    """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b; what the user fixed stays fixed."""
+    """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b, with dropout where ``masked``; what the user
+    fixed stays fixed."""
     why_backend = why_form = "you fixed it"
-    if r_b == 0:
-        form, why_form = "composed", "without a sequential branch nothing needs y0"
+    if r_b == 0 and form == "kept":
+        form, why_form = "composed", _WHY_LORA
     if backend == "auto":
         winner = _winner(machine, (K, N, r_a, r_b, dtype), M) if machine.measured else None
+        if winner is not None and winner.form == "effective" and masked:
+            winner = None
         if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
             why = "it won where it was measured on this device"
             return Choice(winner.backend, winner.form, why, why)
@@ -77,7 +83,7 @@ def choose(
     if form == "auto" and backend in COMPOSED_ONLY:
         form, why_form = "composed", "it is the only form of this backend"
     elif form == "auto":
-        form, why_form = _form(M, K, N, r_a, dtype)
+        form, why_form = _form(M, K, N, r_a, r_b, dtype, backend, masked)
     return Choice(backend, form, why_backend, why_form)
 
 
@@ -94,7 +100,7 @@ def _winner(machine: Machine, key: Key, M: int) -> Measured | None:
 
 def _backend(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
     if machine.capability is None:
-        return "aten", "the device is no NVIDIA GPU"
+        return _off_gpu(dtype, machine, form)
     if dtype == torch.float64:
         return "aten", "the kernels have no float64"
     if form == "kept":
@@ -104,7 +110,21 @@ def _backend(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]
     return "hybrid", "nothing was measured on this device, and hybrid is never far behind the naive layer"
 
 
-def _form(M: int, K: int, N: int, r_a: int, dtype: torch.dtype) -> tuple[str, str]:
+def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
+    if machine.reasons["native"] is not None:
+        return "aten", "the compiled part is not built, or the device is neither a CPU nor an NVIDIA GPU"
+    if dtype in LOW_PRECISION and form != "effective":
+        return "aten", "the compiled part has float32 and float64 alone on a CPU"
+    return "native", "the compiled part was measured faster than ATen calls from Python"
+
+
+def _form(
+    M: int, K: int, N: int, r_a: int, r_b: int, dtype: torch.dtype, backend: str, masked: bool
+) -> tuple[str, str]:
+    if backend == "native" and not masked and M >= _EFFECTIVE_FROM * N:
+        return "effective", f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
+    if r_b == 0:
+        return "composed", _WHY_LORA
     if dtype in LOW_PRECISION:
         return "kept", "ATen rounds C = B_down W0 to the base dtype: less exact than the naive layer"
     if r_a == 0 and N < K:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backend import TABLE
 from .backend.interface import Operands
+from .choice import Choice
 
 
 def autocast_is_on(t: Tensor) -> bool:
@@ -17,26 +18,30 @@ def autocast_is_on(t: Tensor) -> bool:
     return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
-_ARGUMENTS = ("x", *Operands._fields, "choice")
+_FIRST_NUMBER = Operands._fields.index("scale_a")  # of those operands that are numbers, or learnable
+_ARGUMENTS = ("choice", "x", *Operands._fields)
 
 
 class HydraFunction(torch.autograd.Function):
-    """``HydraFunction.apply(x, *operands, choice)`` -> h [M, N]: Eq. 9-10 with a hand-written backward.
+    """``HydraFunction.apply(choice, x, *operands)`` -> h [M, N]: Eq. 9-10 with a hand-written backward.
 
-    Arguments have passed the checks of `hydra_linear`, which is what users call: x [M, K], the fields of
-    `backend.interface.Operands`, a `choice.Choice`. The backward may run twice (``retain_graph=True``) but cannot be
-    differentiated: ``create_graph=True`` raises RuntimeError.
+    Arguments have passed the checks of `hydra_linear`, which is what users call: a `choice.Choice`, x [M, K], the
+    fields of `backend.interface.Operands`, of which those with a default may be left out, all or none. The backward may
+    run twice (``retain_graph=True``) but cannot be differentiated: ``create_graph=True`` raises RuntimeError.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        op, choice = Operands(*args[:-1]), args[-1]
+    def forward(ctx: Any, choice: Choice, x: Tensor, *operands: Any) -> Tensor:
         needs = frozenset(compress(_ARGUMENTS, ctx.needs_input_grad))
-        h, op, saved = TABLE[choice.backend].forward(x, op, needs, choice.form)
-        scales = op.scale_a, op.scale_b, op.mask_scale
-        ctx.save_for_backward(*op[:-3], *(s if isinstance(s, Tensor) else None for s in scales), *saved)
-        ctx.scales = [None if isinstance(s, Tensor) else s for s in scales]
-        ctx.needs, ctx.choice = needs, choice
+        h, op, saved = TABLE[choice.backend].forward(x, Operands(*operands), needs, choice.form)
+        # Every argument of this function, and every tensor saved, costs the host time in every step.
+        tensors: tuple[Any, ...] = op[: len(operands)]
+        numbers: tuple[float | None, ...] = ()
+        if len(operands) == len(op):
+            numbers = tuple(None if isinstance(t, Tensor) else t for t in op[_FIRST_NUMBER:])
+            tensors = (*op[:_FIRST_NUMBER], *(t if isinstance(t, Tensor) else None for t in op[_FIRST_NUMBER:]))
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.needs, ctx.choice, ctx.operands, ctx.numbers = needs, choice, len(operands), numbers
         return h
 
     @staticmethod
@@ -46,14 +51,15 @@ class HydraFunction(torch.autograd.Function):
                 "hydra_linear: create_graph=True asks for a derivative of its backward, which has none; use "
                 "backend='reference' for gradient penalties and other double backwards"
             )
-        tensors, choice = ctx.saved_tensors, ctx.choice
-        n = len(Operands._fields)
-        scales = [t if s is None else s for t, s in zip(tensors[n - 3 : n], ctx.scales, strict=True)]
-        op, saved = Operands(*tensors[: n - 3], *scales), tensors[n:]
+        tensors, choice, n = ctx.saved_tensors, ctx.choice, ctx.operands
+        op, saved = Operands(*tensors[:n]), tensors[n:]
+        if ctx.numbers:
+            scales = (t if s is None else s for t, s in zip(op[_FIRST_NUMBER:], ctx.numbers, strict=True))
+            op = Operands(*tensors[:_FIRST_NUMBER], *scales)
         backend = TABLE[choice.backend]
         if autocast_is_on(G):
             with torch.autocast(G.device.type, enabled=False):
                 grads = backend.backward(G, op, saved, ctx.needs, choice.form)
         else:
             grads = backend.backward(G, op, saved, ctx.needs, choice.form)
-        return tuple(map(grads.get, _ARGUMENTS))
+        return tuple([grads.get(name) for name in _ARGUMENTS[: n + 2]])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import reference
+from . import extension, reference
 from .backend import NAMES, TABLE
-from .backend.interface import LOW_PRECISION, Operands
+from .backend.interface import FIRST_OPTION, LOW_PRECISION, Operands
 from .choice import FORMS, Choice, choose
 from .function import HydraFunction, autocast_is_on
 from .machine import here
@@ -60,7 +60,8 @@ def hydra_linear(
         dropout_p: probability in [0, 1) of zeroing an element of the bottleneck while ``training``.
         mask: the dropout mask [M, r_a + r_b] itself, already scaled by 1/(1-p), with M = product of x's leading
             dimensions; wins over ``dropout_p``.
-        form: "composed" saves x and the bottleneck, "kept" saves y0 too, "auto" lets `choice` decide.
+        form: "composed" saves x and the bottleneck, "kept" saves y0 too, "effective" saves x and multiplies it with
+            W0 + U D, built once a pass (`native` alone, without dropout); "auto" lets `choice` decide.
         backend: a key of ``hydra_kernels.backends()`` or "auto".
 
     Returns:
@@ -72,16 +73,18 @@ def hydra_linear(
     """
     check_route(form, backend)
     check_dropout("dropout_p", dropout_p)
-    cast_to = _autocast_dtype(x)
-    M, K, N = _check_frozen(x, weight, bias, cast_to)
-    device, dtype = x.device, cast_to or x.dtype
-    dtypes = _CAST if cast_to else _ADAPTER_DTYPES[dtype]
-    r_a = _check_branch(_A, A_down, A_up, A_down_bias, A_up_bias, scale_a, K, N, dtypes, device)
-    r_b = _check_branch(_B, B_down, B_up, B_down_bias, B_up_bias, scale_b, N, N, dtypes, device)
-    if mask is not None:
-        _check_tensor("mask", mask, (M, r_a + r_b), _CAST if cast_to else (dtype,), device)
-        if mask.requires_grad:
-            raise ValueError("mask: it requires grad, but a dropout mask gets none; pass mask.detach()")
+    cast_to, sizes, native = None, None, None if torch.compiler.is_compiling() else extension.load()
+    if native is not None:
+        sizes = native.sizes(
+            *(x, weight, bias, A_down, A_up, B_down, B_up),
+            *(A_down_bias, A_up_bias, B_down_bias, B_up_bias, mask, scale_a, scale_b),
+        )
+    if sizes is None:
+        native = None
+        biases = (A_down_bias, A_up_bias), (B_down_bias, B_up_bias)
+        cast_to = _autocast_dtype(x)
+        sizes = _check(x, weight, bias, (A_down, A_up), (B_down, B_up), *biases, mask, scale_a, scale_b, cast_to)
+    (M, K, N, r_a, r_b), device, dtype = sizes, x.device, cast_to or x.dtype
 
     if A_down is None and B_down is None:
         return F.linear(x, weight, bias)
@@ -106,8 +109,9 @@ def hydra_linear(
         )
 
     machine = here(device)
-    choice = choose(M, K, N, r_a, r_b, dtype, machine, form, backend)
-    reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(choice.form, dtype, r_a, r_b)
+    masked = mask is not None or (training and dropout_p > 0)
+    choice = choose(M, K, N, r_a, r_b, dtype, machine, form, backend, masked)
+    reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(choice.form, dtype, r_a, r_b, masked)
     if reason is not None:
         raise ValueError(f"backend: {choice.backend!r} cannot serve this call: {reason}")
 
@@ -119,7 +123,10 @@ def hydra_linear(
     scale_a, scale_b = 1.0 if A_down is None else scale_a, 1.0 if B_down is None else scale_b
     adapters = (A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias)
     flat = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    if cast_to is None:
+    if native is not None and choice.backend == "native":
+        op = Operands(weight, bias, *adapters, mask, scale_a, scale_b, mask_scale)
+        h = native.apply(flat, op, choice.form)
+    elif cast_to is None:
         h = _run(flat, Operands(weight, bias, *adapters, mask, scale_a, scale_b, mask_scale), choice)
     else:
         with torch.autocast(device.type, enabled=False):
@@ -131,9 +138,13 @@ def hydra_linear(
 
 
 def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
-    if torch.is_grad_enabled():
-        return HydraFunction.apply(x, *op, choice)
-    return TABLE[choice.backend].forward(x, op, frozenset(), choice.form)[0]
+    if not torch.is_grad_enabled():
+        return TABLE[choice.backend].forward(x, op, frozenset(), choice.form)[0]
+    *tensors, scale_a, scale_b, _ = op[FIRST_OPTION:]
+    constant = not isinstance(scale_a, Tensor) and not isinstance(scale_b, Tensor)
+    if constant and scale_a == scale_b == 1 and all(t is None for t in tensors):
+        return HydraFunction.apply(choice, x, *op[:FIRST_OPTION])
+    return HydraFunction.apply(choice, x, *op)
 
 
 def check_route(form: str, backend: str) -> None:
@@ -166,6 +177,32 @@ def _autocast_dtype(x: object) -> torch.dtype | None:
     if not isinstance(x, Tensor) or x.dtype not in _CAST or not autocast_is_on(x):
         return None
     return torch.get_autocast_dtype(x.device.type)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: tuple[Tensor | None, Tensor | None],
+    B: tuple[Tensor | None, Tensor | None],
+    A_biases: tuple[Tensor | None, Tensor | None],
+    B_biases: tuple[Tensor | None, Tensor | None],
+    mask: Tensor | None,
+    scale_a: float | Tensor,
+    scale_b: float | Tensor,
+    cast_to: torch.dtype | None,
+) -> tuple[int, int, int, int, int]:
+    """Raises unless the call is right; returns M, K, N, r_a, r_b."""
+    M, K, N = _check_frozen(x, weight, bias, cast_to)
+    device, dtype = x.device, cast_to or x.dtype
+    dtypes = _CAST if cast_to else _ADAPTER_DTYPES[dtype]
+    r_a = _check_branch(_A, *A, *A_biases, scale_a, K, N, dtypes, device)
+    r_b = _check_branch(_B, *B, *B_biases, scale_b, N, N, dtypes, device)
+    if mask is not None:
+        _check_tensor("mask", mask, (M, r_a + r_b), _CAST if cast_to else (dtype,), device)
+        if mask.requires_grad:
+            raise ValueError("mask: it requires grad, but a dropout mask gets none; pass mask.detach()")
+    return M, K, N, r_a, r_b
 
 
 def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, cast_to: torch.dtype | None) -> tuple[int, int, int]:

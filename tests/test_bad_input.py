@@ -110,7 +110,7 @@ CALLS = [
     ({"mask": torch.ones(M, R_A + R_B, dtype=torch.bool)}, TypeError, "mask: expected torch.float32, got torch.bool"),
     ({"mask": torch.ones(M, R_A + R_B).requires_grad_()}, ValueError, "mask: it requires grad"),
     ({"mask": [[1.0]]}, TypeError, "mask: expected a Tensor, got list"),
-    ({"form": "fast"}, ValueError, "form: expected one of auto, composed, kept, got 'fast'"),
+    ({"form": "fast"}, ValueError, "form: expected one of auto, composed, kept, effective, got 'fast'"),
     ({"backend": "cuda"}, ValueError, "backend: expected one of auto, reference, aten, hybrid, triton, got 'cuda'"),
 ]
 
@@ -157,7 +157,7 @@ CONSTRUCTIONS = [
     ({"init_std": True}, TypeError, "init_std: expected None or a number, got bool"),
     ({"adapter_bias": "no"}, TypeError, "adapter_bias: expected True or False, got 'no'"),
     ({"learnable_scale": 0}, TypeError, "learnable_scale: expected True or False, got 0"),
-    ({"form": "composd"}, ValueError, "form: expected one of auto, composed, kept, got 'composd'"),
+    ({"form": "composd"}, ValueError, "form: expected one of auto, composed, kept, effective, got 'composd'"),
     ({"backend": "tritn"}, ValueError, "backend: expected one of auto, reference, aten, hybrid, triton, got 'tritn'"),
 ]
 

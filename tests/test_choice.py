@@ -6,8 +6,9 @@ import torch
 from hydra_kernels.choice import Machine, Measured, choose
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-RUNS = {"aten": None, "hybrid": None, "triton": None}
-CPU = Machine("a processor", None, RUNS | {"hybrid": "no GPU", "triton": "no GPU"}, [])
+RUNS = dict.fromkeys(("aten", "native", "hybrid", "triton"))
+NATIVE = Machine("a processor", None, RUNS | {"hybrid": "no GPU", "triton": "no GPU"}, [])
+CPU = NATIVE._replace(reasons={**NATIVE.reasons, "native": "not built"})
 H100 = Machine("a card", (9, 0), RUNS, [])
 
 
@@ -61,8 +62,10 @@ def test_what_the_user_fixed_stays_fixed():
         (H100, F32, "hybrid", "nothing was measured"),
         (H100, F64, "aten", "no float64"),
         (H100._replace(reasons=RUNS | {"hybrid": "too old"}), BF16, "aten", "cannot run on this device"),
-        (CPU, BF16, "aten", "no NVIDIA GPU"),
-        (CPU._replace(reasons=RUNS), F32, "aten", "no NVIDIA GPU"),  # the interpreter is for tests that ask for it
+        (CPU, F32, "aten", "not built"),
+        (NATIVE, BF16, "aten", "float32 and float64 alone"),
+        (NATIVE, F32, "native", "faster than ATen calls"),
+        (NATIVE._replace(reasons=RUNS), F32, "native", "faster"),  # the interpreter is for tests that ask for it
     ],
 )
 def test_backend_without_a_measurement(machine, dtype, backend, why):

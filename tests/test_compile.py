@@ -1,6 +1,6 @@
 """torch.compile takes the layers without a graph break, at fixed and dynamic sizes, and computes the same.
 
-Two routes: `aten` is traced through; the Triton backends are operators, here over the interpreter's kernels.
+Two routes: `aten` is traced through; `native` and the Triton backends, here over the interpreter, are operators.
 """
 
 import json
@@ -25,6 +25,9 @@ from .cases import PLAIN, operands
 from .test_layers import trained
 
 ROUTES = [("aten", "composed"), ("aten", "kept"), ("hybrid", "auto"), ("triton", "auto")]
+if hk.backends()["native"] is None:
+    ROUTES += [("native", form) for form in ("composed", "kept", "effective")]
+OPERATORS = [(backend, "composed" if form == "auto" else form) for backend, form in ROUTES if backend != "aten"]
 OPTIONS = [{}, {"adapter_bias": True, "learnable_scale": True}, {"scale_a": 0.7}]
 
 
@@ -111,7 +114,7 @@ def test_inductor_equals_eager(backend, form, tmp_path, monkeypatch):
     same(step(compiled, layer, rows(40)), step(layer, layer, rows(40)))
 
 
-@pytest.mark.parametrize(("backend", "form"), ROUTES)
+@pytest.mark.parametrize(("backend", "form"), [route for route in ROUTES if route[0] != "native"])
 def test_under_autocast(backend, form):
     if backend == "aten":
         form = "kept"
@@ -127,7 +130,7 @@ def test_under_autocast(backend, form):
     same(traced, eager, 2e-2)
 
 
-@pytest.mark.parametrize(("backend", "form"), ROUTES)
+@pytest.mark.parametrize(("backend", "form"), [route for route in ROUTES if route[1] != "effective"])
 def test_checkpointing_recomputes_with_the_same_mask(backend, form):
     """A recomputed mask that differs would give dA_up for a bottleneck that the output never saw."""
     layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend, dropout=0.5))
@@ -162,11 +165,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
-@pytest.mark.parametrize("fused", [False, True], ids=["hybrid", "triton"])
+@pytest.mark.parametrize(("backend", "form"), OPERATORS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_operators_pass_opcheck(case, fused, permuted):
+def test_operators_pass_opcheck(case, backend, form, permuted):
     """Fake outputs have the shapes, strides and dtypes of real ones, and inputs stay as they are."""
-    t, G = operands(case, torch.float32)
+    t, G = operands(replace(case, dropout=case.dropout and form != "effective"), torch.float32)
     mask = t.pop("mask", None)
     t = {name: v.t().contiguous().t() if permuted and v.dim() == 2 else v for name, v in t.items()}
     x, G = t.pop("x").flatten(0, -2), G.flatten(0, -2)
@@ -175,9 +178,9 @@ def test_operators_pass_opcheck(case, fused, permuted):
     fields |= case.constant_scales | t | {"mask": None if mask is None else mask != 0}
     op = Operands(**fields)
     packed, needs = operators._packed(op), operators._joined(names)
-    opcheck(torch.ops.hydra_kernels.forward.default, (x, *packed, needs, fused))
-    _, _, saved = operators.forward(x, op, names, fused)
-    opcheck(torch.ops.hydra_kernels.backward.default, (G, list(saved), *packed, needs, fused))
+    opcheck(torch.ops.hydra_kernels.forward.default, (x, *packed, needs, backend, form))
+    _, _, saved = operators.forward(x, op, names, backend, form)
+    opcheck(torch.ops.hydra_kernels.backward.default, (G, list(saved), *packed, needs, backend, form))
 
 
 def test_accumulate_passes_opcheck():

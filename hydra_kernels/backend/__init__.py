@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from . import aten
+from . import aten, native
 from .gpu import TritonBackend
 from .interface import Backend
 
 TABLE: dict[str, Backend] = {
     "aten": aten,
+    "native": native,
     "hybrid": TritonBackend(fused=False),
     "triton": TritonBackend(fused=True),
 }

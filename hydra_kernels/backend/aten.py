@@ -31,7 +31,9 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def refusal(form: str, dtype: torch.dtype, r_a: int, r_b: int) -> str | None:
+def refusal(form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False) -> str | None:
+    if form == "effective":
+        return "it has the composed and the kept form"
     if form == "composed" and r_b > 0 and dtype in LOW_PRECISION:
         return f"its composed form would round B_down W0 to {dtype} and lose accuracy that the naive layer keeps"
     return None

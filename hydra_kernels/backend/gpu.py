@@ -23,7 +23,7 @@ class TritonBackend:
     """
 
     def __init__(self, fused: bool) -> None:
-        self.fused = fused
+        self.fused, self.name = fused, "triton" if fused else "hybrid"
 
     def unavailable(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -38,10 +38,10 @@ class TritonBackend:
             )
         return too_old(torch.cuda.get_device_capability(device))
 
-    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int) -> str | None:
+    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False) -> str | None:
         if dtype not in _DTYPES:
             return f"its kernels have no {dtype}"
-        if form == "kept":
+        if form != "composed":
             return "it has the composed form only"
         if self.fused and r_a + r_b > configs.MAX_RANK_BLOCK:
             return f"it fuses ranks up to {configs.MAX_RANK_BLOCK}, and r_a + r_b is {r_a + r_b}; 'hybrid' takes any"
@@ -49,17 +49,18 @@ class TritonBackend:
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
         if operators.traced(x):
-            return operators.forward(x, op, needs, self.fused)
+            return operators.forward(x, op, needs, self.name, form)
         from . import gpu_steps
 
         return gpu_steps.forward(x, op, needs, self.fused, gpu_steps.tiles_of(x.device))
 
     def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
         if operators.traced(G):
-            return operators.backward(G, op, saved, needs, self.fused)
+            return operators.backward(G, op, saved, needs, self.name, form)
         from . import gpu_steps
 
-        return gpu_steps.backward(G, op, saved, needs, self.fused, gpu_steps.tiles_of(G.device))
+        tiles = gpu_steps.tiles_of(G.device)
+        return gpu_steps.backward(G, gpu_steps.contiguous(op), saved, needs, self.fused, tiles)
 
 
 def too_old(capability: tuple[int, int]) -> str | None:

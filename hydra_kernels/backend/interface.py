@@ -29,14 +29,14 @@ class Operands(NamedTuple):
     A_up: Tensor | None
     B_down: Tensor | None
     B_up: Tensor | None
-    A_down_bias: Tensor | None
-    A_up_bias: Tensor | None
-    B_down_bias: Tensor | None
-    B_up_bias: Tensor | None
-    mask: Tensor | None
-    scale_a: float | Tensor
-    scale_b: float | Tensor
-    mask_scale: float
+    A_down_bias: Tensor | None = None
+    A_up_bias: Tensor | None = None
+    B_down_bias: Tensor | None = None
+    B_up_bias: Tensor | None = None
+    mask: Tensor | None = None
+    scale_a: float | Tensor = 1.0
+    scale_b: float | Tensor = 1.0
+    mask_scale: float = 1.0
 
     @property
     def r_a(self) -> int:
@@ -47,6 +47,8 @@ class Operands(NamedTuple):
         return 0 if self.B_down is None else self.B_down.shape[0]
 
 
+FIRST_OPTION = Operands._fields.index("A_down_bias")  # from here on most calls leave them at their defaults
+
 # What a forward leaves for its backward besides the operands; which tensors, each backend and form decides for itself.
 Saved = tuple[Tensor | None, ...]
 
@@ -55,8 +57,8 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on a device, or None."""
 
-    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int) -> str | None:
-        """Why it cannot serve such a call on a device where it runs, or None."""
+    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False) -> str | None:
+        """Why it cannot serve such a call, ``masked`` where it has dropout, on a device where it runs, or None."""
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
         """h [M, N] for x [M, K]; what the backward will read again of op, and what it will read besides."""

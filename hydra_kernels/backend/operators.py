@@ -1,7 +1,7 @@
 """Custom operators: what torch.compile takes into its graph unseen. Eager calls never come here.
 
-A kernel of Triton's is launched by Python, which no tracer can follow, so a whole forward or backward of `gpu_steps` is
-one operator. The fake implementations give the shapes and strides of what the bodies return.
+No tracer can follow a kernel of Triton's, which Python launches, nor compiled C++, so a whole forward or backward of
+such a backend is one operator. The fake implementations give the shapes and strides of what the bodies return.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .interface import Operands, Saved
 
 _NUMBERS = ("scale_a", "scale_b", "mask_scale")
 _TENSORS = tuple(name for name in Operands._fields if name not in _NUMBERS)
-_OPERANDS = "Tensor?[] tensors, float scale_a, float scale_b, float mask_scale, str needs, bool fused"
+_OPERANDS = "Tensor?[] tensors, float scale_a, float scale_b, float mask_scale, str needs, str backend, str form"
 _FROM_Z = ("A_up", "B_up", "scale_a", "scale_b")
 
 
@@ -32,23 +32,29 @@ def accumulate_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return out.addmm_(left, right)
 
 
-def forward(x: Tensor, op: Operands, needs: Set[str], fused: bool) -> tuple[Tensor, Operands, Saved]:
-    """`gpu_steps.forward` as one operator."""
-    h, *left = torch.ops.hydra_kernels.forward(x, *_packed(op), _joined(needs), fused)
-    Z = left[0] if not needs.isdisjoint(_FROM_Z) else None
-    return h, op, (x if "A_down" in needs or "B_down" in needs else None, Z, left[-1] if "x" in needs else None)
+def forward(x: Tensor, op: Operands, needs: Set[str], backend: str, form: str) -> tuple[Tensor, Operands, Saved]:
+    """The backend's forward as one operator."""
+    h, *left = torch.ops.hydra_kernels.forward(x, *_packed(op), _joined(needs), backend, form)
+    with_x, *others = _are_saved(form, op, needs)
+    return h, op, (x if with_x else None, *(left.pop(0) if saved else None for saved in others))
 
 
-def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], fused: bool) -> dict[str, Tensor]:
-    """`gpu_steps.backward` as one operator."""
+def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], backend: str, form: str) -> dict[str, Tensor]:
+    """The backend's backward as one operator."""
     joined = _joined(needs)
-    return dict(
-        zip(
-            joined.split(","),
-            torch.ops.hydra_kernels.backward(G, list(saved), *_packed(op), joined, fused),
-            strict=True,
-        )
-    )
+    grads = torch.ops.hydra_kernels.backward(G, list(saved), *_packed(op), joined, backend, form)
+    return dict(zip(joined.split(","), grads, strict=True))
+
+
+def _are_saved(form: str, op: Operands, needs: Set[str]) -> tuple[bool, bool, bool]:
+    """Which of its three saved tensors a form leaves: x, Z, D; kept: x, Z, y0; effective: x, D, d."""
+    from_Z, A_down, B_down = not needs.isdisjoint(_FROM_Z), "A_down" in needs, "B_down" in needs
+    if form == "kept":
+        return A_down, from_Z, B_down
+    if form == "composed":
+        return A_down or B_down, from_Z, "x" in needs
+    of_b = op.r_b > 0 and (op.bias is not None or op.B_down_bias is not None)
+    return A_down or B_down or from_Z, from_Z or "x" in needs, from_Z and (of_b or op.A_down_bias is not None)
 
 
 def _forward(
@@ -58,13 +64,15 @@ def _forward(
     scale_b: float,
     mask_scale: float,
     needs: str,
-    fused: bool,
+    backend: str,
+    form: str,
 ) -> list[Tensor]:
-    from . import gpu_steps
+    from . import TABLE
 
     op = _unpacked(tensors, scale_a, scale_b, mask_scale)
-    h, _, (_, Z, D) = gpu_steps.forward(x, op, set(needs.split(",")), fused, gpu_steps.tiles_of(x.device))
-    return [h, *(t for t in (Z, D) if t is not None)]
+    h, _, saved = TABLE[backend].forward(x, op, frozenset(needs.split(",")), form)
+    # An operator may not return an operand, and without a sequential branch D is A_down.
+    return [h, *(t.clone() if t is op.A_down or t is op.A_down_bias else t for t in saved[1:] if t is not None)]
 
 
 def _fake_forward(
@@ -74,13 +82,14 @@ def _fake_forward(
     scale_b: float,
     mask_scale: float,
     needs: str,
-    fused: bool,
+    backend: str,
+    form: str,
 ) -> list[Tensor]:
-    op, wanted = _unpacked(tensors, scale_a, scale_b, mask_scale), needs.split(",")
-    (M, K), R = x.shape, op.r_a + op.r_b
-    outputs = [x.new_empty(M, op.weight.shape[0])]
-    outputs += [x.new_empty(M, R)] if set(_FROM_Z).intersection(wanted) else []
-    return outputs + ([x.new_empty(R, K)] if "x" in wanted else [])
+    op = _unpacked(tensors, scale_a, scale_b, mask_scale)
+    (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
+    shapes = {"composed": ((M, R), (R, K)), "kept": ((M, R), (M, N)), "effective": ((R, K), (R,))}[form]
+    _, *others = _are_saved(form, op, set(needs.split(",")))
+    return [x.new_empty(M, N), *(x.new_empty(shape) for shape, saved in zip(shapes, others, strict=True) if saved)]
 
 
 def _backward(
@@ -91,12 +100,13 @@ def _backward(
     scale_b: float,
     mask_scale: float,
     needs: str,
-    fused: bool,
+    backend: str,
+    form: str,
 ) -> list[Tensor]:
-    from . import gpu_steps
+    from . import TABLE
 
-    op, names = gpu_steps.contiguous(_unpacked(tensors, scale_a, scale_b, mask_scale)), needs.split(",")
-    grads = gpu_steps.backward(G, op, tuple(saved), set(names), fused, gpu_steps.tiles_of(G.device))
+    op, names = _unpacked(tensors, scale_a, scale_b, mask_scale), needs.split(",")
+    grads = TABLE[backend].backward(G, op, tuple(saved), frozenset(names), form)
     return [grads[name] for name in names]
 
 
@@ -108,10 +118,11 @@ def _fake_backward(
     scale_b: float,
     mask_scale: float,
     needs: str,
-    fused: bool,
+    backend: str,
+    form: str,
 ) -> list[Tensor]:
     op, (M, N) = _unpacked(tensors, scale_a, scale_b, mask_scale), G.shape
-    special = {"x": lambda: G.new_empty(M, saved[2].shape[1]), "bias": lambda: G.new_empty(N)}
+    special = {"x": lambda: G.new_empty(M, op.weight.shape[1]), "bias": lambda: G.new_empty(N)}
 
     def like(name: str) -> Tensor:
         return torch.empty_like(getattr(op, name), memory_format=torch.contiguous_format)

@@ -1,0 +1,101 @@
+#include "autograd.h"
+
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace hydra {
+namespace {
+
+struct BelowAutograd {
+  at::AutoDispatchBelowADInplaceOrView autograd;
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
+using Tensors = std::array<at::Tensor, GRADIENTS>;
+
+// By the numbers of operands.h, a scale that is a number as undefined.
+Tensors tensors_of(const at::Tensor& x, const Operands& op) {
+  return {x, op.weight, op.bias, op.A_down, op.A_up, op.B_down, op.B_up, op.A_down_bias, op.A_up_bias, op.B_down_bias,
+          op.B_up_bias, op.mask, op.scale_a.tensor, op.scale_b.tensor};
+}
+
+// All of a call that is not a tensor. A set has bit i for operand i.
+struct Call : torch::CustomClassHolder {
+  double scale_a, scale_b, mask_scale;
+  Form form;
+  Needs needs{0};
+  uint32_t given = 0;  // of the arguments
+  uint32_t kept = 0;   // of those that the backward reads; what the form saved comes after them
+  std::vector<bool> saved;  // which of the form's tensors are defined
+};
+
+struct HydraFunction : torch::autograd::Function<HydraFunction> {
+  // `given` are the tensors that are there: autograd's bookkeeping for each costs host time.
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::TensorList&, const Operands& op,
+                            const Tensors& all, c10::intrusive_ptr<Call> call) {
+    for (int i = 0; i < GRADIENTS; ++i)
+      if (all[i].defined() && all[i].requires_grad()) call->needs.bits |= 1u << i;
+    Forward result = hydra::forward(all[X], op, call->needs, call->form);
+    const bool through_W0 = call->form != Form::kept && call->needs.any(B_DOWN);
+    torch::autograd::variable_list kept;
+    for (int i = WEIGHT; i < GRADIENTS; ++i) {
+      const bool read = i == WEIGHT ? through_W0 || call->needs.any(X) : i == BIAS ? through_W0 : true;
+      if (read && all[i].defined()) kept.push_back(all[i]), call->kept |= 1u << i;
+    }
+    for (at::Tensor& t : result.saved) {
+      call->saved.push_back(t.defined());
+      if (t.defined()) kept.push_back(std::move(t));
+    }
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data["call"] = at::IValue::make_capsule(std::move(call));
+    return std::move(result.h);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& G) {
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "hydra_linear: create_graph=True asks for a derivative of its backward, which has none; use "
+                "backend='reference' for gradient penalties and other double backwards");
+    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const auto tensors = ctx->get_saved_variables();
+    Tensors t;
+    Saved saved;
+    auto next = tensors.begin();
+    for (int i = WEIGHT; i < GRADIENTS; ++i)
+      if (call->kept & 1u << i) t[i] = *next++;
+    for (bool defined : call->saved) saved.push_back(defined ? *next++ : at::Tensor());
+    const Operands op{t[WEIGHT], t[BIAS], t[A_DOWN], t[A_UP], t[B_DOWN], t[B_UP], t[A_DOWN_BIAS], t[A_UP_BIAS],
+                      t[B_DOWN_BIAS], t[B_UP_BIAS], t[MASK], {call->scale_a, t[SCALE_A]}, {call->scale_b, t[SCALE_B]},
+                      call->mask_scale};
+    Gradients grads = hydra::backward(G[0], op, saved, call->needs, call->form);
+    torch::autograd::variable_list result;
+    for (int i = 0; i < GRADIENTS; ++i)
+      if (call->given & 1u << i) result.push_back(std::move(grads[i]));
+    result.resize(result.size() + 3);  // of the arguments after the list
+    return result;
+  }
+};
+
+}  // namespace
+
+at::Tensor apply(const at::Tensor& x, const Operands& op, Form form) {
+  const Tensors all = tensors_of(x, op);
+  auto call = c10::make_intrusive<Call>();
+  call->scale_a = op.scale_a.value, call->scale_b = op.scale_b.value, call->mask_scale = op.mask_scale, call->form = form;
+  std::vector<at::Tensor> given;
+  for (int i = 0; i < GRADIENTS; ++i)
+    if (all[i].defined()) given.push_back(all[i]), call->given |= 1u << i;
+  return HydraFunction::apply(at::TensorList(given), op, all, std::move(call));
+}
+
+Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Form form) {
+  const BelowAutograd guard;
+  return cpu::forward(x, op, needs, form);
+}
+
+Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, Form form) {
+  const BelowAutograd guard;
+  return cpu::backward(G, op, saved, needs, form);
+}
+
+}  // namespace hydra

@@ -1,0 +1,49 @@
+// The two products with a side of R = r_a + r_b that a CPU adapter is made of, for one thread.
+//
+//   dots      out[i, j] = base[i, j] + sum_p left[i, p] right[j, p]      Z = x D^T, dZ = G U, dB_down = T W0^T
+//   combine   out[i, c] = base[i, c] + sum_p left(p, i) right[p, c]      dD = dZ^T x, dU = Z^T G, C = B_down W0,
+//                                                                        Z U^T, dZ D, W0 + U D
+//
+// base may be out itself, a row for all i (ld_base = 0), or null for zeros. Rows of right, out and base are contiguous.
+// Sums run over blocks of p, in an order that depends on the sizes alone.
+#pragma once
+
+#include <cstdint>
+
+namespace hydra::cpu {
+
+template <class T>
+struct Dots {
+  int64_t rows, columns, depth;
+  const T* left;  // [rows, depth]
+  int64_t ld_left;
+  const T* right;  // [columns, depth]
+  int64_t ld_right;
+  const T* base;
+  int64_t ld_base;
+  T* out;  // [rows, columns]
+  int64_t ld_out;
+};
+
+template <class T>
+struct Combine {
+  int64_t rows, columns, depth;
+  const T* left;  // element (p, i) at p * left_p + i * left_i
+  int64_t left_p, left_i;
+  const T* right;  // [depth, columns]
+  int64_t ld_right;
+  const T* base;
+  int64_t ld_base;
+  T* out;  // [rows, columns]
+  int64_t ld_out;
+};
+
+// The instruction set that this processor has and ATEN_CPU_CAPABILITY allows: "avx512", "avx2" or "plain".
+const char* instructions();
+
+void run(const Dots<float>& product);
+void run(const Dots<double>& product);
+void run(const Combine<float>& product);
+void run(const Combine<double>& product);
+
+}  // namespace hydra::cpu

@@ -1,0 +1,144 @@
+// The loops of products.h in vectors of VECTOR_BYTES, included once by the file of each instruction set.
+
+#include "products.h"
+
+namespace hydra::cpu {
+namespace {  // each instruction set has its own, which the linker must not merge
+
+#define HYDRA_INLINE inline __attribute__((always_inline))
+
+// Aligned as its elements are: rows may start anywhere.
+template <class T, int LANES>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(LANES * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <class T, int LANES>
+using Vector = typename VectorOf<T, LANES>::type;
+
+template <class T, int LANES>
+HYDRA_INLINE Vector<T, LANES>& at(T* p) { return *reinterpret_cast<Vector<T, LANES>*>(p); }
+template <class T, int LANES>
+HYDRA_INLINE const Vector<T, LANES>& at(const T* p) { return *reinterpret_cast<const Vector<T, LANES>*>(p); }
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int SIDE = VECTOR_BYTES >= 64 ? 4 : 2;  // of a tile of dots, SIDE^2 accumulators
+constexpr int ROWS = VECTOR_BYTES >= 64 ? 16 : 8;  // of a tile of combine, as many accumulators
+constexpr int64_t DOTS_DEPTH = 1024;  // of a block of p: its operands stay in the first cache
+
+template <class T, int LANES>
+HYDRA_INLINE T sum(Vector<T, LANES> v) {
+  T total[LANES];
+  at<T, LANES>(total) = v;
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) total[l] += total[l + half];
+  return total[0];
+}
+
+// A tile of rows x columns <= SIDE x SIDE dots; what a row or column too many computes is not stored.
+template <class T>
+void dots_tile(const Dots<T>& d, int64_t i0, int64_t j0, int64_t p0, int64_t depth, const T* base, int64_t ld_base) {
+  constexpr int LANES = VECTOR_BYTES / sizeof(T);
+  using V = Vector<T, LANES>;
+  const int64_t rows = least(SIDE, d.rows - i0), columns = least(SIDE, d.columns - j0);
+  const T *left[SIDE], *right[SIDE];
+  for (int i = 0; i < SIDE; ++i) {
+    left[i] = d.left + (i0 + least(i, rows - 1)) * d.ld_left + p0;
+    right[i] = d.right + (j0 + least(i, columns - 1)) * d.ld_right + p0;
+  }
+  V acc[SIDE][SIDE] = {};
+  int64_t p = 0;
+  for (; p + LANES <= depth; p += LANES) {
+    V r[SIDE];
+    for (int j = 0; j < SIDE; ++j) r[j] = at<T, LANES>(right[j] + p);
+    for (int i = 0; i < SIDE; ++i) {
+      const V l = at<T, LANES>(left[i] + p);
+      for (int j = 0; j < SIDE; ++j) acc[i][j] += l * r[j];
+    }
+  }
+  if (p < depth) {
+    T l[SIDE][LANES] = {}, r[SIDE][LANES] = {};
+    for (int i = 0; i < SIDE; ++i)
+      for (int64_t q = p; q < depth; ++q) l[i][q - p] = left[i][q], r[i][q - p] = right[i][q];
+    for (int i = 0; i < SIDE; ++i)
+      for (int j = 0; j < SIDE; ++j) acc[i][j] += at<T, LANES>(l[i]) * at<T, LANES>(r[j]);
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      const T total = sum<T, LANES>(acc[i][j]);
+      d.out[(i0 + i) * d.ld_out + j0 + j] = base ? base[(i0 + i) * ld_base + j0 + j] + total : total;
+    }
+}
+
+template <class T>
+void run_dots(const Dots<T>& d) {
+  const T* base = d.base;
+  int64_t ld_base = d.ld_base, p0 = 0;
+  do {  // once at least: an empty sum is written too
+    const int64_t depth = least(DOTS_DEPTH, d.depth - p0);
+    for (int64_t i0 = 0; i0 < d.rows; i0 += SIDE)
+      for (int64_t j0 = 0; j0 < d.columns; j0 += SIDE) dots_tile(d, i0, j0, p0, depth, base, ld_base);
+    base = d.out, ld_base = d.ld_out, p0 += DOTS_DEPTH;
+  } while (p0 < d.depth);
+}
+
+template <class T>
+struct CombineBlock {
+  const Combine<T>& c;
+  int64_t p0, depth;
+  const T* base;
+  int64_t ld_base;
+
+  template <int R, int LANES>
+  HYDRA_INLINE void tile(int64_t i0, int64_t c0) const {
+    using V = Vector<T, LANES>;
+    const T* left = c.left + p0 * c.left_p + i0 * c.left_i;
+    const T* right = c.right + p0 * c.ld_right + c0;
+    V acc[R] = {};
+    for (int64_t p = 0; p < depth; ++p, left += c.left_p, right += c.ld_right) {
+      const V r = at<T, LANES>(right);
+      for (int i = 0; i < R; ++i) acc[i] += left[i * c.left_i] * r;
+    }
+    for (int i = 0; i < R; ++i) {
+      T* out = c.out + (i0 + i) * c.ld_out + c0;
+      at<T, LANES>(out) = base ? at<T, LANES>(base + (i0 + i) * ld_base + c0) + acc[i] : acc[i];
+    }
+  }
+
+  // All columns from c0 on, in vectors of LANES and at last of single elements.
+  template <int R, int LANES>
+  HYDRA_INLINE void columns(int64_t i0, int64_t c0) const {
+    for (; c0 + LANES <= c.columns; c0 += LANES) tile<R, LANES>(i0, c0);
+    if constexpr (LANES > 1) columns<R, LANES / 2>(i0, c0);
+  }
+
+  // All rows from i0 on, R at a time.
+  template <int R>
+  HYDRA_INLINE void rows(int64_t i0) const {
+    for (; i0 + R <= c.rows; i0 += R) columns<R, VECTOR_BYTES / sizeof(T)>(i0, 0);
+    if constexpr (R > 1) rows<R / 2>(i0);
+  }
+};
+
+template <class T>
+void run_combine(const Combine<T>& c) {
+  const T* base = c.base;
+  int64_t ld_base = c.ld_base, p0 = 0;
+  // Long rows lie on a page each: 32 of them at a time. Of short ones, as many as the first cache holds.
+  const int64_t block = c.columns > 64 ? 32 : 512;
+  do {
+    CombineBlock<T>{c, p0, least(block, c.depth - p0), base, ld_base}.template rows<ROWS>(0);
+    base = c.out, ld_base = c.ld_out, p0 += block;
+  } while (p0 < c.depth);
+}
+
+}  // namespace
+}  // namespace hydra::cpu
+
+#define HYDRA_DEFINE(ISA)                                                    \
+  namespace hydra::cpu::ISA {                                                \
+  void run(const Dots<float>& product) { run_dots(product); }               \
+  void run(const Dots<double>& product) { run_dots(product); }              \
+  void run(const Combine<float>& product) { run_combine(product); }         \
+  void run(const Combine<double>& product) { run_combine(product); }        \
+  }

@@ -1,0 +1,5 @@
+// Sixteen bytes a vector: what every x86-64 and every 64-bit ARM processor has.
+#define VECTOR_BYTES 16
+#include "products_impl.h"
+
+HYDRA_DEFINE(plain)

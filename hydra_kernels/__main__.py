@@ -1,0 +1,91 @@
+"""`python -m hydra_kernels`: what this machine and this installation are, for a bug report. Plain text; never fails."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from . import __version__, extension
+from .backend import backends
+from .machine import cache_folder, cpu_name
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu() -> Iterator[str]:
+    yield f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+
+
+def gpus() -> Iterator[str]:
+    if not torch.cuda.is_available():
+        yield f"none that torch can use (built for {torch.version.cuda or torch.version.hip or 'the CPU'})"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        yield f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+    if smi := shutil.which("nvidia-smi"):
+        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+        yield f"driver {' '.join(sorted(set(done.stdout.split()))) or done.stderr.strip()}"
+
+
+def compiled_part() -> Iterator[str]:
+    reason = extension.why_not()
+    yield "loaded" if reason is None else f"not loaded: {reason}"
+    yield from described(extension.record())
+
+
+def described(record: Mapping[str, object]) -> Iterator[str]:
+    """What setup.py recorded, a line a fact; a compiler's last words are several lines."""
+    for key, value in record.items():
+        facts = value.items() if isinstance(value, dict) else [("", value)]
+        for name, fact in facts:
+            text = " ".join(map(str, fact)) if isinstance(fact, list) else str(fact)
+            yield f"{f'{key} {name}'.strip().replace('_', ' ')}: {text}"
+
+
+def backend_reasons() -> Iterator[str]:
+    for name, reason in backends().items():
+        yield f"{name}: {reason or 'usable'}"
+
+
+def measurements() -> Iterator[str]:
+    folder = cache_folder()
+    yield f"{len(list(folder.glob('*.json')))} in {folder}"
+
+
+def report() -> Iterator[str]:
+    yield f"hydra_kernels {__version__} in {Path(__file__).parent}"
+    yield f"torch {torch.__version__}, triton {version('triton')}"
+    yield f"Python {platform.python_version()} ({sys.executable}), {platform.platform()}"
+    parts: dict[str, Callable[[], Iterator[str]]] = {
+        "CPU": cpu,
+        "GPU": gpus,
+        "compiled part": compiled_part,
+        "backends": backend_reasons,
+        "measurements": measurements,
+    }
+    for title, part in parts.items():
+        yield f"{title}:"
+        try:
+            for line in part():
+                yield "  " + line.replace("\n", "\n    ")
+        except Exception as error:  # a report of what is broken must get past what is broken
+            yield f"  not found out: {type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    for line in report():
+        print(line)
