@@ -90,11 +90,17 @@ at::Tensor apply(const at::Tensor& x, const Operands& op, Form form) {
 
 Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Form form) {
   const BelowAutograd guard;
+#ifdef HYDRA_WITH_CUDA
+  if (!x.is_cpu()) return gpu::forward(x, op, needs);
+#endif
   return cpu::forward(x, op, needs, form);
 }
 
 Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, Form form) {
   const BelowAutograd guard;
+#ifdef HYDRA_WITH_CUDA
+  if (!G.is_cpu()) return gpu::backward(G, op, saved, needs);
+#endif
   return cpu::backward(G, op, saved, needs, form);
 }
 

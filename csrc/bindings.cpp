@@ -1,52 +1,12 @@
 // The Python module hydra_kernels._native: one crossing a pass, no arithmetic.
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
-
 #include "autograd.h"
 #include "check.h"
 #include "cpu/products.h"
+#include "python.h"
 
 namespace {
 
-at::Tensor tensor(PyObject* object) {
-  return object == Py_None ? at::Tensor() : THPVariable_Unpack(object);
-}
-
-PyObject* wrapped(const at::Tensor& t) { return t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None); }
-
-template <class Tensors>
-py::tuple wrapped_all(const Tensors& tensors, size_t count) {
-  py::tuple result(count);
-  for (size_t i = 0; i < count; ++i) PyTuple_SET_ITEM(result.ptr(), i, wrapped(tensors[i]));
-  return result;
-}
-
-hydra::Scale scale(PyObject* object) {
-  if (THPVariable_Check(object)) return {1, THPVariable_Unpack(object)};
-  return {PyFloat_AsDouble(object), {}};
-}
-
-// From a backend.interface.Operands.
-hydra::Operands operands(const py::tuple& fields) {
-  const auto at = [&](int i) { return PyTuple_GET_ITEM(fields.ptr(), i); };
-  return {tensor(at(0)), tensor(at(1)), tensor(at(2)), tensor(at(3)), tensor(at(4)), tensor(at(5)), tensor(at(6)),
-          tensor(at(7)), tensor(at(8)), tensor(at(9)), tensor(at(10)), scale(at(11)), scale(at(12)),
-          PyFloat_AsDouble(at(13))};
-}
-
-// Interned once: the keys of every backward.
-const std::array<py::str, hydra::GRADIENTS>& gradient_names() {
-  static const auto* names = new std::array<py::str, hydra::GRADIENTS>{
-      "x", "weight", "bias", "A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias",
-      "mask", "scale_a", "scale_b"};
-  return *names;
-}
-
-hydra::Form form_named(const std::string& name) {
-  if (name == "composed") return hydra::Form::composed;
-  if (name == "effective") return hydra::Form::effective;
-  return hydra::Form::kept;
-}
+using namespace hydra::python;
 
 // (M, K, N, r_a, r_b), or None where Python must judge.
 py::object sizes(const py::args& arguments) {
@@ -81,31 +41,24 @@ py::object apply(py::handle x, const py::tuple& op, const std::string& form) {
 py::tuple forward(py::handle x, const py::tuple& op, uint32_t needs, const std::string& form) {
   const at::Tensor input = tensor(x.ptr());
   const hydra::Operands unpacked = operands(op);
-  hydra::Forward result;
+  hydra::Forward made;
   {
     py::gil_scoped_release released;
-    result = hydra::forward(input, unpacked, {needs}, form_named(form));
+    made = hydra::forward(input, unpacked, {needs}, form_named(form));
   }
-  py::tuple both(2);
-  PyTuple_SET_ITEM(both.ptr(), 0, wrapped(result.h));
-  PyTuple_SET_ITEM(both.ptr(), 1, wrapped_all(result.saved, result.saved.size()).release().ptr());
-  return both;
+  return wrapped(made);
 }
 
 py::dict backward(py::handle G, const py::tuple& op, const py::tuple& saved, uint32_t needs, const std::string& form) {
   const at::Tensor input = tensor(G.ptr());
   const hydra::Operands unpacked = operands(op);
-  hydra::Saved left;
-  for (py::handle t : saved) left.push_back(tensor(t.ptr()));
+  const hydra::Saved left = saved_of(saved);
   hydra::Gradients grads;
   {
     py::gil_scoped_release released;
     grads = hydra::backward(input, unpacked, left, {needs}, form_named(form));
   }
-  py::dict found;
-  for (int i = 0; i < hydra::GRADIENTS; ++i)
-    if (grads[i].defined()) PyDict_SetItem(found.ptr(), gradient_names()[i].ptr(), py::reinterpret_steal<py::object>(wrapped(grads[i])).ptr());
-  return found;
+  return wrapped(grads);
 }
 
 }  // namespace

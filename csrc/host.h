@@ -1,4 +1,4 @@
-// The forms of DESIGN's composed and kept mathematics on each kind of device; the choice is the caller's.
+// The forms on each kind of device; which of them runs is the caller's choice.
 #pragma once
 
 #include "operands.h"
@@ -10,5 +10,14 @@ namespace cpu {
 Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Form form);
 Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, Form form);
 }  // namespace cpu
+
+#ifdef HYDRA_WITH_CUDA
+namespace gpu {
+// The composed form alone: x [M, K] and G [M, N] in float32, float16 or bfloat16, adapters of that dtype or float32,
+// R = r_a + r_b <= 64.
+Forward forward(const at::Tensor& x, const Operands& op, Needs needs);
+Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs);
+}  // namespace gpu
+#endif
 
 }  // namespace hydra

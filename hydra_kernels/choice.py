@@ -80,7 +80,8 @@ def choose(
             why = "it won where it was measured on this device"
             return Choice(winner.backend, winner.form, why, why)
         backend, why_backend = _backend(dtype, machine, form)
-    if form == "auto" and backend in COMPOSED_ONLY:
+    native_on_gpu = backend == "native" and machine.capability is not None
+    if form == "auto" and (backend in COMPOSED_ONLY or native_on_gpu):
         form, why_form = "composed", "it is the only form of this backend"
     elif form == "auto":
         form, why_form = _form(M, K, N, r_a, r_b, dtype, backend, masked)

@@ -78,8 +78,8 @@ def _machine(capability: Capability) -> tuple[Machine, Mapping[str, Any] | None]
         machine = here(torch.device("cuda", torch.cuda.current_device()) if on_gpu else CPU)
         return machine, cards.get(".".join(map(str, machine.capability or ())) if on_gpu else "cpu")
     if capability == "cpu":
-        aten_only = {name: None if name == "aten" else "it needs an NVIDIA GPU" for name in TABLE}
-        return Machine(device_name(CPU), None, aten_only, here(CPU).measured), cards["cpu"]
+        reasons = {**here(CPU).reasons, **dict.fromkeys(COMPOSED_ONLY, "it needs an NVIDIA GPU")}
+        return Machine(device_name(CPU), None, reasons, here(CPU).measured), cards["cpu"]
     if isinstance(capability, str) and capability.removeprefix("sm_").isdecimal():
         digits = capability.removeprefix("sm_")
         capability = int(digits[:-1] or 0), int(digits[-1])
@@ -128,6 +128,8 @@ def predict(call: Call, machine: Machine, card: Mapping[str, Any], efficiency: f
         names.remove("triton")
     names += ["aten composed"] if call.dtype not in LOW_PRECISION or call.r_b == 0 else []
     names += ["aten kept"] if call.r_b else []
+    if machine.capability is None and machine.reasons["native"] is None and call.dtype not in LOW_PRECISION:
+        names += ["native composed", "native effective", *(["native kept"] if call.r_b else [])]
     bandwidth, rate = card["gigabytes"] * 1e3, card["tflops"][_rate_name(call.dtype)] * 1e6
     found = {}
     for name in names:
@@ -172,6 +174,8 @@ def kernels_of(name: str, call: Call, capability: tuple[int, int] | None) -> lis
         accumulated = Kernel("h", x + W + 2 * h, gemm)
         backward = [dU_alone, dZ_alone, dx_less, dx_frozen, Kernel("dD", x + Z + D, over_K), *T]
         return [*([before] if r_b else []), Z_alone, more, accumulated, *backward]
+    if name.startswith("native"):
+        return _native_on_a_cpu(name.removeprefix("native "), call, x, h, W, D, gemm)
     forward_b = [Kernel("Z_b", h + Z, 2 * M * N * r_b), Kernel("h = y0 + Z_b U_b^T", 2 * h + Z, 2 * M * N * r_b)]
     backward_b = [Kernel("dU_b", h, 0), Kernel("dZ_b", h, 0), Kernel("dy0", 2 * h, 0), Kernel("dB_down", h, 0)]
     if not r_a:
@@ -179,6 +183,25 @@ def kernels_of(name: str, call: Call, capability: tuple[int, int] | None) -> lis
     forward_a = [Kernel("Z_a", x + Z, 2 * M * K * r_a), Kernel("h += Z_a U_a^T", 2 * h, 2 * M * N * r_a)]
     backward_a = [Kernel("dU_a", h, 0), Kernel("dZ_a", h, 0), Kernel("dx_a", x, 0), Kernel("dA_down", x, 0)]
     return [h_frozen, *forward_b, *forward_a, *backward_b, *backward_a, dx_frozen]
+
+
+def _native_on_a_cpu(form: str, call: Call, x: int, h: int, W: int, D: int, gemm: int) -> list[Kernel]:
+    """The passes of csrc/cpu: what has a side of R reads x, G and y0 together, block by block."""
+    M, K, N, r_a, r_b, _ = call
+    R, over, small = r_a + r_b, 2 * M * (K + N) * (r_a + r_b), 2 * N * K * r_b
+    through_W0 = [Kernel("C", W + D, small)] if r_b and form != "kept" else []
+    after = [Kernel("T W0^T", W, small)] if through_W0 else []
+    h_frozen, dx_frozen = Kernel("h", x + W + h, gemm), Kernel("dx", h + W + x, gemm)
+    if form == "effective":
+        W_eff = Kernel("W0 + U D", 2 * W, 2 * N * K * R)
+        return [*through_W0, W_eff, h_frozen, Kernel("sweep", x + h, 2 * over), W_eff, dx_frozen, *after]
+    onto_dx = Kernel("dx", h + W + 2 * x, gemm)
+    if form == "composed":
+        forward = [Kernel("Z, Z U^T", x + h, over), Kernel("h", x + W + 2 * h, gemm)]
+        return [*through_W0, *forward, Kernel("sweep", 2 * x + h, 3 * M * K * R + over), onto_dx, *after]
+    low = Kernel("Z, h = y0 + Z U^T", (x if r_a else 0) + 2 * h, over)
+    sweep = Kernel("sweep", (2 * x if r_a else 0) + 3 * h, 2 * over)
+    return [h_frozen, low, sweep, onto_dx if r_a else dx_frozen]
 
 
 def _needed_efficiency(call: Call, machine: Machine, card: Mapping[str, Any]) -> str:

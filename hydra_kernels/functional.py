@@ -111,7 +111,9 @@ def hydra_linear(
     machine = here(device)
     masked = mask is not None or (training and dropout_p > 0)
     choice = choose(M, K, N, r_a, r_b, dtype, machine, form, backend, masked)
-    reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(choice.form, dtype, r_a, r_b, masked)
+    reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(
+        choice.form, dtype, r_a, r_b, masked, device
+    )
     if reason is not None:
         raise ValueError(f"backend: {choice.backend!r} cannot serve this call: {reason}")
 

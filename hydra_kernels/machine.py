@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from .backend import TABLE
-from .choice import DATA, Key, Machine, Measured
-
-CPU = torch.device("cpu")
+from .backend.interface import CPU as CPU
+from .choice import DATA, FORMS, Key, Machine, Measured
 
 
 def here(device: torch.device) -> Machine:
@@ -100,7 +99,7 @@ def table(rows: Iterable[Mapping[str, Any]], tf32: bool) -> list[tuple[Key, tupl
     for row in rows:
         dtype = torch.float32 if row["dtype"] == "tf32" else getattr(torch, row["dtype"])
         M, K, N, r_a, r_b = (int(row[key]) for key in ("M", "K", "N", "r_a", "r_b"))
-        if row["backend"] not in TABLE or row["form"] not in ("composed", "kept"):
+        if row["backend"] not in TABLE or row["form"] not in FORMS[1:]:
             raise ValueError(f"unknown backend {row['backend']!r} or form {row['form']!r}")
         if dtype == torch.float32 and (row["dtype"] == "tf32") != tf32:
             continue

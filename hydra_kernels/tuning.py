@@ -21,7 +21,10 @@ from .functional import hydra_linear
 from .layers import HydraLinear
 
 Shape = tuple[int, int, int, int, int]
-CANDIDATES = (("hybrid", "composed"), ("triton", "composed"), ("aten", "composed"), ("aten", "kept"))
+CANDIDATES = (
+    *(("hybrid", "composed"), ("triton", "composed"), ("aten", "composed"), ("aten", "kept")),
+    *(("native", "composed"), ("native", "kept"), ("native", "effective")),
+)
 # Beyond twice the naive layer's error, in epsilons: what is left where the naive layer happens to be exact.
 _SLACK = {torch.float64: 64, torch.float32: 2, torch.float16: 1, torch.bfloat16: 1}
 _COLD_BYTES = 64 << 20  # on a CPU; on a GPU twice its L2
@@ -143,7 +146,7 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
     failed: dict[str, str] = {}
     for backend, form in CANDIDATES:
         name = f"{backend} {form}"
-        reason = TABLE[backend].unavailable(device) or TABLE[backend].refusal(form, dtype, r_a, r_b)
+        reason = TABLE[backend].unavailable(device) or TABLE[backend].refusal(form, dtype, r_a, r_b, device=device)
         if reason is not None or (form == "kept" and not r_b):
             continue
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .interface import LOW_PRECISION, Operands, Saved
+from .interface import CPU, LOW_PRECISION, Operands, Saved
 from .operators import accumulate_
 
 
@@ -31,7 +31,9 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def refusal(form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False) -> str | None:
+def refusal(
+    form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False, device: torch.device = CPU
+) -> str | None:
     if form == "effective":
         return "it has the composed and the kept form"
     if form == "composed" and r_b > 0 and dtype in LOW_PRECISION:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..kernels import configs
 from . import operators
-from .interface import Operands, Saved
+from .interface import CPU, Operands, Saved
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOWEST_CAPABILITY = (8, 0)
 
 
@@ -38,8 +38,10 @@ class TritonBackend:
             )
         return too_old(torch.cuda.get_device_capability(device))
 
-    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False) -> str | None:
-        if dtype not in _DTYPES:
+    def refusal(
+        self, form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False, device: torch.device = CPU
+    ) -> str | None:
+        if dtype not in KERNEL_DTYPES:
             return f"its kernels have no {dtype}"
         if form != "composed":
             return "it has the composed form only"

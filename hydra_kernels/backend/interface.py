@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+CPU = torch.device("cpu")
 COMPOSED_ONLY = ("hybrid", "triton")
 
 
@@ -57,8 +58,10 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on a device, or None."""
 
-    def refusal(self, form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False) -> str | None:
-        """Why it cannot serve such a call, ``masked`` where it has dropout, on a device where it runs, or None."""
+    def refusal(
+        self, form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False, device: torch.device = CPU
+    ) -> str | None:
+        """Why it cannot serve such a call, ``masked`` where it has dropout, on a device like that, where it runs."""
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
         """h [M, N] for x [M, K]; what the backward will read again of op, and what it will read besides."""

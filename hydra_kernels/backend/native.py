@@ -1,4 +1,7 @@
-"""Backend `native`: both forms and the effective weight in C++ (csrc), one crossing from Python a pass."""
+"""Backend `native`: the compiled part (csrc), one crossing from Python a pass; on a GPU the composed form alone.
+
+Eager calls that the compiled part vouches for do not come here: `functional` hands them to its own autograd function.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,32 @@ from torch import Tensor
 
 from .. import extension
 from . import operators
-from .interface import Operands, Saved
+from .gpu import KERNEL_DTYPES, too_old
+from .interface import CPU, Operands, Saved
 
-_DTYPES = (torch.float32, torch.float64)
+_CPU_DTYPES = (torch.float32, torch.float64)
+_MAX_RANK_ON_GPU = 64
 _GRADIENTS = ("x", *Operands._fields[:-1])
 
 
 def unavailable(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"its kernels run on the CPU, not on {device.type}"
-    return extension.why_not()
+    if device.type == "cpu":
+        return extension.why_not()
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"it has kernels for CPUs and NVIDIA GPUs, not for {device.type}"
+    return extension.why_not("cuda") or too_old(torch.cuda.get_device_capability(device))
 
 
-def refusal(form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False) -> str | None:
-    if dtype not in _DTYPES:
+def refusal(
+    form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False, device: torch.device = CPU
+) -> str | None:
+    on_gpu = device.type == "cuda"
+    if dtype not in (KERNEL_DTYPES if on_gpu else _CPU_DTYPES):
         return f"its kernels have no {dtype}"
+    if on_gpu and form != "composed":
+        return "on a GPU it has the composed form only"
+    if on_gpu and r_a + r_b > _MAX_RANK_ON_GPU:
+        return f"its GPU kernels take ranks up to {_MAX_RANK_ON_GPU}, and r_a + r_b is {r_a + r_b}"
     if form == "effective" and masked:
         return "an effective weight leaves no place for dropout"
     return None

@@ -1,0 +1,168 @@
+// The composed form on a GPU: the kernels of cuda/kernels.h around the frozen products, which are cuBLAS's.
+//
+//   forward    compose, down, then h = Z U^T + u, h += x W0^T: the GEMM adds to the small part before rounding, so that
+//              small updates survive low precision. Under a b0, which may cancel W0 x, x W0^T + b0 comes first.
+//   backward   grad_z, dx = dZ D, dx += G W0, grad_w, reduce
+#ifdef HYDRA_WITH_CUDA
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "cuda/kernels.h"
+#include "host.h"
+
+namespace hydra::gpu {
+namespace {
+
+// The current stream of a device as the launchers take it; a CPU, on which tests run the kernels, has none.
+void* stream_of(at::Device device) {
+  return device.is_cuda() ? c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle() : nullptr;
+}
+
+void check(int status, const char* kernel) {
+  TORCH_CHECK(status == 0, "hydra_kernels: CUDA error ", status, " at the launch of ", kernel);
+}
+
+HydraType type_of(const at::Tensor& t) {
+  return t.scalar_type() == at::kFloat ? HYDRA_FLOAT32 : t.scalar_type() == at::kHalf ? HYDRA_FLOAT16 : HYDRA_BFLOAT16;
+}
+
+at::Tensor rows(const at::Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
+at::Tensor contiguous(const at::Tensor& t) { return t.defined() ? t.contiguous() : t; }
+const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+template <class T = void>
+T* output(const at::Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; }
+
+// What the passes share: sizes, adapters as the kernels read them, scales.
+struct Call {
+  int64_t N;
+  int32_t r_a, r_b;
+  at::Tensor weight, bias, A_down, A_up, B_down, B_up, a_d, a_u, b_d, b_u, mask, s_a, s_b;
+  float scale_a, scale_b, mask_scale;
+  HydraType type, adapter_type;
+  at::TensorOptions options;
+  void* stream;
+
+  Call(const at::Tensor& like, const Operands& op, int64_t N)
+      : N(N), r_a(op.r_a()), r_b(op.r_b()), weight(op.weight.defined() ? rows(op.weight) : op.weight),
+        bias(contiguous(op.bias)), A_down(contiguous(op.A_down)), A_up(contiguous(op.A_up)),
+        B_down(contiguous(op.B_down)), B_up(contiguous(op.B_up)), a_d(contiguous(op.A_down_bias)),
+        a_u(contiguous(op.A_up_bias)), b_d(contiguous(op.B_down_bias)), b_u(contiguous(op.B_up_bias)),
+        mask(contiguous(op.mask)), scale_a(op.scale_a.value), scale_b(op.scale_b.value), mask_scale(op.mask_scale),
+        type(type_of(like)), adapter_type(type_of(r_a ? A_up : B_up)), options(like.options()),
+        stream(stream_of(like.device())) {
+    const auto adapters = (r_a ? A_up : B_up).scalar_type();
+    if (op.scale_a.tensor.defined()) s_a = op.scale_a.tensor.to(adapters);
+    if (op.scale_b.tensor.defined()) s_b = op.scale_b.tensor.to(adapters);
+  }
+
+  int64_t R() const { return r_a + r_b; }
+  int32_t mask_bytes() const { return mask.defined() && mask.scalar_type() == at::kBool; }
+  at::Tensor floats(bool wanted, at::IntArrayRef shape) const {
+    return wanted ? at::empty(shape, options.dtype(at::kFloat)) : at::Tensor();
+  }
+  at::Tensor empty(bool wanted, at::IntArrayRef shape) const { return wanted ? at::empty(shape, options) : at::Tensor(); }
+};
+
+// x W0^T + Z U^T + b0 + u.
+at::Tensor around_cublas(const Call& c, const at::Tensor& x, const at::Tensor& Z, const at::Tensor& U, const at::Tensor& u) {
+  const at::Tensor& W = c.weight;
+  if (c.bias.defined()) {
+    at::Tensor h = at::addmm(c.bias, x, W.t());
+    at::addmm_out(h, h, Z, U.t());
+    return u.defined() ? h.add_(u) : h;
+  }
+  at::Tensor h = u.defined() ? at::addmm(u, Z, U.t()) : at::mm(Z, U.t());
+  return at::addmm_out(h, h, x, W.t());
+}
+
+}  // namespace
+
+Forward forward(const at::Tensor& x_any, const Operands& op, Needs needs) {
+  const c10::OptionalDeviceGuard guard(x_any.device());
+  const at::Tensor x = rows(x_any);
+  const int64_t M = x.size(0), K = x.size(1);
+  const Call c(x, op, op.weight.size(0));
+  const int64_t N = c.N, R = c.R();
+  const bool with_d = c.a_d.defined() || c.b_d.defined() || (c.bias.defined() && c.r_b);
+  const at::Tensor D = c.empty(true, {R, K}), rest = c.empty(c.r_b && c.type != HYDRA_FLOAT32, {c.r_b, K});
+  const at::Tensor U = c.empty(true, {N, R}), u = c.empty(c.a_u.defined() || c.b_u.defined(), {N});
+  const at::Tensor d = c.floats(with_d, {R}), Z = c.empty(true, {M, R});
+  const at::Tensor C = c.floats(c.r_b, {hydra_compose_splits(N, K), c.r_b, K});
+  const HydraComposeArguments compose{
+      pointer(c.weight), pointer(c.bias), pointer(c.A_down), pointer(c.A_up), pointer(c.B_down), pointer(c.B_up),
+      pointer(c.a_d), pointer(c.a_u), pointer(c.b_d), pointer(c.b_u), pointer(c.s_a), pointer(c.s_b), output(D),
+      output(rest), output<float>(d), output(U), output(u), output<float>(C), N, K, c.weight.stride(0), c.r_a, c.r_b,
+      c.scale_a, c.scale_b, c.type, c.adapter_type};
+  check(hydra_compose(&compose, c.stream), "compose");
+  const at::Tensor z = c.floats(true, {hydra_down_splits(M, K), M, R});
+  const HydraDownArguments down{pointer(x), pointer(D), pointer(rest), output<float>(d), pointer(c.mask), output(Z),
+                                output<float>(z), M, K, x.stride(0), static_cast<int32_t>(R), c.r_a, c.mask_bytes(),
+                                c.mask_scale, c.type};
+  check(hydra_down(&down, c.stream), "down");
+  const bool from_Z = needs.any(A_UP, B_UP, SCALE_A, SCALE_B);
+  return {around_cublas(c, x, Z, U, u),
+          {needs.any(A_DOWN, B_DOWN) ? x_any : at::Tensor(), from_Z ? Z : at::Tensor(), needs.any(X) ? D : at::Tensor()}};
+}
+
+Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& saved, Needs needs) {
+  const c10::OptionalDeviceGuard guard(G_any.device());
+  const at::Tensor G = rows(G_any), x = saved[0].defined() ? rows(saved[0]) : at::Tensor(), &Z = saved[1], &D = saved[2];
+  const int64_t M = G.size(0), N = G.size(1), K = x.defined() ? x.size(1) : 0;
+  const Call c(G, op, N);
+  const int64_t R = c.R();
+  const auto R32 = static_cast<int32_t>(R);
+
+  const int64_t P = hydra_grad_z_partials(M, R, c.type), P_z = hydra_grad_z_sums(M);
+  const int64_t Q = hydra_grad_z_splits(M, N, R, c.type), S = x.defined() ? hydra_grad_w_splits(M, K) : 0;
+  const bool of_scales = needs.any(SCALE_A, SCALE_B);
+  const bool z_sums_wanted = needs.any(A_DOWN_BIAS, B_DOWN_BIAS) ||
+                             (c.r_b && (needs.any(BIAS) || (needs.any(B_DOWN) && c.bias.defined())));
+  const bool dZ_wanted = z_sums_wanted || x.defined() || needs.any(X);
+  const at::Tensor dZ = c.empty(dZ_wanted, {M, R});
+  const at::Tensor dU = c.floats(needs.any(A_UP, B_UP), {P, N, R}), g = c.floats(needs.any(BIAS, A_UP_BIAS, B_UP_BIAS), {P, N});
+  const at::Tensor z_sums = c.floats(z_sums_wanted, {P_z, R}), scales = c.floats(of_scales, {P_z, R});
+  const at::Tensor up_bias = c.floats(of_scales, {P, Q, 2}), dz = c.floats(dZ_wanted || of_scales, {Q, M, R});
+  const HydraGradZArguments grad_z{
+      pointer(G), pointer(c.A_up), pointer(c.B_up), needs.any(SCALE_A) ? pointer(c.a_u) : nullptr,
+      needs.any(SCALE_B) ? pointer(c.b_u) : nullptr, pointer(c.s_a), pointer(c.s_b), pointer(Z), pointer(c.mask),
+      output(dZ), output<float>(dU), output<float>(g), output<float>(z_sums), output<float>(scales),
+      output<float>(up_bias), output<float>(dz), M, N, G.stride(0), c.r_a, c.r_b, c.mask_bytes(), c.mask_scale,
+      c.scale_a, c.scale_b, c.type, c.adapter_type};
+  check(hydra_grad_z(&grad_z, c.stream), "grad_z");
+
+  Gradients grads;
+  if (needs.any(X)) {
+    grads[X] = at::mm(dZ, D);
+    at::addmm_out(grads[X], grads[X], G, c.weight);
+  }
+  const at::Tensor dD = c.floats(x.defined(), {S, R, K});
+  if (x.defined()) {
+    const HydraGradWArguments grad_w{pointer(x), pointer(dZ), output<float>(dD), M, K, x.stride(0), R32, c.type};
+    check(hydra_grad_w(&grad_w, c.stream), "grad_w");
+  }
+
+  const auto like = [&](Gradient gradient, const at::Tensor& operand) {
+    if (needs.any(gradient)) grads[gradient] = at::empty(operand.sizes(), operand.options());
+    return output(grads[gradient]);
+  };
+  if (needs.any(BIAS)) grads[BIAS] = at::empty({N}, c.options);
+  const bool through_W0 = needs.any(B_DOWN);
+  const at::Tensor dB = c.floats(through_W0, {through_W0 ? hydra_reduce_splits(N, K) : 0, N, c.r_b});
+  const HydraReduceArguments reduce{
+      pointer(dU) ? output<float>(dU) : nullptr, output<float>(g), output<float>(z_sums), output<float>(scales),
+      output<float>(up_bias), output<float>(dD), through_W0 ? pointer(c.weight) : nullptr,
+      through_W0 ? pointer(c.bias) : nullptr, pointer(c.B_down), pointer(c.s_a), pointer(c.s_b), like(A_DOWN, c.A_down),
+      like(A_UP, c.A_up), like(B_DOWN, c.B_down), like(B_UP, c.B_up), like(A_DOWN_BIAS, c.a_d), like(A_UP_BIAS, c.a_u),
+      like(B_DOWN_BIAS, c.b_d), like(B_UP_BIAS, c.b_u), like(SCALE_A, c.s_a), like(SCALE_B, c.s_b), output(grads[BIAS]),
+      output<float>(dB), P, P_z, Q, S, N, K, c.weight.defined() ? c.weight.stride(0) : 0, c.r_a, c.r_b, c.scale_a,
+      c.scale_b, c.type, c.adapter_type};
+  check(hydra_reduce(&reduce, c.stream), "reduce");
+  return grads;
+}
+
+}  // namespace hydra::gpu
+#endif
