@@ -21,6 +21,7 @@ _COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
 _EFFECTIVE_FROM: float = DATA["effective_from_M_over_N"]
 _COMPOSED_FROM_WORK: int = DATA["composed_from_multiply_adds"]
 _WHY_LORA = "without a sequential branch nothing needs y0"
+_WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
 _WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
 _WHY_COMPOSED = f"M is at least {_COMPOSED_FROM} K: passes over [M, N] are spared"
 
@@ -122,14 +123,15 @@ def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]
 def _form(
     M: int, K: int, N: int, r_a: int, r_b: int, dtype: torch.dtype, backend: str, masked: bool
 ) -> tuple[str, str]:
-    if backend == "native" and not masked and M >= _EFFECTIVE_FROM * N:
-        return "effective", f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
+    effective = backend == "native" and not masked and M >= _EFFECTIVE_FROM * N and M * K * N >= _COMPOSED_FROM_WORK
     if r_b == 0:
-        return "composed", _WHY_LORA
+        return ("effective", _WHY_EFFECTIVE) if effective else ("composed", _WHY_LORA)
     if dtype in LOW_PRECISION:
         return "kept", "ATen rounds C = B_down W0 to the base dtype: less exact than the naive layer"
     if r_a == 0 and N < K:
         return "kept", "y0 is smaller than x, which then need not be saved"
+    if effective:
+        return "effective", _WHY_EFFECTIVE
     if M < _COMPOSED_FROM * K:
         return "kept", _WHY_KEPT
     if M * K * N < _COMPOSED_FROM_WORK:

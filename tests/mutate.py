@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import tomllib
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("hydra_kernels", "tests", "benchmarks", "pyproject.toml")
+SOURCES = ("hydra_kernels", "csrc", "tests", "benchmarks", "setup.py", "pyproject.toml")
 TIMEOUT = 300  # seconds a run of tests may take; a defect that makes them hang is caught
 TESTS_FAILED = 1  # pytest's exit status; 2 and more mean that no test ran
 
@@ -51,7 +52,17 @@ def run_tests(folder: Path, tests: list[str]) -> int:
         return TESTS_FAILED
 
 
-def copy_sources(folder: Path) -> None:
+def build_native(folder: Path) -> bool:
+    """Compiles a folder's C++ sources for the CPU; whether they compile."""
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    environment = {**os.environ, "HYDRA_BUILD": "cpp", "MAX_JOBS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode == 0
+
+
+def copy_sources(folder: Path, objects: Path) -> None:
+    """``objects`` holds what the C++ sources compile to, so that each is compiled once."""
+    (folder / "build").mkdir()
+    (folder / "build" / "objects").symlink_to(objects)
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
@@ -60,16 +71,23 @@ def copy_sources(folder: Path) -> None:
             shutil.copy(source, folder / name)
 
 
-def verdict(mutation: Mutation) -> str:
+def is_compiled(mutation: Mutation) -> bool:
+    """Whether it is in the compiled part; the tests of what only GPUs run compile that themselves."""
+    return mutation.file.startswith("csrc/") and not mutation.file.startswith(("csrc/cuda/", "csrc/gpu"))
+
+
+def verdict(mutation: Mutation, objects: Path) -> str:
     """ "caught", or what is wrong."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy_sources(folder)
+        copy_sources(folder, objects)
         path = folder / mutation.file
         text = path.read_text()
         if text.count(mutation.old) != 1:
             return f"STALE: its text occurs {text.count(mutation.old)} times in {mutation.file}"
         path.write_text(text.replace(mutation.old, mutation.new))
+        if is_compiled(mutation) and not build_native(folder):
+            return "BROKEN: it does not compile"
         status = run_tests(folder, shlex.split(mutation.tests))
     return {0: "SURVIVED", TESTS_FAILED: "caught"}.get(status, f"BROKEN: pytest ended with status {status}")
 
@@ -84,15 +102,20 @@ def main() -> int:
         parser.error(f"no mutation's name contains {' or '.join(arguments.names)}")
 
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
-        copy_sources(Path(name))
+    missed = 0
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
+        objects, folder = Path(scratch, "objects"), Path(scratch, "sources")
+        objects.mkdir()
+        folder.mkdir()
+        copy_sources(folder, objects)
+        if any(map(is_compiled, chosen)) and not build_native(folder):
+            print("the compiled part does not compile without any mutation")
+            return 1
         for tests in sorted({m.tests for m in chosen}):
-            if run_tests(Path(name), shlex.split(tests)) != 0:
+            if run_tests(folder, shlex.split(tests)) != 0:
                 print(f"the tests fail without any mutation: {tests}")
                 return 1
-    missed = 0
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for mutation, said in zip(chosen, pool.map(verdict, chosen), strict=True):
+        for mutation, said in zip(chosen, pool.map(partial(verdict, objects=objects), chosen), strict=True):
             missed += said != "caught"
             print(f"{said:8s} {mutation.file}: {mutation.name}", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} mutations caught in {time.monotonic() - start:.0f} s")

@@ -24,8 +24,8 @@ import hydra_kernels as hk
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.backend.native import _bits
 
-from . import test_cuda_kernels as kernels
 from .cases import CASES, PLAIN, ROUNDING, Case, operands
+from .cuda_on_host import library as kernels
 from .oracle import Tensors, differentiate, hydra, median_violations, violations
 from .test_backends import BF16, F16, F32, NAMES, SUBSETS, call, everything, trainable
 

@@ -255,8 +255,11 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   s.mask = &mask, s.wants_dU = wants_dU, s.K = K, s.r_b = r_b;
   if (wants_dU && !effective) s.Z = vector<T>(saved[1]);
   if (wants_dU && effective) s.x = x.data, s.x_stride = x.stride, s.D = vector<T>(D), s.d = vector<T>(saved[2]);
-  if (needs.any(A_DOWN)) s.a = {0, r_a, K, x.data, x.stride};
-  if (needs.any(B_DOWN)) s.b = kept ? Down<T>{r_a, r_b, N, y0.data, y0.stride} : Down<T>{r_a, r_b, K, x.data, x.stride};
+  // Composed, dA_down and T are rows of one product.
+  const bool both = !kept && needs.any(A_DOWN) && needs.any(B_DOWN);
+  if (needs.any(A_DOWN)) s.a = {0, both ? R : r_a, K, x.data, x.stride};
+  if (needs.any(B_DOWN) && kept) s.b = {r_a, r_b, N, y0.data, y0.stride};
+  if (needs.any(B_DOWN) && !kept && !both) s.b = {r_a, r_b, K, x.data, x.stride};
   at::Tensor dx, dy0 = G.owner;
   if (needs.any(X)) {
     dx = fresh(M, K, G.owner);
@@ -273,7 +276,7 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
     }
     if (needs.any(B_DOWN)) {
       grads[B_DOWN] = at::empty({r_b, N}, G.owner.options());
-      T *out = grads[B_DOWN].template mutable_data_ptr<T>(), *T_rows = sums.of(0) + sums.b;
+      T *out = grads[B_DOWN].template mutable_data_ptr<T>(), *T_rows = sums.of(0) + (both ? sums.a + r_a * K : sums.b);
       if (kept) std::copy_n(T_rows, r_b * N, out);
       else {
         const Rows<T> W(op.weight);

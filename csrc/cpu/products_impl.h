@@ -53,6 +53,7 @@ void dots_tile(const Dots<T>& d, int64_t i0, int64_t j0, int64_t p0, int64_t dep
     for (int j = 0; j < SIDE; ++j) r[j] = at<T, LANES>(right[j] + p);
     for (int i = 0; i < SIDE; ++i) {
       const V l = at<T, LANES>(left[i] + p);
+      if (j0 == 0) __builtin_prefetch(left[i] + p + SIDE * d.ld_left);  // the next tile's rows, each on a page of its own
       for (int j = 0; j < SIDE; ++j) acc[i][j] += l * r[j];
     }
   }
@@ -97,6 +98,7 @@ struct CombineBlock {
     V acc[R] = {};
     for (int64_t p = 0; p < depth; ++p, left += c.left_p, right += c.ld_right) {
       const V r = at<T, LANES>(right);
+      __builtin_prefetch(right + 8 * LANES);
       for (int i = 0; i < R; ++i) acc[i] += left[i * c.left_i] * r;
     }
     for (int i = 0; i < R; ++i) {

@@ -4,8 +4,8 @@
 //     dA_up = s_a dU_a    dA_down = dD_a    da_u = s_a g    da_d = z_a    ds_a from scales and up_bias    (b likewise)
 //     db0 = g + z_b B_down                  dB_down = T W0^T + z_b b0^T, T in fp32
 //
-// A block's number tells its job; those of T W0^T, which sum over a part of the columns, come first. A second launch sums
-// the parts.
+// A block's number tells its job; those of T W0^T, which sum over a part of the columns, come first. A second launch
+// sums the parts.
 #include "tiles.cuh"
 
 namespace {

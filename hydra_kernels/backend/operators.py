@@ -20,8 +20,10 @@ _FROM_Z = ("A_up", "B_up", "scale_a", "scale_b")
 
 
 def traced(x: Tensor) -> bool:
-    """Whether a tracer looks on, or x is a stand-in without data: then nothing may be launched."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+    """Whether a tracer or a dispatch mode looks on, or x is a stand-in without data: then nothing may be launched."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def accumulate_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:

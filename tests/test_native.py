@@ -1,0 +1,203 @@
+"""What is the compiled part's own: its kernels in every instruction set, its threads, its checks, its autograd boundary."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hydra_kernels as hk
+from hydra_kernels import extension
+
+from .cases import PLAIN, Case, operands
+from .test_backends import EVERYTHING, F32, F64, NAMES, call, compare, everything
+from .test_bad_input import CALLS, K, M, N, R_A, R_B, arguments
+
+NATIVE = extension.load()
+pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"no compiled part: {extension.why_not()}")
+FORMS = ("composed", "effective", "kept")
+# Several blocks of rows and threads; sums longer than a block of p; ranks beside the width of a vector; no rows.
+LARGE = [
+    Case((1030,), 61, 53, 5, 3),
+    Case((70,), 1100, 37, 3, 2, adapter_bias=True),
+    Case((37,), 41, 1100, 2, 9),
+    Case((257,), 130, 67, 17, 16, x_layout="sliced", G_layout="sliced"),
+    Case((300,), 90, 70, 0, 8, x_layout="transposed"),
+    Case((300,), 70, 90, 8, 0, G_layout="transposed"),
+    Case((0,), 300, 200, 8, 8),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_kernels(case, form, threads, dtype):
+    torch.set_num_threads(threads)
+    compare(case, "native", form, (dtype, dtype))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_that_this_processor_has(capability):
+    """ATEN_CPU_CAPABILITY, which torch reads once, rules ours too."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    code = "from hydra_kernels import extension; print(extension.load().instructions())"
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = said.stdout.strip()
+    if capability != "default" and found != capability:
+        pytest.skip(f"this processor has no {capability}")
+    assert found == {"default": "plain"}.get(capability, capability)
+    tests = [f"{__file__}::test_kernels", f"{__file__}::test_weights_of_any_layout"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_any_layout(form):
+    case = replace(PLAIN, lead=(150,))
+    t, G = operands(case, F64)
+    expected = results(t, G, form)
+    for weight in (t["weight"].t().contiguous().t(), torch.cat([t["weight"]] * 3, 1)[:, case.K : 2 * case.K]):
+        for name, value in results({**t, "weight": weight}, G, form).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def results(t, G, form: str) -> dict[str, torch.Tensor]:
+    leaves = {name: v.detach().requires_grad_(name in NAMES) for name, v in t.items()}
+    h = call(hk.hydra_linear, leaves, PLAIN, form=form, backend="native")
+    h.backward(G)
+    return {"h": h.detach(), **{name: leaves[name].grad for name in NAMES if name in leaves}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_bits_in_every_run_and_from_many_threads(form):
+    t, G = operands(replace(PLAIN, lead=(500,), K=130, N=110), F32)
+    first = results(t, G, form)
+    with ThreadPoolExecutor(4) as pool:
+        for made in pool.map(lambda _: results(t, G, form), range(12)):
+            assert all(torch.equal(made[name], value) and value.any() for name, value in first.items())
+
+
+RIGHT = {**arguments(), "mask": None, "scale_a": 1.0, "scale_b": 1.0}
+
+
+def sizes(**changed):
+    return NATIVE.sizes(*({**RIGHT, **changed}.values()))
+
+
+def test_a_right_call_is_vouched_for():
+    assert sizes() == (M, K, N, R_A, R_B)
+    assert sizes(x=torch.randn(2, 3, K), mask=torch.ones(6, R_A + R_B)) == (6, K, N, R_A, R_B)
+    assert sizes(x=torch.randn(K), scale_a=torch.tensor(2.0), scale_b=2) == (1, K, N, R_A, R_B)
+    assert sizes(x=torch.randn(0, K), bias=None, A_down_bias=None) == (0, K, N, R_A, R_B)
+    without_a = dict.fromkeys(("A_down", "A_up", "A_down_bias", "A_up_bias"))
+    assert sizes(**without_a) == (M, K, N, 0, R_B)
+    frozen = {name: arguments()[name].bfloat16() for name in ("x", "weight", "bias")}
+    assert sizes(**frozen) == (M, K, N, R_A, R_B)
+
+
+JUDGED = set(arguments()) | {"mask", "scale_a", "scale_b"}
+
+
+@pytest.mark.parametrize("changed", [c[0] for c in CALLS if set(c[0]) <= JUDGED], ids=lambda c: " ".join(c))
+def test_a_wrong_call_is_left_to_python(changed):
+    assert sizes(**changed) is None
+
+
+def test_special_tensors_and_modes_are_left_to_python():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    found, x = [], torch.randn(3, M, K)
+    torch.func.vmap(lambda x: found.append(sizes(x=x)) or x)(x)
+    torch.func.grad(lambda x: (found.append(sizes(x=x)), x.sum())[1])(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(sizes())
+    with Mode():
+        found.append(sizes())
+    with FakeTensorMode():
+        found.append(sizes(x=torch.empty(M, K)))
+    found.append(sizes(x=torch.randn(M, K).to_sparse()))
+    assert found == [None] * 6
+    assert sizes(x=x) == (3 * M, K, N, R_A, R_B)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_tensors_pass_through_hooks(form):
+    """Each is packed and unpacked once, and the backward reads what unpacking gives."""
+    case = everything(form)
+    t, G = operands(case, F32)
+    expected = results_of(t, G, case, form)
+    packed, unpacked = [], []
+
+    def pack(v):
+        packed.append(v)
+        return len(packed) - 1
+
+    def unpack(i):
+        unpacked.append(i)
+        return packed[i].clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        got = results_of(t, G, case, form)
+    assert sorted(unpacked) == list(range(len(packed)))
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def results_of(t, G, case: Case, form: str) -> dict[str, torch.Tensor]:
+    leaves = {name: v.detach().requires_grad_(name in NAMES) for name, v in t.items()}
+    call(hk.hydra_linear, leaves, case, form=form, backend="native").backward(G)
+    return {name: leaves[name].grad for name in NAMES}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_operand_changed_before_the_backward_raises(form):
+    t, G = operands(PLAIN, F32)
+    x = t["x"].requires_grad_() * 1
+    h = call(hk.hydra_linear, {**t, "x": x, "A_down": t["A_down"].requires_grad_()}, PLAIN, form=form, backend="native")
+    with torch.no_grad():
+        x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.backward(G)
+
+
+def test_a_freed_graph_is_refused():
+    t, G = operands(EVERYTHING, F32)
+    h = call(hk.hydra_linear, {**t, "A_up": t["A_up"].requires_grad_()}, EVERYTHING, backend="native")
+    h.backward(G)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        h.backward(G)
+
+
+def test_what_python_must_judge_gives_the_same():
+    """Through HydraFunction, here under a dispatch mode that changes nothing, and through the one in C++."""
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    for form in FORMS:
+        case = everything(form)
+        t, G = operands(case, F32)
+        expected = results_of(t, G, case, form)
+        with Mode():
+            got = results_of(t, G, case, form)
+        assert all(torch.equal(got[name], value) and value.any() for name, value in expected.items())
