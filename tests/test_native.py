@@ -1,4 +1,4 @@
-"""What is the compiled part's own: its kernels in every instruction set, its threads, its checks, its autograd boundary."""
+"""The compiled part: its kernels in every instruction set, its threads, its checks, its boundary to autograd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hydra_kernels import extension
 
 from .cases import PLAIN, Case, operands
 from .test_backends import EVERYTHING, F32, F64, NAMES, call, compare, everything
-from .test_bad_input import CALLS, K, M, N, R_A, R_B, arguments
+from .test_bad_input import CALLS, R_A, R_B, K, M, N, arguments
 
 NATIVE = extension.load()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"no compiled part: {extension.why_not()}")

@@ -49,9 +49,9 @@ struct Adapters {
 
   static at::Tensor own(const at::Tensor& t) { return t.defined() ? t.contiguous() : t; }
 
-  // U [N, R], or U^T [R, N].
-  Buffer<T> U() const { return up([this](int64_t n, int64_t r) { return n * R + r; }); }
-  Buffer<T> U_transposed() const { return up([this](int64_t n, int64_t r) { return r * N + n; }); }
+  // U [N, padded(R)], or U^T [R, N].
+  Buffer<T> U() const { return up(padded(R), [this](int64_t n, int64_t r) { return n * padded(R) + r; }); }
+  Buffer<T> U_transposed() const { return up(R, [this](int64_t n, int64_t r) { return r * N + n; }); }
 
   // b0 + u, or u alone; false where that is zero.
   bool bias(T* out, bool with_b0) const {
@@ -70,12 +70,13 @@ struct Adapters {
 
  private:
   template <class Place>
-  Buffer<T> up(const Place& place) const {
-    Buffer<T> out(N * R);
+  Buffer<T> up(int64_t ranks, const Place& place) const {
+    Buffer<T> out(N * ranks);
     const T *a = vector<T>(A_up), *b = vector<T>(B_up);
     for (int64_t n = 0; n < N; ++n) {
       for (int64_t r = 0; r < r_a; ++r) out.data()[place(n, r)] = s_a * a[n * r_a + r];
       for (int64_t r = 0; r < r_b; ++r) out.data()[place(n, r_a + r)] = s_b * b[n * r_b + r];
+      for (int64_t r = R; r < ranks; ++r) out.data()[place(n, r)] = 0;
     }
     return out;
   }
@@ -113,7 +114,7 @@ at::Tensor effective_weight(const Adapters<T>& ad, const Rows<T>& W, const at::T
   at::Tensor out = fresh(ad.N, K, weight);
   const Buffer<T> U = ad.U();
   spread(ad.N, 2 * ad.R * ad.N * K, [&](int64_t first, int64_t last) {
-    run(Combine<T>{last - first, K, ad.R, U.data() + first * ad.R, 1, ad.R, vector<T>(D), K, W.row(first), W.stride,
+    run(Combine<T>{last - first, K, ad.R, U.data() + first * padded(ad.R), 1, padded(ad.R), vector<T>(D), K, W.row(first), W.stride,
                    out.mutable_data_ptr<T>() + first * K, K});
   });
   return out;
@@ -135,7 +136,7 @@ Forward effective_forward(const at::Tensor& x, const Operands& op, Needs needs, 
     T* b = bias.mutable_data_ptr<T>();
     if (!with_bias) std::fill_n(b, ad.N, T(0));
     const Buffer<T> U = ad.U();
-    run(Dots<T>{1, ad.N, ad.R, vector<T>(d), ad.R, U.data(), ad.R, b, ad.N, b, ad.N});
+    run(Dots<T>{1, ad.N, ad.R, vector<T>(d), ad.R, U.data(), padded(ad.R), b, ad.N, b, ad.N});
     with_bias = true;
   }
   affine(h, x, effective_weight(ad, Rows<T>(op.weight), op.weight, D), with_bias ? bias : at::Tensor());
@@ -159,7 +160,7 @@ Forward composed_forward(const at::Tensor& x, const Operands& op, Needs needs, c
       const int64_t count = std::min(BLOCK, last - m);
       T* z = Z.mutable_data_ptr<T>() + m * R;
       run(Dots<T>{count, R, K, rows.row(m), rows.stride, vector<T>(D), K, vector<T>(d), 0, z, R});
-      mask.apply(z, m, count, R);
+      mask.apply(z, R, m, count, R);
       run(Combine<T>{count, N, R, z, 1, R, U.data(), N, base, 0, h.mutable_data_ptr<T>() + m * N, N});
     }
   });
@@ -185,7 +186,7 @@ Forward kept_forward(const at::Tensor& x, const Operands& op, Needs needs, const
       const T* y = y0.const_data_ptr<T>() + m * N;
       run(Dots<T>{count, r_a, K, rows.row(m), rows.stride, vector<T>(ad.A_down), K, vector<T>(ad.a_d), 0, z, R});
       run(Dots<T>{count, r_b, N, y, N, vector<T>(ad.B_down), N, vector<T>(ad.b_d), 0, z + r_a, R});
-      mask.apply(z, m, count, R);
+      mask.apply(z, R, m, count, R);
       run(Combine<T>{count, N, R, z, 1, R, U.data(), N, y, N, out, N});
       for (int64_t e = 0; with_u && e < count * N; ++e) out[e] += u.data()[e % N];
     }
@@ -199,6 +200,7 @@ template <class T>
 void from_sums(Gradients& grads, const at::Tensor& G, const Operands& op, const Adapters<T>& ad, Needs needs,
                const Sums<T>& sums) {
   const T *dU = sums.of(0) + sums.dU, *z = sums.of(0) + sums.z;
+  const int64_t stride = padded(ad.R);
   const bool of_bias_a = op.A_up_bias.defined() && needs.any(SCALE_A), of_bias_b = op.B_up_bias.defined() && needs.any(SCALE_B);
   at::Tensor g;
   if (needs.any(BIAS, A_UP_BIAS, B_UP_BIAS) || of_bias_a || of_bias_b) g = at::sum(G, 0);
@@ -209,12 +211,12 @@ void from_sums(Gradients& grads, const at::Tensor& G, const Operands& op, const 
       grads[up] = at::empty({ad.N, ranks}, G.options());
       T* out = grads[up].template mutable_data_ptr<T>();
       for (int64_t n = 0; n < ad.N; ++n)
-        for (int64_t r = 0; r < ranks; ++r) out[n * ranks + r] = s * dU[n * ad.R + first + r];
+        for (int64_t r = 0; r < ranks; ++r) out[n * ranks + r] = s * dU[n * stride + first + r];
     }
     if (needs.any(scale)) {
       double total = 0;
       for (int64_t n = 0; n < ad.N; ++n)
-        for (int64_t r = 0; r < ranks; ++r) total += dU[n * ad.R + first + r] * vector<T>(matrix)[n * ranks + r];
+        for (int64_t r = 0; r < ranks; ++r) total += dU[n * stride + first + r] * vector<T>(matrix)[n * ranks + r];
       for (int64_t n = 0; bias.defined() && n < ad.N; ++n) total += vector<T>(g)[n] * vector<T>(bias)[n];
       grads[scale] = at::empty({}, G.options()).fill_(total);
     }

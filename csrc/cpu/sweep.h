@@ -31,10 +31,14 @@ struct Mask {
     if (owner.scalar_type() == at::kBool) flags = owner.const_data_ptr<bool>();
     else values = owner.const_data_ptr<T>();
   }
-  // Z holds rows [row, row + rows) of an [M, R].
-  void apply(T* Z, int64_t row, int64_t rows, int64_t R) const {
-    for (int64_t e = 0; flags && e < rows * R; ++e) Z[e] *= flags[row * R + e] ? scale : T(0);
-    for (int64_t e = 0; values && e < rows * R; ++e) Z[e] *= values[row * R + e] * scale;
+  // Z holds rows [row, row + rows) of an [M, R], `stride` apart.
+  void apply(T* Z, int64_t stride, int64_t row, int64_t rows, int64_t R) const {
+    if (!flags && !values) return;
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t r = 0; r < R; ++r) {
+        const int64_t e = (row + m) * R + r;
+        Z[m * stride + r] *= flags ? (flags[e] ? scale : T(0)) : values[e] * scale;
+      }
   }
 };
 
@@ -46,12 +50,15 @@ struct Down {
   int64_t v_stride = 0;
 };
 
+// Ranks as the sweep stores them: whole vectors, the ranks too many zero.
+inline int64_t padded(int64_t R) { return (R + 7) / 8 * 8; }
+
 template <class T>
 struct Sweep {
   int64_t M, N, R;
   const T* G;
   int64_t G_stride;
-  const T* U = nullptr;  // [N, R]; null where dZ is not wanted
+  const T* U = nullptr;  // [N, padded(R)]; null where dZ is not wanted
   const Mask<T>* mask = nullptr;
   bool wants_dU = false;
   const T* Z = nullptr;              // [M, R], or null: then from the next four
@@ -66,7 +73,7 @@ struct Sweep {
   int64_t R_E = 0;
 };
 
-// What a sweep sums: dU [N, R], the a's and b's products and z [R], of `threads` threads one after another.
+// What a sweep sums: dU [N, padded(R)], the a's and b's products and z [R], of `threads` threads one after another.
 template <class T>
 struct Sums {
   int64_t dU, a, b, z, size, threads;
@@ -101,41 +108,43 @@ void spread(int64_t items, int64_t flops, const F& f) {
 }
 
 template <class T>
-void sweep_block(const Sweep<T>& s, int64_t row, int64_t rows, bool first, T* Z_block, T* dZ, T* sums, const Sums<T>& at) {
-  const int64_t R = s.R;
+void sweep_block(const Sweep<T>& s, int64_t row, int64_t rows, bool first, T* Z, T* dZ, T* sums, const Sums<T>& at) {
+  const int64_t R = s.R, stride = padded(R);
   const T* G = s.G + row * s.G_stride;
   const auto onto = [&](T* out) { return first ? nullptr : out; };
   if (s.wants_dU) {
-    const T* Z = s.Z ? s.Z + row * R : Z_block;
-    if (!s.Z) run(Dots<T>{rows, R, s.K, s.x + row * s.x_stride, s.x_stride, s.D, s.K, s.d, 0, Z_block, R});
+    if (s.Z)
+      for (int64_t m = 0; m < rows; ++m) std::copy_n(s.Z + (row + m) * R, R, Z + m * stride);
+    else
+      run(Dots<T>{rows, R, s.K, s.x + row * s.x_stride, s.x_stride, s.D, s.K, s.d, 0, Z, stride});
     T* dU = sums + at.dU;
-    run(Combine<T>{s.N, R, rows, G, s.G_stride, 1, Z, R, onto(dU), R, dU, R});
+    run(Combine<T>{s.N, stride, rows, G, s.G_stride, 1, Z, stride, onto(dU), stride, dU, stride});
   }
   if (!s.U) return;
-  run(Combine<T>{rows, R, s.N, G, 1, s.G_stride, s.U, R, nullptr, 0, dZ, R});
-  s.mask->apply(dZ, row, rows, R);
+  run(Combine<T>{rows, stride, s.N, G, 1, s.G_stride, s.U, stride, nullptr, 0, dZ, stride});
+  s.mask->apply(dZ, stride, row, rows, R);
   T* z = sums + at.z;
   for (int64_t r = 0; r < R; ++r) {
     T total = 0;
-    for (int64_t m = 0; m < rows; ++m) total += dZ[m * R + r];
+    for (int64_t m = 0; m < rows; ++m) total += dZ[m * stride + r];
     z[r] = first ? total : z[r] + total;
   }
   for (auto [down, offset] : {std::pair(&s.a, at.a), std::pair(&s.b, at.b)}) {
     T* out = sums + offset;
     if (down->ranks)
-      run(Combine<T>{down->ranks, down->width, rows, dZ + down->first, R, 1, down->v + row * down->v_stride,
+      run(Combine<T>{down->ranks, down->width, rows, dZ + down->first, stride, 1, down->v + row * down->v_stride,
                      down->v_stride, onto(out), down->width, out, down->width});
   }
   if (s.dy0)
-    run(Combine<T>{rows, s.N, s.r_b, dZ + R - s.r_b, 1, R, s.B_down, s.N, G, s.G_stride, s.dy0 + row * s.N, s.N});
-  if (s.dx) run(Combine<T>{rows, s.K, s.R_E, dZ, 1, R, s.E, s.K, nullptr, 0, s.dx + row * s.K, s.K});
+    run(Combine<T>{rows, s.N, s.r_b, dZ + R - s.r_b, 1, stride, s.B_down, s.N, G, s.G_stride, s.dy0 + row * s.N, s.N});
+  if (s.dx) run(Combine<T>{rows, s.K, s.R_E, dZ, 1, stride, s.E, s.K, nullptr, 0, s.dx + row * s.K, s.K});
 }
 
 template <class T>
 Sums<T> sweep(const Sweep<T>& s) {
   const int64_t width = s.N + std::max(s.K, std::max(s.a.width, s.b.width));
   const int64_t threads = threads_for(8 * s.M * width * s.R, s.M);
-  Sums<T> at{0, s.N * s.R * s.wants_dU, 0, 0, 0, threads, Buffer<T>(0)};
+  Sums<T> at{0, s.N * padded(s.R) * s.wants_dU, 0, 0, 0, threads, Buffer<T>(0)};
   at.b = at.a + s.a.ranks * s.a.width;
   at.z = at.b + s.b.ranks * s.b.width;
   at.size = (at.z + s.R + 15) / 16 * 16;
@@ -144,7 +153,8 @@ Sums<T> sweep(const Sweep<T>& s) {
   const int64_t block = std::clamp<int64_t>((512 << 10) / (width * sizeof(T)), 8, 32) / 8 * 8;
   const int64_t rows_of_thread = (s.M + threads - 1) / threads;
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> Z(block * s.R), dZ(block * s.R);
+    Buffer<T> Z(block * padded(s.R)), dZ(block * padded(s.R));
+    std::fill_n(Z.data(), block * padded(s.R), T(0));
     for (int64_t t = begin; t < end; ++t) {
       const int64_t last = std::min(s.M, (t + 1) * rows_of_thread);
       const int64_t begin_row = std::min(s.M, t * rows_of_thread);
