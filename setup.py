@@ -102,9 +102,13 @@ def nvcc_tools() -> tuple[str, list[str], list[str]]:
         number = arch.removesuffix("+PTX").replace(".", "")
         if not number[:1].isdigit():
             raise ExecError(f"TORCH_CUDA_ARCH_LIST names {arch!r}: expected numbers, as in '8.0;9.0+PTX'")
+        if int(number.rstrip("af")) < 80:  # has no bfloat16 products; its users get aten
+            continue
         for code in [f"sm_{number}"] + [f"compute_{number}"] * arch.endswith("+PTX"):
             flags += ["-gencode", f"arch=compute_{number},code={code}"]
             targets.append(code)
+    if not targets:
+        raise ExecError("TORCH_CUDA_ARCH_LIST names no architecture from 8.0 on, which the kernels need")
     return nvcc, ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", *flags], targets
 
 

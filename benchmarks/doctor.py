@@ -25,6 +25,7 @@ from torch import Tensor
 
 import hydra_kernels as hk
 from benchmarks.doctor_kernels import F32, FORMATS, KERNELS, Compared, Finding, Format, device, judge, prepare, slack_of
+from hydra_kernels.backend import TABLE
 from hydra_kernels.kernels import configs
 from tests.cases import PLAIN, ROUNDING, Case, operands
 from tests.oracle import Tensors, differentiate, hydra
@@ -206,16 +207,24 @@ def usable(backend: str) -> Finding:
     return Finding("pass" if reason is None else "fail", reason=reason)
 
 
+def serves(backend: str, form: Format) -> bool:
+    """aten takes low precision in its kept form, the others whatever they take in the composed one."""
+    return backend == "aten" or TABLE[backend].refusal("composed", form.base, 1, 1, device=device()) is None
+
+
 def groups(dry: bool) -> dict[str, dict[str, Check]]:
     """Every check by the name of its group, and its own: a process a group, the longest first.
 
     A dry run has no compiler to wait for, so that processes would cost more than they save: it has a few large groups.
     """
     found: dict[str, dict[str, Check]] = {"machine": {"versions": versions, "GPU": gpu}}
-    found["machine"] |= {name: partial(usable, name) for name in ("aten", "hybrid", "triton")}
-    for backend in ("triton", "hybrid", "aten"):
-        for name, form in FORMATS.items():
-            cases = DRY if dry else (*SMALL, *(REAL if backend != "hybrid" else (*REAL, MANY_RANKS)))
+    found["machine"] |= {name: partial(usable, name) for name in TABLE}
+    backends = ["triton", "hybrid", "aten"]
+    backends += ["native"] if TABLE["native"].unavailable(device()) is None else []  # else the machine's group fails
+    for backend in backends:
+        formats = {name: form for name, form in FORMATS.items() if serves(backend, form)}
+        for name, form in formats.items():
+            cases = DRY if dry else (*SMALL, *REAL, *([MANY_RANKS] if backend == "hybrid" else []))
             if form.base != F32:
                 cases += () if dry else tuple(ROUNDING)
             checks = {
@@ -228,8 +237,8 @@ def groups(dry: bool) -> dict[str, dict[str, Check]]:
         checks = {"same bits": same_bits, "stream": side_stream, "CUDA graph": cuda_graph}
         checks |= {"no synchronisation": no_synchronisation, "torch.compile": compiled}
         for name, check in checks.items():
-            use |= {f"{name} {f}": partial(check, backend, FORMATS[f], case) for f in ("bf16", "fp32")}
-        if backend != "aten":
+            use |= {f"{name} {f}": partial(check, backend, FORMATS[f], case) for f in ("bf16", "fp32") if f in formats}
+        if backend != "aten" and "bf16" in formats:
             wide, elements = (64, 2**12) if dry else (4096, 2**31)
             for name, K, N in (("x", wide, 32), ("h", 32, wide)):
                 use[f"int64 offsets in {name}"] = partial(int64_offsets, backend, FORMATS["bf16"], K, N, elements)

@@ -115,7 +115,11 @@ def shape_goals(made: Mapping[str, LayerRow]) -> dict[str, float]:
 
 def saved_over_x(row: LayerRow) -> tuple[float, float | None]:
     """Bytes kept for the backward over x's, and how many they may be: a goal of the forms without y0."""
-    goal = 1.01 + (row["r_a"] + row["r_b"]) * (1 / row["K"] + 1 / row["M"]) if row["form"] != "kept" else None
+    goal = (
+        1.01 + (row["r_a"] + row["r_b"]) * (1 / row["K"] + 1 / row["M"])
+        if row["form"] in ("composed", "effective")
+        else None
+    )
     return row["saved_bytes"] / (row["M"] * row["K"] * BYTES[row["dtype"]]), goal
 
 

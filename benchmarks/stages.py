@@ -20,7 +20,6 @@ from benchmarks.methods import Ranks
 from benchmarks.shapes import CUDA_SHAPES, DRY_SHAPES, Shape
 from benchmarks.timing import CeilingRow, LayerRow, Table4Row
 from hydra_kernels.backend import TABLE
-from hydra_kernels.backend.interface import COMPOSED_ONLY
 from hydra_kernels.tuning import Tuned
 
 # Those of the goals: ViT-B/32 fc2, ViT-L fc2, and a language model's layers.
@@ -30,6 +29,7 @@ RANKS = ("2+2", "4+8", "16+16", "32+32")
 ALL_BUT_COMPILED = ",".join(name for name in methods.LAYER_METHODS if not name.startswith("compiled_"))
 OURS_AND_RIVALS = "naive_lora,naive_seqlora,naive_hydra,ours_hydra"
 ALL = ",".join(methods.METHODS)
+OURS_ALONE = ("hybrid", "triton", "native")  # each is measured beside what `auto` runs
 
 
 class Settings(NamedTuple):
@@ -107,7 +107,7 @@ def measure_layers(settings: Settings) -> Iterator[Part]:
     """bf16 in CUDA graphs first, where the goals are; compiled rivals at the headline shapes alone."""
     headline = DRY_SHAPES[:1] if settings.dry else HEADLINE
     others = DRY_SHAPES[1:] if settings.dry else tuple(_headline_first()[len(HEADLINE) :])
-    kernels = [name for name in COMPOSED_ONLY if TABLE[name].unavailable(settings.device) is None]
+    kernels = [name for name in OURS_ALONE if TABLE[name].unavailable(settings.device) is None]
     ours = f"frozen,{OURS_AND_RIVALS}"
     # Mode, shapes, ranks, methods, backend of ours, and seconds of rounds for each shape.
     parts = [
@@ -144,7 +144,7 @@ def measure_layers(settings: Settings) -> Iterator[Part]:
 
 
 def measure_host(settings: Settings) -> Iterator[Part]:
-    usable = ["aten", *(name for name in ("hybrid", "triton") if TABLE[name].unavailable(settings.device) is None)]
+    usable = ["aten", *(name for name in OURS_ALONE if TABLE[name].unavailable(settings.device) is None)]
     tasks = [
         (f"host {name}", partial(host.measure, settings.device, [name], 3 if settings.dry else 60, settings.dry))
         for name in usable

@@ -11,10 +11,8 @@ struct BelowAutograd {
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
 
-using Tensors = std::array<at::Tensor, GRADIENTS>;
-
 // By the numbers of operands.h, a scale that is a number as undefined.
-Tensors tensors_of(const at::Tensor& x, const Operands& op) {
+Gradients tensors_of(const at::Tensor& x, const Operands& op) {
   return {x, op.weight, op.bias, op.A_down, op.A_up, op.B_down, op.B_up, op.A_down_bias, op.A_up_bias, op.B_down_bias,
           op.B_up_bias, op.mask, op.scale_a.tensor, op.scale_b.tensor};
 }
@@ -32,9 +30,7 @@ struct Call : torch::CustomClassHolder {
 struct HydraFunction : torch::autograd::Function<HydraFunction> {
   // `given` are the tensors that are there: autograd's bookkeeping for each costs host time.
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::TensorList&, const Operands& op,
-                            const Tensors& all, c10::intrusive_ptr<Call> call) {
-    for (int i = 0; i < GRADIENTS; ++i)
-      if (all[i].defined() && all[i].requires_grad()) call->needs.bits |= 1u << i;
+                            const Gradients& all, c10::intrusive_ptr<Call> call) {
     Forward result = hydra::forward(all[X], op, call->needs, call->form);
     const bool through_W0 = call->form != Form::kept && call->needs.any(B_DOWN);
     torch::autograd::variable_list kept;
@@ -56,9 +52,12 @@ struct HydraFunction : torch::autograd::Function<HydraFunction> {
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "hydra_linear: create_graph=True asks for a derivative of its backward, which has none; use "
                 "backend='reference' for gradient penalties and other double backwards");
+    constexpr c10::DispatchKeySet batched({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
+    TORCH_CHECK(!G[0].key_set().has_any(batched), "hydra_linear: backend 'native' takes no batched gradients "
+                "(is_grads_batched, vectorize=True); use backend='aten'");
     const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
     const auto tensors = ctx->get_saved_variables();
-    Tensors t;
+    Gradients t;
     Saved saved;
     auto next = tensors.begin();
     for (int i = WEIGHT; i < GRADIENTS; ++i)
@@ -79,12 +78,15 @@ struct HydraFunction : torch::autograd::Function<HydraFunction> {
 }  // namespace
 
 at::Tensor apply(const at::Tensor& x, const Operands& op, Form form) {
-  const Tensors all = tensors_of(x, op);
+  const Gradients all = tensors_of(x, op);
   auto call = c10::make_intrusive<Call>();
   call->scale_a = op.scale_a.value, call->scale_b = op.scale_b.value, call->mask_scale = op.mask_scale, call->form = form;
   std::vector<at::Tensor> given;
   for (int i = 0; i < GRADIENTS; ++i)
-    if (all[i].defined()) given.push_back(all[i]), call->given |= 1u << i;
+    if (all[i].defined()) {
+      given.push_back(all[i]), call->given |= 1u << i;
+      if (at::GradMode::is_enabled() && all[i].requires_grad()) call->needs.bits |= 1u << i;
+    }
   return HydraFunction::apply(at::TensorList(given), op, all, std::move(call));
 }
 

@@ -1,4 +1,4 @@
-// The Python module hydra_kernels._native: one crossing a pass, no arithmetic.
+// The Python module hydra_kernels._native: no arithmetic.
 #include "autograd.h"
 #include "check.h"
 #include "cpu/products.h"
@@ -10,15 +10,13 @@ using namespace hydra::python;
 
 // (M, K, N, r_a, r_b), or None where Python must judge.
 py::object sizes(const py::args& arguments) {
-  for (py::handle value : arguments) {
-    const bool number = PyFloat_CheckExact(value.ptr()) || PyLong_CheckExact(value.ptr());
-    if (!value.is_none() && !number && !THPVariable_Check(value.ptr())) return py::none();
-  }
+  if (arguments.size() != 14) throw py::type_error("sizes: expected x, 11 operands and 2 scales");
   const auto at = [&](int i) { return PyTuple_GET_ITEM(arguments.ptr(), i); };
-  for (int i = 0; i <= 11; ++i)
-    if (at(i) != Py_None && !THPVariable_Check(at(i))) return py::none();
-  for (int i = 12; i <= 13; ++i)
-    if (at(i) == Py_None) return py::none();
+  for (int i = 0; i < 14; ++i) {
+    bool number = i >= 12 && (PyFloat_CheckExact(at(i)) || PyLong_CheckExact(at(i)));
+    if (number && PyFloat_AsDouble(at(i)) == -1 && PyErr_Occurred()) PyErr_Clear(), number = false;  // an endless integer
+    if (!number && !THPVariable_CheckExact(at(i)) && !is_parameter(at(i)) && (i >= 12 || at(i) != Py_None)) return py::none();
+  }
   const hydra::Operands op{tensor(at(1)), tensor(at(2)), tensor(at(3)), tensor(at(4)), tensor(at(5)), tensor(at(6)),
                            tensor(at(7)), tensor(at(8)), tensor(at(9)), tensor(at(10)), tensor(at(11)), scale(at(12)),
                            scale(at(13)), 1};
@@ -65,9 +63,9 @@ py::dict backward(py::handle G, const py::tuple& op, const py::tuple& saved, uin
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of hydra_kernels.";
-  m.def("sizes", &sizes, "(x, weight, ..., B_up_bias, mask, scale_a, scale_b) -> (M, K, N, r_a, r_b), or None: unjudged");
-  m.def("apply", &apply, "(x, Operands, form) -> h, differentiable, for a call whose sizes it told");
-  m.def("forward", &forward, "(x, Operands, bits of the wanted gradients, form) -> (h, saved)");
-  m.def("backward", &backward, "(G, Operands, saved, bits, form) -> gradients by name");
+  m.def("sizes", torch::wrap_pybind_function(sizes), "(x, weight, ..., B_up_bias, mask, scale_a, scale_b) -> (M, K, N, r_a, r_b), or None: unjudged");
+  m.def("apply", torch::wrap_pybind_function(apply), "(x, Operands, form) -> h, differentiable, for a call whose sizes it told");
+  m.def("forward", torch::wrap_pybind_function(forward), "(x, Operands, bits of the wanted gradients, form) -> (h, saved)");
+  m.def("backward", torch::wrap_pybind_function(backward), "(G, Operands, saved, bits, form) -> gradients by name");
   m.def("instructions", &hydra::cpu::instructions, "The instruction set of the CPU kernels.");
 }

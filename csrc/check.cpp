@@ -1,6 +1,7 @@
 #include "check.h"
 
 #include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <cmath>
@@ -8,12 +9,16 @@
 namespace hydra {
 namespace {
 
-// Neither a subclass nor a wrapper of a transform, and with memory.
+// Nothing that a dispatcher would treat otherwise than by its memory: no stand-in, wrapper or lazy negation.
 bool plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet special(
       {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-       c10::DispatchKey::Functionalize});
+       c10::DispatchKey::Functionalize, c10::DispatchKey::Negative});
   return !t.unsafeGetTensorImpl()->key_set().has_any(special) && t.layout() == at::kStrided && !t.is_meta();
+}
+
+bool served(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
 }
 
 struct Judge {
@@ -26,7 +31,7 @@ struct Judge {
   bool fits_if_given(const at::Tensor& t, at::IntArrayRef shape) const { return !t.defined() || fits(t, shape); }
   bool fits(const Scale& s) const {
     return s.tensor.defined() ? plain(s.tensor) && s.tensor.dim() == 0 && s.tensor.device() == device &&
-                                    at::isFloatingType(s.tensor.scalar_type())
+                                    served(s.tensor.scalar_type())
                               : std::isfinite(s.value);
   }
 };
@@ -46,12 +51,16 @@ bool branch(Judge judge, const at::Tensor& down, const at::Tensor& up, const at:
 }  // namespace
 
 bool vouch_for(const at::Tensor& x, const Operands& op, Sizes* sizes) {
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;  // a mode wants to see operators
+  // A mode, a transform or a trace wants to see operators.
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer))
+    return false;
   const at::Tensor& W = op.weight;
   if (!x.defined() || !W.defined() || !plain(x) || !plain(W) || x.dim() == 0 || W.dim() != 2 || W.requires_grad()) return false;
   const Judge judge{W.device(), W.scalar_type()};
   const auto dtype = judge.dtype;
-  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kHalf && dtype != at::kBFloat16) return false;
+  if (!served(dtype)) return false;
   const int64_t N = W.size(0), K = W.size(1);
   if (x.size(-1) != K || x.scalar_type() != dtype || x.device() != judge.device) return false;
   if (at::autocast::is_autocast_enabled(judge.device.type())) return false;

@@ -23,18 +23,29 @@ void* stream_of(at::Device device) {
 }
 
 void check(int status, const char* kernel) {
-  TORCH_CHECK(status == 0, "hydra_kernels: CUDA error ", status, " at the launch of ", kernel);
+  TORCH_CHECK(status == 0, "hydra_kernels: CUDA error ", status, " at the launch of ", kernel,
+              ", which a kernel before it may have left");
 }
 
 HydraType type_of(const at::Tensor& t) {
   return t.scalar_type() == at::kFloat ? HYDRA_FLOAT32 : t.scalar_type() == at::kHalf ? HYDRA_FLOAT16 : HYDRA_BFLOAT16;
 }
 
-at::Tensor rows(const at::Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
-at::Tensor contiguous(const at::Tensor& t) { return t.defined() ? t.contiguous() : t; }
+at::Tensor contiguous(const at::Tensor& t) {
+  return t.defined() ? (t.is_neg() ? t.resolve_neg() : t).contiguous() : t;
+}
+at::Tensor rows(const at::Tensor& t) { return (t.size(1) <= 1 || t.stride(1) == 1) && !t.is_neg() ? t : contiguous(t); }
 const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 template <class T = void>
 T* output(const at::Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; }
+
+// The one dtype in which the kernels read all adapters and scales: float32 unless all have the base's.
+at::ScalarType adapter_dtype(const at::Tensor& like, const Operands& op) {
+  for (const at::Tensor& t : {op.A_down, op.A_up, op.B_down, op.B_up, op.A_down_bias, op.A_up_bias, op.B_down_bias,
+                              op.B_up_bias, op.scale_a.tensor, op.scale_b.tensor})
+    if (t.defined() && t.scalar_type() != like.scalar_type()) return at::kFloat;
+  return like.scalar_type();
+}
 
 // What the passes share: sizes, adapters as the kernels read them, scales.
 struct Call {
@@ -48,15 +59,14 @@ struct Call {
 
   Call(const at::Tensor& like, const Operands& op, int64_t N)
       : N(N), r_a(op.r_a()), r_b(op.r_b()), weight(op.weight.defined() ? rows(op.weight) : op.weight),
-        bias(contiguous(op.bias)), A_down(contiguous(op.A_down)), A_up(contiguous(op.A_up)),
-        B_down(contiguous(op.B_down)), B_up(contiguous(op.B_up)), a_d(contiguous(op.A_down_bias)),
-        a_u(contiguous(op.A_up_bias)), b_d(contiguous(op.B_down_bias)), b_u(contiguous(op.B_up_bias)),
-        mask(contiguous(op.mask)), scale_a(op.scale_a.value), scale_b(op.scale_b.value), mask_scale(op.mask_scale),
-        type(type_of(like)), adapter_type(type_of(r_a ? A_up : B_up)), options(like.options()),
-        stream(stream_of(like.device())) {
-    const auto adapters = (r_a ? A_up : B_up).scalar_type();
-    if (op.scale_a.tensor.defined()) s_a = op.scale_a.tensor.to(adapters);
-    if (op.scale_b.tensor.defined()) s_b = op.scale_b.tensor.to(adapters);
+        bias(contiguous(op.bias)), mask(contiguous(op.mask)), scale_a(op.scale_a.value), scale_b(op.scale_b.value),
+        mask_scale(op.mask_scale), type(type_of(like)), options(like.options()), stream(stream_of(like.device())) {
+    const auto dtype = adapter_dtype(like, op);
+    const auto read = [dtype](const at::Tensor& t) { return t.defined() ? contiguous(t.to(dtype)) : t; };
+    A_down = read(op.A_down), A_up = read(op.A_up), B_down = read(op.B_down), B_up = read(op.B_up);
+    a_d = read(op.A_down_bias), a_u = read(op.A_up_bias), b_d = read(op.B_down_bias), b_u = read(op.B_up_bias);
+    s_a = read(op.scale_a.tensor), s_b = read(op.scale_b.tensor);
+    adapter_type = type_of(r_a ? A_up : B_up);
   }
 
   int64_t R() const { return r_a + r_b; }
@@ -85,6 +95,7 @@ Forward forward(const at::Tensor& x_any, const Operands& op, Needs needs) {
   const c10::OptionalDeviceGuard guard(x_any.device());
   const at::Tensor x = rows(x_any);
   const int64_t M = x.size(0), K = x.size(1);
+  TORCH_CHECK(K > 0 && op.weight.size(0) > 0, "hydra_linear: backend 'native' takes no layer without features on a GPU");
   const Call c(x, op, op.weight.size(0));
   const int64_t N = c.N, R = c.R();
   const bool with_d = c.a_d.defined() || c.b_d.defined() || (c.bias.defined() && c.r_b);
@@ -110,7 +121,8 @@ Forward forward(const at::Tensor& x_any, const Operands& op, Needs needs) {
 
 Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& saved, Needs needs) {
   const c10::OptionalDeviceGuard guard(G_any.device());
-  const at::Tensor G = rows(G_any), x = saved[0].defined() ? rows(saved[0]) : at::Tensor(), &Z = saved[1], &D = saved[2];
+  const at::Tensor G = rows(G_any), x = saved[0].defined() ? rows(saved[0]) : at::Tensor();
+  const at::Tensor Z = contiguous(saved[1]), D = contiguous(saved[2]);
   const int64_t M = G.size(0), N = G.size(1), K = x.defined() ? x.size(1) : 0;
   const Call c(G, op, N);
   const int64_t R = c.R();
@@ -161,6 +173,13 @@ Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& sav
       output<float>(dB), P, P_z, Q, S, N, K, c.weight.defined() ? c.weight.stride(0) : 0, c.r_a, c.r_b, c.scale_a,
       c.scale_b, c.type, c.adapter_type};
   check(hydra_reduce(&reduce, c.stream), "reduce");
+  const auto in_dtype_of = [&](Gradient gradient, const at::Tensor& operand) {
+    if (grads[gradient].defined()) grads[gradient] = grads[gradient].to(operand.scalar_type());
+  };
+  in_dtype_of(A_DOWN, op.A_down), in_dtype_of(A_UP, op.A_up), in_dtype_of(B_DOWN, op.B_down), in_dtype_of(B_UP, op.B_up);
+  in_dtype_of(A_DOWN_BIAS, op.A_down_bias), in_dtype_of(A_UP_BIAS, op.A_up_bias);
+  in_dtype_of(B_DOWN_BIAS, op.B_down_bias), in_dtype_of(B_UP_BIAS, op.B_up_bias);
+  in_dtype_of(SCALE_A, op.scale_a.tensor), in_dtype_of(SCALE_B, op.scale_b.tensor);
   return grads;
 }
 

@@ -12,6 +12,12 @@ inline at::Tensor tensor(PyObject* object) {
   return object == Py_None ? at::Tensor() : THPVariable_Unpack(object);
 }
 
+// Whether an object is a torch.nn.Parameter and no subclass of it.
+inline bool is_parameter(PyObject* object) {
+  static PyObject* const parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+  return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(parameter);
+}
+
 inline PyObject* wrapped(const at::Tensor& t) { return t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None); }
 
 inline py::tuple wrapped(const Forward& made) {
@@ -41,7 +47,7 @@ inline Operands operands(const py::tuple& fields) {
           PyFloat_AsDouble(at(13))};
 }
 
-// Interned once: the keys of every backward.
+// The keys of every backward, made once.
 inline const std::array<py::str, GRADIENTS>& gradient_names() {
   static const auto* names = new std::array<py::str, GRADIENTS>{
       "x", "weight", "bias", "A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias",

@@ -27,7 +27,7 @@ _WHY_COMPOSED = f"M is at least {_COMPOSED_FROM} K: passes over [M, N] are spare
 
 
 class Choice(NamedTuple):
-    """What runs: ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` is "composed" or "kept"; and why."""
+    """What runs: ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` is one of FORMS but "auto"; and why."""
 
     backend: str
     form: str

@@ -81,6 +81,8 @@ def hydra_linear(
         )
     if sizes is None:
         native = None
+        if backend == "auto" and not torch.compiler.is_compiling() and torch.jit.is_tracing():
+            backend = "aten"  # what torch.jit.trace sees
         biases = (A_down_bias, A_up_bias), (B_down_bias, B_up_bias)
         cast_to = _autocast_dtype(x)
         sizes = _check(x, weight, bias, (A_down, A_up), (B_down, B_up), *biases, mask, scale_a, scale_b, cast_to)

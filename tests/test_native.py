@@ -136,7 +136,8 @@ def test_special_tensors_and_modes_are_left_to_python():
     with FakeTensorMode():
         found.append(sizes(x=torch.empty(M, K)))
     found.append(sizes(x=torch.randn(M, K).to_sparse()))
-    assert found == [None] * 6
+    found += [sizes(scale_a=10**400), sizes(scale_b=torch.ones(()).to(torch.float8_e4m3fn))]
+    assert found == [None] * 8
     assert sizes(x=x) == (3 * M, K, N, R_A, R_B)
 
 
@@ -165,7 +166,108 @@ def test_saved_tensors_pass_through_hooks(form):
 def results_of(t, G, case: Case, form: str) -> dict[str, torch.Tensor]:
     leaves = {name: v.detach().requires_grad_(name in NAMES) for name, v in t.items()}
     call(hk.hydra_linear, leaves, case, form=form, backend="native").backward(G)
-    return {name: leaves[name].grad for name in NAMES}
+    return {name: v.grad for name, v in leaves.items() if name in NAMES}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unpacked_tensors_may_lie_otherwise(form):
+    case = everything(form)
+    t, G = operands(case, F32)
+    expected = results_of(t, G, case, form)
+
+    def transposed(v):
+        return v.t().contiguous().t() if v.dim() == 2 else v
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: v, transposed):
+        got = results_of(t, G, case, form)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "wanted",
+    [{"A_down"}, {"A_up"}, {"B_down"}, {"B_up"}, {"x"}, {"A_down", "B_up"}],
+    ids=lambda names: "+".join(sorted(names)),
+)
+def test_no_rows_give_gradients_of_zero(form, wanted):
+    t, _ = operands(PLAIN, F32)
+    leaves = {
+        name: v.detach().requires_grad_(name in wanted) for name, v in {**t, "x": torch.empty(0, PLAIN.K)}.items()
+    }
+    call(hk.hydra_linear, leaves, PLAIN, form=form, backend="native").backward(torch.empty(0, PLAIN.N))
+    for name in wanted:
+        assert leaves[name].grad.shape == leaves[name].shape
+        assert not leaves[name].grad.any()
+
+
+def test_a_layer_without_outputs_does_not_crash():
+    A_up = torch.empty(0, 2, requires_grad=True)
+    h = hk.hydra_linear(
+        torch.randn(5, 13), torch.empty(0, 13), None, torch.randn(2, 13), A_up, None, None, backend="native"
+    )
+    h.sum().backward()
+    assert A_up.grad.shape == (0, 2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_gradients_nothing_is_saved(form):
+    """Nor is a second [M, N] allocated, as for a y0 that must outlive h."""
+    t, _ = operands(replace(PLAIN, lead=(64,), K=32, N=4096), F32)
+    t = {name: v.requires_grad_(name in NAMES) for name, v in t.items()}
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), torch.profiler.profile(profile_memory=True) as profiler:
+            h = call(hk.hydra_linear, t, PLAIN, form=form, backend="native")
+        assert h.grad_fn is None
+        large = [e for e in profiler.events() if e.self_cpu_memory_usage >= h.nbytes]
+        assert len(large) == 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_recorded_trace_has_the_adapters_in_it():
+    layer = hk.HydraLinear(13, 11, r_a=2, r_b=3).eval()
+    torch.nn.init.normal_(layer.A_up)
+    torch.nn.init.normal_(layer.B_up)
+    x, other = torch.randn(5, 13), torch.randn(5, 13)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        torch.testing.assert_close(traced(other), layer(other))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_negated_memory_and_scales_of_another_dtype(form):
+    """x and G that torch negates when they are read; float64 scales over float32 adapters keep their dtype."""
+    case = replace(PLAIN, scales="learnable")
+    t, G = operands(case, F32)
+    t |= {name: t[name].double() for name in ("scale_a", "scale_b")}
+    expected = results_of(t, G, case, form)
+    assert expected["scale_a"].dtype == F64
+    got = results_of({**t, "x": torch._neg_view(-t["x"])}, torch._neg_view(-G), case, form)
+    assert torch._neg_view(-G).is_neg()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def test_subclasses_without_a_dispatch_of_their_own():
+    class Subclass(torch.Tensor):
+        pass
+
+    t, _ = operands(PLAIN, F32)
+    h = call(hk.hydra_linear, t, PLAIN, backend="native")
+    torch.testing.assert_close(
+        call(hk.hydra_linear, {**t, "x": t["x"].as_subclass(Subclass)}, PLAIN, backend="native").as_subclass(
+            torch.Tensor
+        ),
+        h,
+    )
+
+
+def test_batched_gradients_are_refused():
+    t, G = operands(PLAIN, F32)
+    x = t["x"].requires_grad_()
+    h = call(hk.hydra_linear, t, PLAIN, backend="native")
+    with pytest.raises(RuntimeError, match="takes no batched gradients"):
+        torch.autograd.grad(h, x, torch.stack([G, G]), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("form", FORMS)

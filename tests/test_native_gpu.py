@@ -159,3 +159,23 @@ def test_two_backwards_of_the_same_forward_give_the_same_bits():
     h = ours(leaves, case)
     first, second = (torch.autograd.grad(h, [leaves[n] for n in NAMES], G, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
+
+
+def test_branches_and_scales_may_differ_in_dtype():
+    """As under autocast, or where only one branch is fp32: each gradient has its operand's dtype and the same worth."""
+    case = replace(PLAIN, adapter_bias=True, scales="learnable")
+    for fp32 in ("A_", "B_", "scale_"):
+        t, G = operands(case, BF16)
+        t = {name: v.float() if name.startswith(fp32) else v for name, v in t.items()}
+        wanted = trainable(t)
+        true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)
+        naive = differentiate(lambda t: call(hk.reference.hydra_linear, t, case), t, G, wanted)
+        got = differentiate(lambda t: ours(t, case), t, G, wanted)
+        assert {name: v.dtype for name, v in got.items()} == {name: v.dtype for name, v in naive.items()}
+        assert not violations(got, naive, true, BF16), fp32
+
+
+def test_a_layer_without_features_is_refused():
+    x, up = torch.randn(5, 0), torch.randn(3, 2)
+    with pytest.raises(RuntimeError, match="no layer without features"):
+        on_host().forward(x, Operands(torch.randn(3, 0), None, torch.randn(2, 0), up, None, None), 0)

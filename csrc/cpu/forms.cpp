@@ -12,9 +12,11 @@
 //   z = sum_m dZ    g = sum_m G    db0 = g + z_b B_down
 //   composed, effective: dD = dZ^T x, dA_down its first rows, dB_down = (the others) W0^T + z_b b0^T
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include "../host.h"
 #include "sweep.h"
@@ -34,6 +36,18 @@ const T* vector(const at::Tensor& t) {
   return t.defined() ? t.const_data_ptr<T>() : nullptr;
 }
 
+// out[n, r] = s in[n, r].
+template <class T>
+void scaled_copy(const T* in, int64_t in_stride, T s, T* out, int64_t out_stride, int64_t rows, int64_t ranks) {
+  const auto copy = [=](auto width) {  // a width that the compiler knows becomes vectors
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t r = 0; r < static_cast<int64_t>(width); ++r) out[n * out_stride + r] = s * in[n * in_stride + r];
+  };
+  if (ranks == 8) copy(std::integral_constant<int64_t, 8>());
+  else if (ranks == 4) copy(std::integral_constant<int64_t, 4>());
+  else copy(ranks);
+}
+
 // The adapters, contiguous; U is made where it is needed.
 template <class T>
 struct Adapters {
@@ -47,11 +61,29 @@ struct Adapters {
         b_d(own(op.B_down_bias)), b_u(own(op.B_up_bias)), b0(own(op.bias)), s_a(number<T>(op.scale_a)),
         s_b(number<T>(op.scale_b)) {}
 
-  static at::Tensor own(const at::Tensor& t) { return t.defined() ? t.contiguous() : t; }
+  // U [N, padded(R)].
+  Buffer<T> U() const {
+    const int64_t stride = padded(R);
+    Buffer<T> out(N * stride);
+    scaled_copy(vector<T>(A_up), r_a, s_a, out.data(), stride, N, r_a);
+    scaled_copy(vector<T>(B_up), r_b, s_b, out.data() + r_a, stride, N, r_b);
+    for (int64_t n = 0; R < stride && n < N; ++n) std::fill_n(out.data() + n * stride + R, stride - R, T(0));
+    return out;
+  }
 
-  // U [N, padded(R)], or U^T [R, N].
-  Buffer<T> U() const { return up(padded(R), [this](int64_t n, int64_t r) { return n * padded(R) + r; }); }
-  Buffer<T> U_transposed() const { return up(R, [this](int64_t n, int64_t r) { return r * N + n; }); }
+  // U^T [R, N].
+  Buffer<T> U_transposed() const {
+    Buffer<T> out(N * R);
+    const auto transpose = [this](const T* up, int64_t ranks, T s, T* rows) {
+      constexpr int64_t LINE = 16;  // rows of up at a time, whose transposed fill whole lines of memory
+      for (int64_t first = 0; first < N; first += LINE)
+        for (int64_t r = 0; r < ranks; ++r)
+          for (int64_t n = first; n < std::min(N, first + LINE); ++n) rows[r * N + n] = s * up[n * ranks + r];
+    };
+    transpose(vector<T>(A_up), r_a, s_a, out.data());
+    transpose(vector<T>(B_up), r_b, s_b, out.data() + r_a * N);
+    return out;
+  }
 
   // b0 + u, or u alone; false where that is zero.
   bool bias(T* out, bool with_b0) const {
@@ -68,18 +100,6 @@ struct Adapters {
     return found;
   }
 
- private:
-  template <class Place>
-  Buffer<T> up(int64_t ranks, const Place& place) const {
-    Buffer<T> out(N * ranks);
-    const T *a = vector<T>(A_up), *b = vector<T>(B_up);
-    for (int64_t n = 0; n < N; ++n) {
-      for (int64_t r = 0; r < r_a; ++r) out.data()[place(n, r)] = s_a * a[n * r_a + r];
-      for (int64_t r = 0; r < r_b; ++r) out.data()[place(n, r_a + r)] = s_b * b[n * r_b + r];
-      for (int64_t r = R; r < ranks; ++r) out.data()[place(n, r)] = 0;
-    }
-    return out;
-  }
 };
 
 // D [R, K], and d [R] or undefined where it is zero.
@@ -111,7 +131,7 @@ std::pair<at::Tensor, at::Tensor> stacked_down(const Adapters<T>& ad, const Rows
 template <class T>
 at::Tensor effective_weight(const Adapters<T>& ad, const Rows<T>& W, const at::Tensor& weight, const at::Tensor& D) {
   const int64_t K = weight.size(1);
-  at::Tensor out = fresh(ad.N, K, weight);
+  at::Tensor out = at::empty({ad.N, K}, weight.options());
   const Buffer<T> U = ad.U();
   spread(ad.N, 2 * ad.R * ad.N * K, [&](int64_t first, int64_t last) {
     run(Combine<T>{last - first, K, ad.R, U.data() + first * padded(ad.R), 1, padded(ad.R), vector<T>(D), K, W.row(first), W.stride,
@@ -126,11 +146,30 @@ void affine(at::Tensor& out, const at::Tensor& v, const at::Tensor& matrix, cons
   else at::mm_out(out, v, matrix.t());
 }
 
+// Where few rows meet a weight that no cache holds, oneDNN's product with its transposed takes 0.76 (16 rows of 4096) to
+// 0.94 (256 rows) of MKL's time on the processors measured (Sapphire Rapids); elsewhere it takes as much or more.
+constexpr int64_t ROWS_FOR_ONEDNN = 256, WEIGHT_FOR_ONEDNN = 1 << 23;
+
+// v matrix^T + bias, by the library that is faster for so many rows.
+at::Tensor affine_of_any_rows(const at::Tensor& v, const at::Tensor& matrix, const at::Tensor& bias) {
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                               c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  static const auto onednn = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  const bool pays = v.size(0) <= ROWS_FOR_ONEDNN && matrix.numel() >= WEIGHT_FOR_ONEDNN;
+  if (pays && onednn && v.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() && v.is_contiguous() &&
+      matrix.is_contiguous())
+    return onednn->typed<Signature>().call(v, matrix, bias.defined() ? std::optional(bias) : std::nullopt, "none",
+                                           c10::List<std::optional<at::Scalar>>(), "");
+  at::Tensor out = at::empty({v.size(0), matrix.size(0)}, v.options());
+  affine(out, v, matrix, bias);
+  return out;
+}
+
 template <class T>
 Forward effective_forward(const at::Tensor& x, const Operands& op, Needs needs, const Adapters<T>& ad) {
   const int64_t K = x.size(1);
   const auto [D, d] = stacked_down(ad, Rows<T>(op.weight), K);
-  at::Tensor bias = at::empty({ad.N}, x.options()), h = fresh(x.size(0), ad.N, x);
+  at::Tensor bias = at::empty({ad.N}, x.options()), h = at::empty({x.size(0), ad.N}, x.options());
   bool with_bias = ad.bias(bias.mutable_data_ptr<T>(), true);
   if (d.defined()) {
     T* b = bias.mutable_data_ptr<T>();
@@ -153,7 +192,7 @@ Forward composed_forward(const at::Tensor& x, const Operands& op, Needs needs, c
   const Mask<T> mask(op.mask, op.mask_scale);
   const Buffer<T> U = ad.U_transposed(), bias(N);
   const T* base = ad.bias(bias.data(), true) ? bias.data() : nullptr;
-  at::Tensor Z = at::empty({M, R}, x.options()), h = fresh(M, N, x);
+  at::Tensor Z = at::empty({M, R}, x.options()), h = at::empty({M, N}, x.options());
   // The low-rank part first: the GEMM adds to it.
   spread(M, 2 * M * R * (K + N), [&, &D = D, &d = d](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; m += BLOCK) {
@@ -176,9 +215,8 @@ Forward kept_forward(const at::Tensor& x, const Operands& op, Needs needs, const
   const Mask<T> mask(op.mask, op.mask_scale);
   const Buffer<T> U = ad.U_transposed(), u(N);
   const bool with_u = ad.bias(u.data(), false);
-  at::Tensor y0 = fresh(M, N, x), Z = at::empty({M, R}, x.options());
-  affine(y0, x, op.weight, op.bias);
-  at::Tensor h = needs.any(B_DOWN) ? fresh(M, N, x) : y0;
+  at::Tensor y0 = affine_of_any_rows(x, op.weight, op.bias), Z = at::empty({M, R}, x.options());
+  at::Tensor h = needs.any(B_DOWN) ? at::empty({M, N}, x.options()) : y0;
   spread(M, 2 * M * (r_a * K + r_b * N + R * N), [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; m += BLOCK) {
       const int64_t count = std::min(BLOCK, last - m);
@@ -201,7 +239,7 @@ void from_sums(Gradients& grads, const at::Tensor& G, const Operands& op, const 
                const Sums<T>& sums) {
   const T *dU = sums.of(0) + sums.dU, *z = sums.of(0) + sums.z;
   const int64_t stride = padded(ad.R);
-  const bool of_bias_a = op.A_up_bias.defined() && needs.any(SCALE_A), of_bias_b = op.B_up_bias.defined() && needs.any(SCALE_B);
+  const bool of_bias_a = ad.a_u.defined() && needs.any(SCALE_A), of_bias_b = ad.b_u.defined() && needs.any(SCALE_B);
   at::Tensor g;
   if (needs.any(BIAS, A_UP_BIAS, B_UP_BIAS) || of_bias_a || of_bias_b) g = at::sum(G, 0);
 
@@ -209,16 +247,16 @@ void from_sums(Gradients& grads, const at::Tensor& G, const Operands& op, const 
                           const at::Tensor& bias, T s, int64_t first, int64_t ranks) {
     if (needs.any(up)) {
       grads[up] = at::empty({ad.N, ranks}, G.options());
-      T* out = grads[up].template mutable_data_ptr<T>();
-      for (int64_t n = 0; n < ad.N; ++n)
-        for (int64_t r = 0; r < ranks; ++r) out[n * ranks + r] = s * dU[n * stride + first + r];
+      scaled_copy(dU + first, stride, s, grads[up].template mutable_data_ptr<T>(), ranks, ad.N, ranks);
     }
     if (needs.any(scale)) {
       double total = 0;
+      const T *values = vector<T>(matrix), *of_bias = vector<T>(bias), *sums_of_G = vector<T>(g);
       for (int64_t n = 0; n < ad.N; ++n)
-        for (int64_t r = 0; r < ranks; ++r) total += dU[n * stride + first + r] * vector<T>(matrix)[n * ranks + r];
-      for (int64_t n = 0; bias.defined() && n < ad.N; ++n) total += vector<T>(g)[n] * vector<T>(bias)[n];
-      grads[scale] = at::empty({}, G.options()).fill_(total);
+        for (int64_t r = 0; r < ranks; ++r) total += dU[n * stride + first + r] * values[n * ranks + r];
+      for (int64_t n = 0; of_bias && n < ad.N; ++n) total += sums_of_G[n] * of_bias[n];
+      const at::Tensor& operand = scale == SCALE_A ? op.scale_a.tensor : op.scale_b.tensor;
+      grads[scale] = at::empty({}, operand.options()).fill_(total);
     }
     if (needs.any(down_bias)) {
       grads[down_bias] = at::empty({ranks}, G.options());
@@ -229,7 +267,7 @@ void from_sums(Gradients& grads, const at::Tensor& G, const Operands& op, const 
   if (ad.r_a) branch(A_UP, SCALE_A, A_DOWN_BIAS, A_UP_BIAS, ad.A_up, ad.a_u, ad.s_a, 0, ad.r_a);
   if (ad.r_b) branch(B_UP, SCALE_B, B_DOWN_BIAS, B_UP_BIAS, ad.B_up, ad.b_u, ad.s_b, ad.r_a, ad.r_b);
   if (needs.any(BIAS)) {
-    grads[BIAS] = needs.any(A_UP_BIAS, B_UP_BIAS) ? g.clone() : g;
+    grads[BIAS] = g;  // last: written over here
     T* out = grads[BIAS].template mutable_data_ptr<T>();
     if (ad.r_b)
       run(Combine<T>{1, ad.N, ad.r_b, z + ad.r_a, 1, 0, vector<T>(ad.B_down), ad.N, out, ad.N, out, ad.N});
@@ -243,8 +281,9 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   const int64_t M = G.owner.size(0), N = ad.N, R = ad.R, r_a = ad.r_a, r_b = ad.r_b;
   const bool kept = form == Form::kept, effective = form == Form::effective;
   const Rows<T> x(saved[0]), y0(kept ? saved[2] : at::Tensor());
-  const at::Tensor& D = effective ? saved[1] : kept ? at::Tensor() : saved[2];
-  const int64_t K = x.data ? x.owner.size(1) : op.weight.defined() ? op.weight.size(1) : 0;
+  const at::Tensor D = own(effective ? saved[1] : kept ? at::Tensor() : saved[2]);
+  const at::Tensor Z = own(effective ? at::Tensor() : saved[1]), d = own(effective ? saved[2] : at::Tensor());
+  const int64_t K = x.owner.defined() ? x.owner.size(1) : op.weight.defined() ? op.weight.size(1) : 0;
   const Mask<T> mask(op.mask, op.mask_scale);
   const bool wants_dU = needs.any(A_UP, B_UP, SCALE_A, SCALE_B);
   const bool wants_dZ = needs.any(A_DOWN, B_DOWN, A_DOWN_BIAS, B_DOWN_BIAS) || (needs.any(X) && !effective) ||
@@ -255,8 +294,8 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   const Buffer<T> U = wants_dZ ? ad.U() : Buffer<T>(0);
   s.U = wants_dZ ? U.data() : nullptr;
   s.mask = &mask, s.wants_dU = wants_dU, s.K = K, s.r_b = r_b;
-  if (wants_dU && !effective) s.Z = vector<T>(saved[1]);
-  if (wants_dU && effective) s.x = x.data, s.x_stride = x.stride, s.D = vector<T>(D), s.d = vector<T>(saved[2]);
+  if (wants_dU && !effective) s.Z = vector<T>(Z);
+  if (wants_dU && effective) s.x = x.data, s.x_stride = x.stride, s.D = vector<T>(D), s.d = vector<T>(d);
   // Composed, dA_down and T are rows of one product.
   const bool both = !kept && needs.any(A_DOWN) && needs.any(B_DOWN);
   if (needs.any(A_DOWN)) s.a = {0, both ? R : r_a, K, x.data, x.stride};
@@ -264,8 +303,8 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   if (needs.any(B_DOWN) && !kept && !both) s.b = {r_a, r_b, K, x.data, x.stride};
   at::Tensor dx, dy0 = G.owner;
   if (needs.any(X)) {
-    dx = fresh(M, K, G.owner);
-    if (kept) dy0 = fresh(M, N, G.owner), s.B_down = vector<T>(ad.B_down), s.dy0 = dy0.mutable_data_ptr<T>();
+    dx = at::empty({M, K}, G.owner.options());
+    if (kept) dy0 = at::empty({M, N}, G.owner.options()), s.B_down = vector<T>(ad.B_down), s.dy0 = dy0.mutable_data_ptr<T>();
     s.R_E = kept ? r_a : R, s.E = vector<T>(kept ? ad.A_down : D);
     if (!effective && s.R_E) s.dx = dx.mutable_data_ptr<T>();
   }

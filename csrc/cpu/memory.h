@@ -1,17 +1,18 @@
-// Memory of the CPU steps: matrices that are read, buffers of one pass, and fresh outputs.
+// Memory of the CPU steps: matrices that are read, and buffers of one pass.
 #pragma once
 
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <limits>
 
 namespace hydra::cpu {
+
+// t, contiguous, as its memory says: torch's lazy negation resolved.
+inline at::Tensor own(const at::Tensor& t) {
+  return t.defined() ? (t.is_neg() ? t.resolve_neg() : t).contiguous() : t;
+}
 
 // A matrix whose rows are contiguous, t itself where its rows are.
 template <class T>
@@ -23,7 +24,7 @@ struct Rows {
   Rows() = default;
   explicit Rows(const at::Tensor& t) {
     if (!t.defined()) return;
-    owner = t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous();
+    owner = (t.size(1) <= 1 || t.stride(1) == 1) && !t.is_neg() ? t : own(t);
     data = owner.const_data_ptr<T>();
     stride = owner.stride(0);
   }
@@ -44,20 +45,5 @@ class Buffer {
  private:
   at::DataPtr memory_;
 };
-
-// A new [rows, columns] of like's dtype. Where the system leaves it to the program, a large one is asked for in huge
-// pages: the first touch of 20 MB in small pages takes the time of a tenth of a GEMM.
-inline at::Tensor fresh(int64_t rows, int64_t columns, const at::Tensor& like) {
-  at::Tensor t = at::empty({rows, columns}, like.options());
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = 4096, LARGE = 4 << 20;
-  if (t.nbytes() >= LARGE) {
-    const auto first = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + PAGE - 1) / PAGE * PAGE;
-    const auto last = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + t.nbytes()) / PAGE * PAGE;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: where it fails, nothing changes
-  }
-#endif
-  return t;
-}
 
 }  // namespace hydra::cpu

@@ -4,7 +4,7 @@
 //   combine   out[i, c] = base[i, c] + sum_p left(p, i) right[p, c]      dD = dZ^T x, dU = Z^T G, C = B_down W0,
 //                                                                        Z U^T, dZ D, W0 + U D
 //
-// base may be out itself, a row for all i (ld_base = 0), or null for zeros. Rows of right, out and base are contiguous.
+// base may be out itself, a row for all i (ld_base = 0), or null for zeros. Rows of right, out and base are contiguous, in dots those of left too.
 // Sums run over blocks of p, in an order that depends on the sizes alone.
 #pragma once
 

@@ -27,7 +27,7 @@ struct Mask {
 
   Mask(const at::Tensor& mask, double mask_scale) : scale(static_cast<T>(mask_scale)) {
     if (!mask.defined()) return;
-    owner = mask.contiguous();
+    owner = own(mask);
     if (owner.scalar_type() == at::kBool) flags = owner.const_data_ptr<bool>();
     else values = owner.const_data_ptr<T>();
   }
@@ -150,7 +150,7 @@ Sums<T> sweep(const Sweep<T>& s) {
   at.size = (at.z + s.R + 15) / 16 * 16;
   at.memory = Buffer<T>(at.size * threads);
   // Blocks of x and G that stay in the second cache.
-  const int64_t block = std::clamp<int64_t>((512 << 10) / (width * sizeof(T)), 8, 32) / 8 * 8;
+  const int64_t block = std::clamp<int64_t>((512 << 10) / (std::max<int64_t>(width, 1) * sizeof(T)), 8, 32) / 8 * 8;
   const int64_t rows_of_thread = (s.M + threads - 1) / threads;
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> Z(block * padded(s.R)), dZ(block * padded(s.R));

@@ -10,7 +10,7 @@
 // Every launcher enqueues on `stream` (a cudaStream_t) of the current device, allocates nothing, reads no device memory
 // on the host, and returns a cudaError_t (0: enqueued; 1, cudaErrorInvalidValue: R > 64, or a type that is none).
 // The caller allocates outputs, partial sums and workspaces, whose sizes are pure functions of shapes and type (last
-// lines): so bits depend on neither the card nor the run. Where M = 0, hydra_down and hydra_grad_z write nothing.
+// lines): so bits depend on the architecture alone, not on the run. Where M = 0, hydra_down and hydra_grad_z write nothing.
 //
 // "type" is that of W0, b0, x, G, D, rest, Z, dZ, U, u; "adapter_type" that of the adapters, their biases, scales by
 // pointer, and their gradients: equal to type, or fp32. Everything is contiguous but W0, x and G, whose rows may lie

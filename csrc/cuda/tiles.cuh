@@ -40,9 +40,11 @@ template <typename P> constexpr int SHARERS = WARPS * 16 / COLUMNS<P>;
 __host__ __device__ constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Into how many parts of the same whole number of steps a sum is divided, for `blocks` blocks a part; 0 for no steps.
+// Into how many parts of the same whole number of steps a sum is divided, for `blocks` blocks a part, so that all run at
+// once; 0 for no steps.
 constexpr int64_t splits_of(int64_t steps, int64_t blocks) {
-  return steps == 0 || blocks == 0 ? 0 : cdiv(steps, cdiv(steps, cdiv(PROGRAMS, blocks)));
+  if (steps == 0 || blocks == 0) return 0;
+  return cdiv(steps, cdiv(steps, PROGRAMS > blocks ? PROGRAMS / blocks : 1));
 }
 
 __device__ inline float to_float(float v) { return v; }
@@ -167,7 +169,7 @@ __device__ void fill(P* to, int stride, const Element& element) {
 template <typename T>
 __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #define MMA(type)                                                                                        \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
       "{%8, %9}, {%0, %1, %2, %3};"                                                                      \
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                   \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))

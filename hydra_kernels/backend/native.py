@@ -1,4 +1,4 @@
-"""Backend `native`: the compiled part (csrc), one crossing from Python a pass; on a GPU the composed form alone.
+"""Backend `native`: the compiled part (csrc), a whole pass in one call; on a GPU the composed form alone.
 
 Eager calls that the compiled part vouches for do not come here: `functional` hands them to its own autograd function.
 """

@@ -1,4 +1,4 @@
-"""Custom operators: what torch.compile takes into its graph unseen. Eager calls never come here.
+"""Custom operators: what torch.compile takes into its graph unseen. Plain eager calls never come here.
 
 No tracer can follow a kernel of Triton's, which Python launches, nor compiled C++, so a whole forward or backward of
 such a backend is one operator. The fake implementations give the shapes and strides of what the bodies return.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .interface import Operands, Saved
 
@@ -21,7 +21,7 @@ _FROM_Z = ("A_up", "B_up", "scale_a", "scale_b")
 
 def traced(x: Tensor) -> bool:
     """Whether a tracer or a dispatch mode looks on, or x is a stand-in without data: then nothing may be launched."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+    if torch.compiler.is_compiling() or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return True
     return torch._C._len_torch_dispatch_stack() > 0
 

@@ -48,6 +48,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, void*, Arguments... argumen
   auto run = [&] { kernel(arguments...); };
   call = [](const void* f) { (*static_cast<const decltype(run)*>(f))(); };
   body = &run;
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535) return 9;  // cudaErrorInvalidConfiguration, as on a card
   gridDim = grid;
   ON_TSAN(scheduler.tsan_fiber = __tsan_get_current_fiber();)
   static const std::unique_ptr<Block> spare(new Block);
