@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import hydra_kernels as hk
 from benchmarks import layer, methods, tables, timing
 from benchmarks.methods import Ranks
+from benchmarks.render_host import host_terminal
 from benchmarks.shapes import Shape
 from benchmarks.timing import HostRow
 
@@ -31,8 +31,6 @@ RANKS = {"hydra": Ranks(4, 4), "lora": Ranks(8, 0)}
 # Steps of a sample: a naive step launches some 25 kernels, and a GPU's queue holds 1,024.
 CALLS = 20
 UNCOUNTED_ROUNDS = 2
-# What our Hydra should take at most over the naive one, by backend.
-GOALS = {"native": 0.70, "aten": 1.05}
 
 
 class Contestant(NamedTuple):
@@ -131,27 +129,6 @@ def row_of(
     )
 
 
-def verdict(row: HostRow) -> str:
-    """Whether our Hydra keeps its goal over the naive one; a dash where none was set."""
-    goal = GOALS.get(row["backend"])
-    if goal is None:
-        return "-"
-    return f"{goal:.2f} {'met' if row['over']['naive_hydra'][1] <= goal else 'MISSED'}"
-
-
-def table(rows: Sequence[HostRow]) -> Table:
-    headings = ["M x K x N", "method", "us (quartiles)", "over frozen", "over naive LoRA", "over naive Hydra", "goal"]
-    cells = []
-    for row in rows:
-        line = [f"{row['M']} x {row['K']} x {row['N']}", tables.label(row)]
-        line[1] += f", {row['backend']}" if row["backend"] else ""
-        line.append(f"{row['host_us']:.1f} ({row['q1_us']:.1f} to {row['q3_us']:.1f})")
-        line += [f"{row['over'][rival][1]:.3f}" for rival in ("frozen", "naive_lora", "naive_hydra")]
-        cells.append([*line, verdict(row)])
-    title = f"Host time of an eager step, {rows[0]['device']}, {rows[0]['dtype']}"
-    return tables.terminal(title, headings, cells, bold=[row["backend"] is not None for row in rows])
-
-
 def usable_backends(names: Sequence[str] | None) -> list[str]:
     """The backends asked for, or all that run on this machine; ValueError names one that does not."""
     reasons = hk.backends()
@@ -184,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timing.write_result(path, environment, rows, HostRow)
     # Without a terminal rich assumes 80 columns, which would break every cell.
     report = Console(width=None if sys.stdout.isatty() else 140)
-    report.print(table(rows))
+    report.print(host_terminal(rows))
     for line in (tables.environment_note(environment), f"Stored: {path}"):
         report.print(line, highlight=False)
     return 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import timing
+from benchmarks.render_host import host_block
 from benchmarks.render_layer import (
     is_rival,
     layer_block,
@@ -30,7 +31,7 @@ from benchmarks.render_layer import (
 from benchmarks.render_roofline import RooflineRow, roofline_block
 from benchmarks.render_table4 import table4_block, table4_chart, table4_markdown, table4_notes, table4_terminal
 from benchmarks.tables import Stored, environment_note, terminal
-from benchmarks.timing import Environment, LayerRow, Table4Row
+from benchmarks.timing import Environment, HostRow, LayerRow, Table4Row
 
 # The benchmarks print what the README shows: one place to take it from.
 __all__ = [
@@ -68,6 +69,7 @@ class Block(NamedTuple):
 BLOCKS = (
     Block("measured:table4", "table4", Table4Row, table4_block),
     Block("measured:layer", "layer", LayerRow, layer_block, layer_chart),
+    Block("measured:host", "host", HostRow, host_block),
     Block("predicted:roofline", "predicted", RooflineRow, roofline_block),
 )
 

@@ -81,7 +81,7 @@ def hydra_linear(
         )
     if sizes is None:
         native = None
-        if backend == "auto" and not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        if backend == "auto" and not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined]
             backend = "aten"  # what torch.jit.trace sees
         biases = (A_down_bias, A_up_bias), (B_down_bias, B_up_bias)
         cast_to = _autocast_dtype(x)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hydra_kernels as hk
-from benchmarks import ceilings, host, methods, modes, timing
+from benchmarks import ceilings, host, methods, modes, render_host, timing
 from benchmarks.timing import CeilingRow, HostRow
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_a_wrong_gradient_ends_the_host_run_before_anything_is_timed(tmp_path, m
 
 def test_goals_are_met_or_missed_by_backend():
     def verdict(backend, ratio):
-        return host.verdict({"backend": backend, "over": {"naive_hydra": [0.1, ratio, 9.0]}})
+        return render_host.verdict({"backend": backend, "over": {"naive_hydra": [0.1, ratio, 9.0]}})
 
     assert [verdict("aten", ratio) for ratio in (1.05, 1.051)] == ["1.05 met", "1.05 MISSED"]
     assert [verdict("native", ratio) for ratio in (0.7, 0.71)] == ["0.70 met", "0.70 MISSED"]

@@ -36,6 +36,7 @@ struct Combine {
   int64_t ld_base;
   T* out;  // [rows, columns]
   int64_t ld_out;
+  int64_t left_ahead = 0, right_ahead = 0;  // so many elements after those in use, what the caller reads next
 };
 
 // The instruction set that this processor has and ATEN_CPU_CAPABILITY allows: "avx512", "avx2" or "plain".

@@ -83,7 +83,7 @@ void run_dots(const Dots<T>& d) {
   } while (p0 < d.depth);
 }
 
-template <class T>
+template <class T, bool AHEAD>
 struct CombineBlock {
   const Combine<T>& c;
   int64_t p0, depth;
@@ -98,7 +98,8 @@ struct CombineBlock {
     V acc[R] = {};
     for (int64_t p = 0; p < depth; ++p, left += c.left_p, right += c.ld_right) {
       const V r = at<T, LANES>(right);
-      __builtin_prefetch(right + 8 * LANES);
+      if (AHEAD) __builtin_prefetch(right + c.right_ahead, 0, 2), __builtin_prefetch(left + c.left_ahead, 0, 2);
+      else __builtin_prefetch(right + 8 * LANES);
       for (int i = 0; i < R; ++i) acc[i] += left[i * c.left_i] * r;
     }
     for (int i = 0; i < R; ++i) {
@@ -129,7 +130,9 @@ void run_combine(const Combine<T>& c) {
   // Long rows lie on a page each: 32 of them at a time. Of short ones, as many as the first cache holds.
   const int64_t block = c.columns > 64 ? 32 : 512;
   do {
-    CombineBlock<T>{c, p0, least(block, c.depth - p0), base, ld_base}.template rows<ROWS>(0);
+    const int64_t depth = least(block, c.depth - p0);
+    if (c.left_ahead || c.right_ahead) CombineBlock<T, true>{c, p0, depth, base, ld_base}.template rows<ROWS>(0);
+    else CombineBlock<T, false>{c, p0, depth, base, ld_base}.template rows<ROWS>(0);
     base = c.out, ld_base = c.ld_out, p0 += block;
   } while (p0 < c.depth);
 }

@@ -108,7 +108,7 @@ void spread(int64_t items, int64_t flops, const F& f) {
 }
 
 template <class T>
-void sweep_block(const Sweep<T>& s, int64_t row, int64_t rows, bool first, T* Z, T* dZ, T* sums, const Sums<T>& at) {
+void sweep_block(const Sweep<T>& s, int64_t row, int64_t rows, int64_t ahead, bool first, T* Z, T* dZ, T* sums, const Sums<T>& at) {
   const int64_t R = s.R, stride = padded(R);
   const T* G = s.G + row * s.G_stride;
   const auto onto = [&](T* out) { return first ? nullptr : out; };
@@ -118,7 +118,7 @@ void sweep_block(const Sweep<T>& s, int64_t row, int64_t rows, bool first, T* Z,
     else
       run(Dots<T>{rows, R, s.K, s.x + row * s.x_stride, s.x_stride, s.D, s.K, s.d, 0, Z, stride});
     T* dU = sums + at.dU;
-    run(Combine<T>{s.N, stride, rows, G, s.G_stride, 1, Z, stride, onto(dU), stride, dU, stride});
+    run(Combine<T>{s.N, stride, rows, G, s.G_stride, 1, Z, stride, onto(dU), stride, dU, stride, ahead * s.G_stride, 0});
   }
   if (!s.U) return;
   run(Combine<T>{rows, stride, s.N, G, 1, s.G_stride, s.U, stride, nullptr, 0, dZ, stride});
@@ -133,7 +133,7 @@ void sweep_block(const Sweep<T>& s, int64_t row, int64_t rows, bool first, T* Z,
     T* out = sums + offset;
     if (down->ranks)
       run(Combine<T>{down->ranks, down->width, rows, dZ + down->first, stride, 1, down->v + row * down->v_stride,
-                     down->v_stride, onto(out), down->width, out, down->width});
+                     down->v_stride, onto(out), down->width, out, down->width, 0, ahead * down->v_stride});
   }
   if (s.dy0)
     run(Combine<T>{rows, s.N, s.r_b, dZ + R - s.r_b, 1, stride, s.B_down, s.N, G, s.G_stride, s.dy0 + row * s.N, s.N});
@@ -150,7 +150,7 @@ Sums<T> sweep(const Sweep<T>& s) {
   at.size = (at.z + s.R + 15) / 16 * 16;
   at.memory = Buffer<T>(at.size * threads);
   // Blocks of x and G that stay in the second cache.
-  const int64_t block = std::clamp<int64_t>((512 << 10) / (std::max<int64_t>(width, 1) * sizeof(T)), 8, 32) / 8 * 8;
+  const int64_t block = std::clamp<int64_t>((256 << 10) / (std::max<int64_t>(width, 1) * sizeof(T)), 8, 32) / 8 * 8;
   const int64_t rows_of_thread = (s.M + threads - 1) / threads;
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> Z(block * padded(s.R)), dZ(block * padded(s.R));
@@ -161,7 +161,7 @@ Sums<T> sweep(const Sweep<T>& s) {
       int64_t row = begin_row;
       do {  // once at least: sums over no rows are written too
         const int64_t rows = std::max<int64_t>(0, std::min(block, last - row));
-        sweep_block(s, row, rows, row == begin_row, Z.data(), dZ.data(), at.of(t), at);
+        sweep_block(s, row, rows, row + 2 * block <= last ? block : 0, row == begin_row, Z.data(), dZ.data(), at.of(t), at);
         row += block;
       } while (row < last);
     }
