@@ -288,7 +288,7 @@ def test_nothing_predicted_comes_under_a_measured_marker(place, predicted, capsy
         place.mark(marker, other)
         assert place(files) == 2
         assert (
-            f"README has markers for {marker}, expected measured:table4, measured:layer, predicted:roofline"
+            f"README has markers for {marker}, expected measured:table4, measured:layer, measured:host, predicted:roofline"
             in capsys.readouterr().err
         )
 

@@ -35,6 +35,10 @@ def native_runs() -> bool:
     return hk.backends()["native"] is None
 
 
+def native_forms() -> list[str]:
+    return [f"native {form}" for form in ("composed", "kept", "effective")] if native_runs() else []
+
+
 def chosen(M: int = 64, dtype: torch.dtype = F32) -> tuple[str, str]:
     return choose(M, *SHAPE[1:], dtype, here(CPU))[:2]
 
@@ -42,7 +46,7 @@ def chosen(M: int = 64, dtype: torch.dtype = F32) -> tuple[str, str]:
 def test_every_candidate_is_measured_and_the_fastest_stored(folder):
     lines = []
     (tuned,) = tune(report=lines.append)
-    assert set(tuned.us) == {"hybrid composed", "triton composed", "aten composed", "aten kept"}
+    assert set(tuned.us) == {"hybrid composed", "triton composed", "aten composed", "aten kept", *native_forms()}
     assert tuned.us[f"{tuned.backend} {tuned.form}"] == min(tuned.us.values())
     assert not tuned.failed
     assert lines[0].startswith(f"M=64 K=48 N=32 3+2 float32: {tuned.backend} {tuned.form} (")
@@ -94,7 +98,7 @@ def test_a_crashing_candidate_is_named_and_costs_only_itself(monkeypatch):
     monkeypatch.setattr(TABLE["triton"], "forward", crash)
     (tuned,) = tune()
     assert tuned.failed == {"triton composed": "RuntimeError: no kernel image"}
-    assert set(tuned.us) == {"hybrid composed", "aten composed", "aten kept"}
+    assert set(tuned.us) == {"hybrid composed", "aten composed", "aten kept", *native_forms()}
 
 
 def test_where_nothing_is_right_it_raises_and_stores_nothing(monkeypatch, folder):

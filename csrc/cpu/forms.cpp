@@ -11,12 +11,12 @@
 //   dU = G^T Z    dA_up = s_a dU_a    ds_a = <dU_a, A_up> + a_u . g    da_u = s_a g    da_d = z_a    (b likewise)
 //   z = sum_m dZ    g = sum_m G    db0 = g + z_b B_down
 //   composed, effective: dD = dZ^T x, dA_down its first rows, dB_down = (the others) W0^T + z_b b0^T
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include "../host.h"
 #include "sweep.h"
@@ -99,7 +99,6 @@ struct Adapters {
     add(b_u, s_b);
     return found;
   }
-
 };
 
 // D [R, K], and d [R] or undefined where it is zero.
@@ -134,8 +133,8 @@ at::Tensor effective_weight(const Adapters<T>& ad, const Rows<T>& W, const at::T
   at::Tensor out = at::empty({ad.N, K}, weight.options());
   const Buffer<T> U = ad.U();
   spread(ad.N, 2 * ad.R * ad.N * K, [&](int64_t first, int64_t last) {
-    run(Combine<T>{last - first, K, ad.R, U.data() + first * padded(ad.R), 1, padded(ad.R), vector<T>(D), K, W.row(first), W.stride,
-                   out.mutable_data_ptr<T>() + first * K, K});
+    run(Combine<T>{last - first, K, ad.R, U.data() + first * padded(ad.R), 1, padded(ad.R), vector<T>(D), K,
+                   W.row(first), W.stride, out.mutable_data_ptr<T>() + first * K, K});
   });
   return out;
 }
@@ -150,8 +149,8 @@ void affine(at::Tensor& out, const at::Tensor& v, const at::Tensor& matrix, cons
 // 0.94 (256 rows) of MKL's time on the processors measured (Sapphire Rapids); elsewhere it takes as much or more.
 constexpr int64_t ROWS_FOR_ONEDNN = 256, WEIGHT_FOR_ONEDNN = 1 << 23;
 
-// v matrix^T + bias, by the library that is faster for so many rows.
-at::Tensor affine_of_any_rows(const at::Tensor& v, const at::Tensor& matrix, const at::Tensor& bias) {
+// y0 = v matrix^T + bias, by the library that is faster for so many rows.
+at::Tensor frozen_output(const at::Tensor& v, const at::Tensor& matrix, const at::Tensor& bias) {
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
                                c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
   static const auto onednn = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
@@ -215,7 +214,7 @@ Forward kept_forward(const at::Tensor& x, const Operands& op, Needs needs, const
   const Mask<T> mask(op.mask, op.mask_scale);
   const Buffer<T> U = ad.U_transposed(), u(N);
   const bool with_u = ad.bias(u.data(), false);
-  at::Tensor y0 = affine_of_any_rows(x, op.weight, op.bias), Z = at::empty({M, R}, x.options());
+  at::Tensor y0 = frozen_output(x, op.weight, op.bias), Z = at::empty({M, R}, x.options());
   at::Tensor h = needs.any(B_DOWN) ? at::empty({M, N}, x.options()) : y0;
   spread(M, 2 * M * (r_a * K + r_b * N + R * N), [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; m += BLOCK) {
@@ -226,7 +225,8 @@ Forward kept_forward(const at::Tensor& x, const Operands& op, Needs needs, const
       run(Dots<T>{count, r_b, N, y, N, vector<T>(ad.B_down), N, vector<T>(ad.b_d), 0, z + r_a, R});
       mask.apply(z, R, m, count, R);
       run(Combine<T>{count, N, R, z, 1, R, U.data(), N, y, N, out, N});
-      for (int64_t e = 0; with_u && e < count * N; ++e) out[e] += u.data()[e % N];
+      for (int64_t i = 0; with_u && i < count; ++i)
+        for (int64_t n = 0; n < N; ++n) out[i * N + n] += u.data()[n];
     }
   });
   const bool wants_dU = needs.any(A_UP, B_UP, SCALE_A, SCALE_B);
@@ -322,7 +322,8 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
       else {
         const Rows<T> W(op.weight);
         const T *z = sums.of(0) + sums.z + r_a, *b0 = vector<T>(ad.b0);
-        for (int64_t e = 0; b0 && e < r_b * N; ++e) out[e] = z[e / N] * b0[e % N];
+        for (int64_t r = 0; b0 && r < r_b; ++r)
+          for (int64_t n = 0; n < N; ++n) out[r * N + n] = z[r] * b0[n];
         spread(N, 2 * r_b * N * K, [&](int64_t first, int64_t last) {
           run(Dots<T>{r_b, last - first, K, T_rows, K, W.row(first), W.stride, b0 ? out + first : nullptr, N, out + first, N});
         });
