@@ -287,10 +287,8 @@ def test_nothing_predicted_comes_under_a_measured_marker(place, predicted, capsy
     for marker, other in (("measured:roofline", "measured:layer"), ("predicted:layer", "predicted:roofline")):
         place.mark(marker, other)
         assert place(files) == 2
-        assert (
-            f"README has markers for {marker}, expected measured:table4, measured:layer, measured:host, predicted:roofline"
-            in capsys.readouterr().err
-        )
+        known = "measured:table4, measured:layer, measured:host, predicted:roofline"
+        assert f"README has markers for {marker}, expected {known}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["measured:layer", "measured:table4", "predicted:roofline"])
