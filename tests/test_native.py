@@ -137,7 +137,8 @@ def test_special_tensors_and_modes_are_left_to_python():
         found.append(sizes(x=torch.empty(M, K)))
     found.append(sizes(x=torch.randn(M, K).to_sparse()))
     found += [sizes(scale_a=10**400), sizes(scale_b=torch.ones(()).to(torch.float8_e4m3fn))]
-    assert found == [None] * 8
+    found.append(sizes(x=torch._neg_view(torch.randn(M, K))))
+    assert found == [None] * 9
     assert sizes(x=x) == (3 * M, K, N, R_A, R_B)
 
 
