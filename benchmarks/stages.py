@@ -107,7 +107,12 @@ def measure_layers(settings: Settings) -> Iterator[Part]:
     """bf16 in CUDA graphs first, where the goals are; compiled rivals at the headline shapes alone."""
     headline = DRY_SHAPES[:1] if settings.dry else HEADLINE
     others = DRY_SHAPES[1:] if settings.dry else tuple(_headline_first()[len(HEADLINE) :])
-    kernels = [name for name in OURS_ALONE if TABLE[name].unavailable(settings.device) is None]
+    kernels = [
+        name
+        for name in OURS_ALONE
+        if TABLE[name].unavailable(settings.device) is None
+        and TABLE[name].refusal("composed", torch.bfloat16, 8, 8, device=settings.device) is None
+    ]
     ours = f"frozen,{OURS_AND_RIVALS}"
     # Mode, shapes, ranks, methods, backend of ours, and seconds of rounds for each shape.
     parts = [
