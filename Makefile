@@ -1,7 +1,7 @@
 # make test      the tests            make lint     ruff and mypy
 # make table4    the main benchmark   make mutate   each named defect must turn the tests red
 # make layer     one layer beside its rivals (7 minutes)
-# make sanitize  the CUDA kernels on the host, under clang's and GCC's sanitizers
+# make sanitize  the CUDA kernels on the host, under GCC's sanitizers
 # make gpu       on a machine with a GPU: does everything work there, and how fast (9 minutes, the system's own torch)
 # Options of the benchmark: make table4 ARGS="--device cuda --dtype bf16"
 
