@@ -8,11 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backend.interface import LOW_PRECISION
-from .functional import DTYPES, check_dropout, check_finite, check_route, hydra_linear
-from .reference import low_rank, merged_parameters
+from .adapter import Adapter, Device, check_count
+from .functional import check_finite, hydra_linear
+from .reference import low_rank
 
-Device = torch.device | str | int | None
 Layer = TypeVar("Layer", bound="HydraLinear")
 
 
@@ -24,7 +23,7 @@ class Branches(NamedTuple):
     sequential: Tensor
 
 
-class HydraLinear(nn.Module):
+class HydraLinear(Adapter):
     """A frozen linear layer with two low-rank branches (Eq. 9-10 of arXiv 2309.06922), in place of an ``nn.Linear``.
 
     ``h = y0 + scale_a A_up drop(A_down x) + scale_b B_up drop(B_down y0)`` with ``y0 = weight x + bias``; x [*, K] and
@@ -51,21 +50,8 @@ class HydraLinear(nn.Module):
         ValueError, TypeError: naming the argument, at construction; in the forward, as ``hydra_linear``.
     """
 
-    _BIASES = ("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias")
-    ADAPTERS = ("A_down", "A_up", "B_down", "B_up", *_BIASES, "scale_a", "scale_b")
-
     weight: Tensor
     bias: Tensor | None
-    A_down: nn.Parameter | None
-    A_up: nn.Parameter | None
-    B_down: nn.Parameter | None
-    B_up: nn.Parameter | None
-    A_down_bias: nn.Parameter | None
-    A_up_bias: nn.Parameter | None
-    B_down_bias: nn.Parameter | None
-    B_up_bias: nn.Parameter | None
-    scale_a: float | Tensor
-    scale_b: float | Tensor
     merged_weight: Tensor | None
     merged_bias: Tensor | None
 
@@ -89,51 +75,30 @@ class HydraLinear(nn.Module):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _check_count("in_features", in_features, 1)
-        _check_count("out_features", out_features, 1)
-        _check_count("r_a", r_a, 0)
-        _check_count("r_b", r_b, 0)
-        for name, flag in (("learnable_scale", learnable_scale), ("adapter_bias", adapter_bias)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}: expected True or False, got {flag!r}")
-        check_finite("scale_a", scale_a)
-        check_finite("scale_b", scale_b)
-        check_dropout("dropout", dropout)
-        check_route(form, backend)
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
-        if adapter_dtype not in (None, dtype) and not (adapter_dtype == torch.float32 and dtype in LOW_PRECISION):
-            raise ValueError(
-                f"adapter_dtype: expected None, or torch.float32 over a base in float16 or bfloat16, "
-                f"got {adapter_dtype} over {dtype}"
-            )
-        if init_std is not None:
-            check_finite("init_std", init_std, "None or a number")
-            if init_std < 0:
-                raise ValueError(f"init_std: expected None or a number >= 0, got {init_std}")
-        self.in_features, self.out_features, self.r_a, self.r_b = in_features, out_features, r_a, r_b
-        self.dropout, self.adapter_bias, self.init_std = dropout, adapter_bias, init_std
-        self.form, self.backend = form, backend
+        super().__init__(
+            in_features,
+            out_features,
+            r_a=r_a,
+            r_b=r_b,
+            scale_a=scale_a,
+            scale_b=scale_b,
+            learnable_scale=learnable_scale,
+            dropout=dropout,
+            adapter_bias=adapter_bias,
+            adapter_dtype=adapter_dtype,
+            init_std=init_std,
+            form=form,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
         self.adapters_enabled = True
-        self._initial_scales = {"scale_a": scale_a, "scale_b": scale_b}
 
         def frozen(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
-        def adapter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=adapter_dtype or dtype))
-
         self.weight = frozen(out_features, in_features)
         self.register_parameter("bias", frozen(out_features) if bias else None)
-        for side, r, fan_in in (("A", r_a, in_features), ("B", r_b, out_features)):
-            biased, scale = adapter_bias and r > 0, f"scale_{side.lower()}"
-            self.register_parameter(f"{side}_down", adapter(r, fan_in) if r else None)
-            self.register_parameter(f"{side}_up", adapter(out_features, r) if r else None)
-            self.register_parameter(f"{side}_down_bias", adapter(r) if biased else None)
-            self.register_parameter(f"{side}_up_bias", adapter(out_features) if biased else None)
-            setattr(self, scale, adapter() if learnable_scale and r else self._initial_scales[scale])
         self.register_buffer("merged_weight", None, persistent=False)
         self.register_buffer("merged_bias", None, persistent=False)
         self.reset_parameters()
@@ -161,10 +126,6 @@ class HydraLinear(nn.Module):
             layer.bias.requires_grad_(False)
         return layer.train(linear.training)
 
-    def adapters(self) -> dict[str, nn.Parameter]:
-        """The Parameters of the branches by name: what training changes."""
-        return {name: p for name in self.ADAPTERS if isinstance(p := getattr(self, name), nn.Parameter)}
-
     def reset_parameters(self) -> None:
         """Draws the base as ``nn.Linear`` does, then the adapters."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -176,15 +137,7 @@ class HydraLinear(nn.Module):
     def reset_adapters(self) -> None:
         """Puts the layer back at the start of training: down projections Gaussian, up projections and biases zero."""
         self.unmerge()
-        with torch.no_grad():
-            for name, parameter in self.adapters().items():
-                if name in ("A_down", "B_down"):
-                    fan_in = parameter.shape[1]
-                    parameter.normal_(0, 1 / math.sqrt(fan_in) if self.init_std is None else self.init_std)
-                elif name in self._initial_scales:
-                    parameter.fill_(self._initial_scales[name])
-                else:
-                    parameter.zero_()
+        super().reset_adapters()
 
     def forward(self, x: Tensor) -> Tensor:
         """h [*, N] for x [*, K]."""
@@ -194,23 +147,7 @@ class HydraLinear(nn.Module):
         merged_weight = self._buffers["merged_weight"]
         if merged_weight is not None:
             return hydra_linear(x, merged_weight, self.merged_bias, None, None, None, None)
-        biases = {name: getattr(self, name) for name in self._BIASES} if self.adapter_bias else {}
-        return hydra_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.A_down,
-            self.A_up,
-            self.B_down,
-            self.B_up,
-            **biases,
-            scale_a=self.scale_a,
-            scale_b=self.scale_b,
-            dropout_p=self.dropout,
-            training=self.training,
-            form=self.form,
-            backend=self.backend,
-        )
+        return self.adapted(x, self.weight, self.bias)
 
     def branches(self, x: Tensor) -> Branches:
         """The three summands of h for x [*, K] (Fig. 4), from W0 also while merged; zeros for a branch that is off."""
@@ -254,7 +191,7 @@ class HydraLinear(nn.Module):
                 "merge: the layer is in training mode, where merged adapters would get no gradient; call eval()"
             )
         if not self.merged:
-            self.merged_weight, self.merged_bias = self._merged_parameters()
+            self.merged_weight, self.merged_bias = self.merged_with(self.weight, self.bias)
 
     def unmerge(self) -> None:
         """Drops the merged weight and bias: the layer is bit for bit what it was."""
@@ -262,7 +199,7 @@ class HydraLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """A plain, frozen ``nn.Linear`` with the merged weight and bias as new tensors."""
-        weight, bias = self._merged_parameters()
+        weight, bias = self.merged_with(self.weight, self.bias)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
@@ -291,25 +228,6 @@ class HydraLinear(nn.Module):
         shown += ["merged=True"] if self.merged else []
         return ", ".join(shown + ([] if self.adapters_enabled else ["adapters_enabled=False"]))
 
-    # Not in inference mode, even where the caller is: a later backward must be able to save the merged weight.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _merged_parameters(self) -> tuple[Tensor, Tensor | None]:
-        return merged_parameters(
-            self.weight,
-            self.bias,
-            self.A_down,
-            self.A_up,
-            self.B_down,
-            self.B_up,
-            A_down_bias=self.A_down_bias,
-            A_up_bias=self.A_up_bias,
-            B_down_bias=self.B_down_bias,
-            B_up_bias=self.B_up_bias,
-            scale_a=self.scale_a,
-            scale_b=self.scale_b,
-        )
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
@@ -321,7 +239,7 @@ class LoRALinear(HydraLinear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, r: int = 8, scale: float = 1.0, **options: Any
     ) -> None:
-        _check_count("r", r, 0)
+        check_count("r", r, 0)
         check_finite("scale", scale)
         super().__init__(in_features, out_features, bias, r_a=r, r_b=0, scale_a=scale, scale_b=1.0, **options)
 
@@ -332,7 +250,7 @@ class SeqLoRALinear(HydraLinear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, r: int = 8, scale: float = 1.0, **options: Any
     ) -> None:
-        _check_count("r", r, 0)
+        check_count("r", r, 0)
         check_finite("scale", scale)
         super().__init__(in_features, out_features, bias, r_a=0, r_b=r, scale_a=1.0, scale_b=scale, **options)
 
@@ -353,10 +271,3 @@ def check_wrappable(linear: nn.Module) -> None:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(linear, name) for name in hooks):
         raise ValueError(f"linear: {kind} has hooks, which the adapted layer would lose; remove them first")
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer >= {least}, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")

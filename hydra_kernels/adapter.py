@@ -1,0 +1,158 @@
+"""Adapter: the trainable half of an adapted layer, its parameters, how they start, what they make of a base layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backend.interface import LOW_PRECISION
+from .functional import DTYPES, check_dropout, check_finite, check_route, hydra_linear
+from .reference import merged_parameters
+
+Device = torch.device | str | int | None
+
+
+class Adapter(nn.Module):
+    """Two low-rank branches (Eq. 9-10 of arXiv 2309.06922) without a base layer; `HydraLinear` is one with its own.
+
+    The Parameters hold nothing until `reset_adapters` draws them.
+
+    Args:
+        in_features, out_features: K and N of the base layer.
+        r_a, r_b: ranks of the parallel and of the sequential branch; 0 leaves the branch out.
+        scale_a, scale_b: factors of the branches, initial values where ``learnable_scale``.
+        learnable_scale, dropout, adapter_bias, adapter_dtype, init_std, form, backend: as for `HydraLinear`.
+        device: of the adapters.
+        dtype: of the base layer, and of the adapters where ``adapter_dtype`` is None.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    BIASES = ("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias")
+    ADAPTERS = ("A_down", "A_up", "B_down", "B_up", *BIASES, "scale_a", "scale_b")
+
+    A_down: nn.Parameter | None
+    A_up: nn.Parameter | None
+    B_down: nn.Parameter | None
+    B_up: nn.Parameter | None
+    A_down_bias: nn.Parameter | None
+    A_up_bias: nn.Parameter | None
+    B_down_bias: nn.Parameter | None
+    B_up_bias: nn.Parameter | None
+    scale_a: float | Tensor
+    scale_b: float | Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r_a: int = 4,
+        r_b: int = 4,
+        scale_a: float = 1.0,
+        scale_b: float = 1.0,
+        learnable_scale: bool = False,
+        dropout: float = 0.0,
+        adapter_bias: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        init_std: float | None = None,
+        form: str = "auto",
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("in_features", in_features, 1)
+        check_count("out_features", out_features, 1)
+        check_count("r_a", r_a, 0)
+        check_count("r_b", r_b, 0)
+        for name, flag in (("learnable_scale", learnable_scale), ("adapter_bias", adapter_bias)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected True or False, got {flag!r}")
+        check_finite("scale_a", scale_a)
+        check_finite("scale_b", scale_b)
+        check_dropout("dropout", dropout)
+        check_route(form, backend)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if adapter_dtype not in (None, dtype) and not (adapter_dtype == torch.float32 and dtype in LOW_PRECISION):
+            raise ValueError(
+                f"adapter_dtype: expected None, or torch.float32 over a base in float16 or bfloat16, "
+                f"got {adapter_dtype} over {dtype}"
+            )
+        if init_std is not None:
+            check_finite("init_std", init_std, "None or a number")
+            if init_std < 0:
+                raise ValueError(f"init_std: expected None or a number >= 0, got {init_std}")
+        self.in_features, self.out_features, self.r_a, self.r_b = in_features, out_features, r_a, r_b
+        self.dropout, self.adapter_bias, self.init_std = dropout, adapter_bias, init_std
+        self.form, self.backend = form, backend
+        self._initial_scales = {"scale_a": scale_a, "scale_b": scale_b}
+
+        def adapter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=adapter_dtype or dtype))
+
+        for side, r, fan_in in (("A", r_a, in_features), ("B", r_b, out_features)):
+            biased, scale = adapter_bias and r > 0, f"scale_{side.lower()}"
+            self.register_parameter(f"{side}_down", adapter(r, fan_in) if r else None)
+            self.register_parameter(f"{side}_up", adapter(out_features, r) if r else None)
+            self.register_parameter(f"{side}_down_bias", adapter(r) if biased else None)
+            self.register_parameter(f"{side}_up_bias", adapter(out_features) if biased else None)
+            setattr(self, scale, adapter() if learnable_scale and r else self._initial_scales[scale])
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The Parameters of the branches by name: what training changes."""
+        return {name: p for name in self.ADAPTERS if isinstance(p := getattr(self, name), nn.Parameter)}
+
+    def reset_adapters(self) -> None:
+        """Puts the adapter at the start of training: down projections Gaussian, up projections and biases zero."""
+        with torch.no_grad():
+            for name, parameter in self.adapters().items():
+                if name in ("A_down", "B_down"):
+                    fan_in = parameter.shape[1]
+                    parameter.normal_(0, 1 / math.sqrt(fan_in) if self.init_std is None else self.init_std)
+                elif name in self._initial_scales:
+                    parameter.fill_(self._initial_scales[name])
+                else:
+                    parameter.zero_()
+
+    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """h [*, N] for x [*, K] over a base layer of weight [N, K] and bias [N] or None (`hydra_linear`)."""
+        biases = {name: getattr(self, name) for name in self.BIASES} if self.adapter_bias else {}
+        return hydra_linear(
+            x,
+            weight,
+            bias,
+            self.A_down,
+            self.A_up,
+            self.B_down,
+            self.B_up,
+            **biases,
+            scale_a=self.scale_a,
+            scale_b=self.scale_b,
+            dropout_p=self.dropout,
+            training=self.training,
+            form=self.form,
+            backend=self.backend,
+        )
+
+    # Not in inference mode, even where the caller is: a later backward must be able to save the merged weight.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def merged_with(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight [N, K] and the bias [N], or None, of the frozen layer that equals the adapted one (Eq. 11-12)."""
+        operands: dict[str, Any] = {name: getattr(self, name) for name in self.ADAPTERS}
+        return merged_parameters(weight, bias, **operands)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises unless value is an integer of at least least."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer >= {least}, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
