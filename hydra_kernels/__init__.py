@@ -1,6 +1,6 @@
 """Hydra, LoRA and SeqLoRA adapters (arXiv 2309.06922) whose training step costs hardly more than the frozen layer."""
 
-from . import analysis, reference
+from . import analysis, convert, reference
 from .backend import backends
 from .checkpoint import adapter_state_dict, load_adapters, save_adapters
 from .explanation import explain
@@ -27,6 +27,7 @@ __all__ = [
     "adapter_state_dict",
     "analysis",
     "backends",
+    "convert",
     "explain",
     "hydra_linear",
     "inject",

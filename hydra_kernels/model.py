@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -41,9 +41,7 @@ def inject(
         ValueError, TypeError: for an unknown method or option, where nothing matches (with near names), and where a
             match is not a plain ``nn.Linear``; the model is then unchanged.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    layer_class = METHODS[method]
+    layer_class = layer_class_of(method)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     excluded = exclude if isinstance(exclude, str) else list(exclude)
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
@@ -52,20 +50,8 @@ def inject(
     except re.error as error:
         raise ValueError(f"target_modules, exclude: {error.pattern!r} is no regular expression: {error}") from error
     if not names:
-        raise ValueError(f"target_modules: {targets!r} matches no module; {_near(modules, targets)}")
-    for name in names:
-        try:
-            check_wrappable(modules[name])
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"target_modules: {name!r} matches, but {error}") from None
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, READS_WEIGHTS):
-            raise TypeError(
-                f"target_modules: {name!r} matches, but torch's {type(parent).__name__} reads its layers' weights past "
-                "their forward, so adapters would be ignored there"
-            )
-    for dtype in {modules[name].weight.dtype for name in names}:
-        layer_class(1, 1, device="meta", dtype=dtype, **options)  # an invalid option raises before anything changes
+        raise ValueError(f"target_modules: {targets!r} matches no module; {near_names(modules, targets)}")
+    check_targets("target_modules", model, names, layer_class, options)
 
     _warn_of_trained_embeddings(model, {name: modules[name].weight for name in names})
     adapted: dict[int, HydraLinear] = {}
@@ -75,6 +61,33 @@ def inject(
             adapted[id(linear)] = layer_class.from_linear(linear, **options)
         _replace(model, name, adapted[id(linear)])
     return names
+
+
+def layer_class_of(method: str) -> type[HydraLinear]:
+    """The layer of a method; ValueError for an unknown one."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]
+
+
+def check_targets(
+    argument: str, model: nn.Module, names: Sequence[str], layer_class: type[HydraLinear], options: Mapping[str, Any]
+) -> None:
+    """Raises, naming the argument, unless the modules of these names can be adapted so; changes nothing."""
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    for name in names:
+        try:
+            check_wrappable(modules[name])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{argument}: {name!r} matches, but {error}") from None
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, READS_WEIGHTS):
+            raise TypeError(
+                f"{argument}: {name!r} matches, but torch's {type(parent).__name__} reads its layers' weights past "
+                "their forward, so adapters would be ignored there"
+            )
+    for dtype in {modules[name].weight.dtype for name in names}:
+        layer_class(1, 1, device="meta", dtype=dtype, **options)
 
 
 def mark_only_adapters_trainable(model: nn.Module, bias: str = "none", keep: Iterable[str] = ()) -> None:
@@ -171,12 +184,14 @@ def names_containing(names: Iterable[str], parts: str | Iterable[str], argument:
     for part in [parts] if isinstance(parts, str) else parts:
         found = {name for name in names if f".{part}." in f".{name}."}
         if not found:
-            raise ValueError(f"{argument}: {part!r} names no module or parameter of the model; {_near(names, [part])}")
+            raise ValueError(
+                f"{argument}: {part!r} names no module or parameter of the model; {near_names(names, [part])}"
+            )
         chosen |= found
     return chosen
 
 
-def _near(names: Iterable[str], targets: str | Iterable[str]) -> str:
+def near_names(names: Iterable[str], targets: str | Iterable[str]) -> str:
     """The parts of the names that look most like the targets, for error messages."""
     parts = list(dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit()))
     wanted = [targets] if isinstance(targets, str) else list(targets)
