@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -16,6 +17,13 @@ from . import __version__, extension
 from .backend import backends
 from .machine import cache_folder, cpu_name
 
+PACKAGES = ("triton", "numpy", "safetensors", "peft", "transformers", "accelerate")
+# Names, or their beginnings, of what changes results or speed; no key of a service begins so.
+VARIABLES = (
+    *("HYDRA_", "TRITON_", "TORCH", "PYTORCH_", "CUDA_", "CUBLAS_", "OMP_", "MKL_", "KMP_", "GOMP_"),
+    *("ATEN_CPU_CAPABILITY", "NVIDIA_TF32_OVERRIDE", "NVIDIA_VISIBLE_DEVICES"),
+)
+
 
 def version(name: str) -> str:
     try:
@@ -24,8 +32,23 @@ def version(name: str) -> str:
         return "not installed"
 
 
+def system() -> Iterator[str]:
+    yield platform.platform()
+    if sys.platform == "linux":
+        yield platform.freedesktop_os_release().get("PRETTY_NAME", "a distribution without a name")
+
+
+def versions() -> Iterator[str]:
+    yield f"Python {platform.python_version()} ({sys.executable})"
+    yield f"torch {torch.__version__}, git {torch.version.git_version}"
+    for name in PACKAGES:
+        yield f"{name} {version(name)}"
+
+
 def cpu() -> Iterator[str]:
     yield f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "all"
+    yield f"{os.cpu_count()} cores, usable here: {usable}; interop threads: {torch.get_num_interop_threads()}"
 
 
 def gpus() -> Iterator[str]:
@@ -35,10 +58,15 @@ def gpus() -> Iterator[str]:
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
         yield f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+    if torch.cuda.is_available():
+        yield f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     if smi := shutil.which("nvidia-smi"):
-        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        query = [smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-        yield f"driver {' '.join(sorted(set(done.stdout.split()))) or done.stderr.strip()}"
+        for line in done.stdout.splitlines() or [done.stderr.strip() or done.stdout.strip() or "nothing"]:
+            yield f"nvidia-smi: {line}"
+    else:
+        yield "nvidia-smi: not found"
 
 
 def compiled_part() -> Iterator[str]:
@@ -61,6 +89,13 @@ def backend_reasons() -> Iterator[str]:
         yield f"{name}: {reason or 'usable'}"
 
 
+def variables() -> Iterator[str]:
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    yield from (f"{name}={value}" for name, value in found.items())
+    if not found:
+        yield "none that counts"
+
+
 def measurements() -> Iterator[str]:
     folder = cache_folder()
     yield f"{len(list(folder.glob('*.json')))} in {folder}"
@@ -68,13 +103,14 @@ def measurements() -> Iterator[str]:
 
 def report() -> Iterator[str]:
     yield f"hydra_kernels {__version__} in {Path(__file__).parent}"
-    yield f"torch {torch.__version__}, triton {version('triton')}"
-    yield f"Python {platform.python_version()} ({sys.executable}), {platform.platform()}"
     parts: dict[str, Callable[[], Iterator[str]]] = {
+        "system": system,
+        "versions": versions,
         "CPU": cpu,
         "GPU": gpus,
         "compiled part": compiled_part,
         "backends": backend_reasons,
+        "environment variables": variables,
         "measurements": measurements,
     }
     for title, part in parts.items():
@@ -87,5 +123,6 @@ def report() -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    encoding = sys.stdout.encoding or "utf-8"
     for line in report():
-        print(line)
+        print(line.encode(encoding, "replace").decode(encoding))

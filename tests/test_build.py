@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hydra_kernels import __main__, extension
+from hydra_kernels import extension
 
 ROOT = Path(__file__).parent.parent
 CPP = """
@@ -303,39 +303,6 @@ def test_setup_py_builds_in_place_and_wheels(mini, mode, wheel):
     assert len(beside) == (1 if mode == "none" else 2)
 
 
-def test_the_package_loads_nothing_before_it_is_needed_and_reports_in_a_fresh_process():
+def test_the_package_loads_nothing_before_it_is_needed():
     code = "import sys, hydra_kernels; assert 'hydra_kernels._native' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    done = subprocess.run([sys.executable, "-m", "hydra_kernels"], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert done.stdout.startswith("hydra_kernels ")
-    titles = re.findall(r"^(\w.*):$", done.stdout, re.MULTILINE)
-    assert titles == ["CPU", "GPU", "compiled part", "backends", "measurements"]
-    assert "not found out" not in done.stdout
-    assert done.stderr == ""
-
-
-def test_the_report_tells_versions_devices_backends_and_reasons(monkeypatch):
-    monkeypatch.setattr(extension, "why_not", lambda: "the compiled part was not built: it is Sunday")
-    monkeypatch.setattr(extension, "record", lambda: {"mode": "none", "why_not": {"cpp": "c++ failed\nlast words"}})
-    text = "\n".join(__main__.report())
-    for line in (
-        r"^torch 2\.\S+, triton [\dn]",
-        r"^Python 3\.",
-        r"^CPU:\n  .+, \d+ threads$",
-        r"^GPU:\n  \S",
-        r"^compiled part:\n  not loaded: .*it is Sunday\n  mode: none\n  why not cpp: c\+\+ failed\n    last words$",
-        r"^backends:\n  reference: usable\n  aten: usable$",
-        r"^measurements:\n  \d+ in \S+$",
-    ):
-        assert re.search(line, text, re.MULTILINE), line
-
-
-def test_a_broken_part_does_not_end_the_report(monkeypatch):
-    def broken():
-        raise OSError("libcuda.so.1")
-
-    monkeypatch.setattr(__main__, "backends", broken)
-    monkeypatch.setattr(extension, "why_not", broken)
-    lines = list(__main__.report())
-    assert lines.count("  not found out: OSError: libcuda.so.1") == 2
-    assert lines[-2] == "measurements:"
