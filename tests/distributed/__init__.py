@@ -1,0 +1,1 @@
+"""Many processes on one machine: groups of workers (`group`, `worker`), and what they run."""

@@ -1,0 +1,1 @@
+"""Tensor parallelism against one process."""

@@ -1,0 +1,64 @@
+"""`python -m tests.distributed.worker FOLDER`: imports torch once and forks the members of groups (`group.Groups`)."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HYDRA_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), "hydra_kernels-without-measurements")
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+
+from . import group, tensor_parallel, training  # noqa: F401  (what the members will run, imported before they fork)
+
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+def serve(folder: str) -> None:
+    """Forks a group for every (size, address) that the tests send, until they close the connection."""
+    server = group.connect(str(Path(folder, "server")))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the members
+    while True:
+        try:
+            world, address = pickle.loads(server.recv_bytes())
+        except EOFError:
+            return
+        store = tempfile.mktemp(prefix="store", dir=folder)
+        for rank in range(world):
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                server.close()
+                be_member(rank, world, address, store)
+                os._exit(0)
+
+
+def be_member(rank: int, world: int, address: str, store: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    connection = group.connect(address)
+    connection.send_bytes(pickle.dumps((rank, os.getpid())))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
+    while True:
+        try:
+            function, arguments = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = True, function(*arguments)
+        except Exception:
+            answer = False, traceback.format_exc()
+        connection.send_bytes(pickle.dumps(answer))
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
