@@ -1,0 +1,103 @@
+"""HydraConfig: what PEFT is told of the adapters, and stores beside them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from ..adapter import Adapter
+
+
+# PEFT's own enumeration is closed, and transformers reads `.value`, which a plain string has not.
+class HydraType(str, enum.Enum):
+    """The name of the method, in PEFT's tables and in ``adapter_config.json``."""
+
+    HYDRA = "HYDRA"
+
+
+@dataclass
+class HydraConfig(PeftConfig):
+    """The configuration of Hydra adapters (arXiv 2309.06922), for ``get_peft_model`` and ``model.add_adapter``.
+
+    Args:
+        r_a, r_b: ranks of the parallel (LoRA) and of the sequential (SeqLoRA) branch; 0 leaves the branch out.
+        target_modules: names, their ends, or a regular expression of the ``nn.Linear`` layers to adapt, or
+            "all-linear"; None for the layers that PEFT's LoRA adapts in a known architecture.
+        exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in ``peft.LoraConfig``.
+        scale_a, scale_b: factors of the branches; LoRA's is ``lora_alpha / r``.
+        learnable_scale, dropout, adapter_bias, init_std, form, backend: as for :class:`hydra_kernels.HydraLinear`;
+            dropout acts on the bottleneck.
+        bias: which biases of the base train too: "none", "all" or "hydra_only" (those of the adapted layers).
+        rank_pattern: other ranks for some layers, ``{name or regular expression: [r_a, r_b]}``.
+        scale_pattern: other scales for some layers, ``{name or regular expression: [scale_a, scale_b]}``.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    r_a: int = 4
+    r_b: int = 4
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    scale_a: float = 1.0
+    scale_b: float = 1.0
+    learnable_scale: bool = False
+    dropout: float = 0.0
+    adapter_bias: bool = False
+    init_std: float | None = None
+    form: str = "auto"
+    backend: str = "auto"
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, list[int]] = field(default_factory=dict)
+    scale_pattern: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = HydraType.HYDRA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.bias not in ("none", "all", "hydra_only"):
+            raise ValueError(f"bias: expected one of none, all, hydra_only, got {self.bias!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
+        for name in ("rank_pattern", "scale_pattern"):
+            for key, pair in getattr(self, name).items():
+                if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                    raise ValueError(f"{name}: expected two numbers, for A and for B, got {pair!r} for {key!r}")
+        for key in ("", *self.rank_pattern, *self.scale_pattern):
+            Adapter(1, 1, device="meta", **self.options(key))  # an invalid option raises here, not in the model
+
+    def options(self, layer: str) -> dict[str, Any]:
+        """The arguments of `hydra_kernels.adapter.Adapter` for the layer of that dotted name."""
+        r_a, r_b = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), (self.r_a, self.r_b))
+        key = get_pattern_key(list(self.scale_pattern), layer)
+        scale_a, scale_b = self.scale_pattern.get(key, (self.scale_a, self.scale_b))
+        return {
+            "r_a": r_a,
+            "r_b": r_b,
+            "scale_a": scale_a,
+            "scale_b": scale_b,
+            "learnable_scale": self.learnable_scale,
+            "dropout": self.dropout,
+            "adapter_bias": self.adapter_bias,
+            "init_std": self.init_std,
+            "form": self.form,
+            "backend": self.backend,
+        }
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """What a file says; PEFT itself would drop, with a warning, what it does not know."""
+        unknown = sorted(kwargs.keys() - {f.name for f in fields(HydraConfig)})
+        if unknown:
+            raise ValueError(f"adapter_config.json: HydraConfig has no {', '.join(unknown)}")
+        return kwargs

@@ -1,0 +1,181 @@
+"""HydraLayer: one ``nn.Linear`` with named adapters, as PEFT switches, merges and saves them.
+
+Both branches are linear in what they read, so adapters that are active together are one: with ``down = [down_1; ...]``
+and ``up = [s_1 up_1, ...]`` the sum of their branches is a branch of the ranks' sum, and one call of `hydra_linear`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..functional import hydra_linear
+from ..reference import merged_parameters
+
+
+class HydraLayer(nn.Module, BaseTunerLayer):
+    """An ``nn.Linear`` with named Hydra adapters (`hydra_kernels.adapter.Adapter`) in ``hydra_adapters``.
+
+    Args:
+        base_layer: the ``nn.Linear`` [N, K]; PEFT freezes it.
+        adapter_name, options, inference_mode: of the first adapter, see `add_adapter`.
+    """
+
+    adapter_layer_names = ("hydra_adapters",)
+    base_layer: nn.Linear
+    unmerged_weight: Tensor | None
+    unmerged_bias: Tensor | None
+
+    def __init__(
+        self, base_layer: nn.Linear, adapter_name: str, options: dict[str, Any], inference_mode: bool = False
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.hydra_adapters = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        # Buffers move with the module, so unmerging works after a `.to()`.
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.register_buffer("unmerged_bias", None, persistent=False)
+        self._active_adapter = adapter_name
+        self.train(base_layer.training)
+        self.add_adapter(adapter_name, options, inference_mode)
+
+    def add_adapter(self, name: str, options: dict[str, Any], inference_mode: bool = False) -> None:
+        """Adds an adapter at the start of its training; it trains if it is active and not for inference."""
+        weight = self.base_layer.weight
+        adapter = Adapter(self.in_features, self.out_features, device=weight.device, dtype=weight.dtype, **options)
+        adapter.reset_adapters()
+        self.hydra_adapters[name] = adapter.train(self.training)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """h [*, N] for x [*, K]."""
+        base = self.base_layer
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [] if self.disable_adapters or self.merged else self._named(self.active_adapters)
+        if not active:
+            return base(x)
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            raise ValueError("base_layer: it has hooks, which would not run; register them on the adapted layer")
+        if len(active) == 1:
+            return active[0].adapted(x, base.weight, base.bias)
+        routes = sorted({(adapter.form, adapter.backend) for adapter in active})
+        if len(routes) > 1:
+            raise ValueError(f"form, backend: expected the same in all active adapters, got {routes}")
+        mask = _joined_mask(active, x) if self.training else None
+        (form, backend), operands = routes[0], _joined(active)
+        return hydra_linear(x, base.weight, base.bias, **operands, mask=mask, form=form, backend=backend)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts adapters into the base layer's weight and bias (Eq. 11-12), beside those that are merged already.
+
+        Args:
+            safe_merge: whether to raise, and change nothing, where a result is not finite.
+            adapter_names: None for the active ones.
+
+        Raises:
+            ValueError: where ``safe_merge`` finds a value that is not finite, or where adapters with biases
+                (``adapter_bias``) meet a base layer that has none to add them to.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hydra_adapters]
+        if not names:
+            return
+        base, merged = self.base_layer, [*self.merged_adapters, *names]
+        weight, bias = self._merged_parameters(merged, safe_merge)
+        if not self.merged:
+            self.unmerged_weight = base.weight.data
+            self.unmerged_bias = None if base.bias is None else base.bias.data
+        base.weight.data = weight
+        if bias is not None:
+            base.bias.data = bias
+        self.merged_adapters = merged
+
+    def unmerge(self) -> None:
+        """Gives the base layer its own weight and bias back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.unmerged_weight is not None:
+            self.base_layer.weight.data = self.unmerged_weight
+        if self.unmerged_bias is not None:
+            self.base_layer.bias.data = self.unmerged_bias
+        self.unmerged_weight = self.unmerged_bias = None
+        self.merged_adapters = []
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base layer for good. Merged, it gets a weight of its own: an embedding tied to the old one stays."""
+        base = self.base_layer
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [*self.merged_adapters, *(name for name in names if name not in self.merged_adapters)]
+        if merge and self._named(names):
+            weight, bias = self._merged_parameters(names, safe_merge)
+            base.weight = nn.Parameter(weight, requires_grad=False)
+            if bias is not None:
+                base.bias = nn.Parameter(bias, requires_grad=False)
+        return base
+
+    def __repr__(self) -> str:
+        return f"hydra.{super().__repr__()}"
+
+    def _named(self, names: Sequence[str]) -> list[Adapter]:
+        """The adapters of those names that this layer has: adapters of one model need not adapt the same layers."""
+        return [self.hydra_adapters[name] for name in names if name in self.hydra_adapters]  # type: ignore[misc]
+
+    # Not in inference mode, even where the caller is: a later backward must be able to save the merged weight.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _merged_parameters(self, names: list[str], safe: bool) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with the named adapters in them, computed from W0 and b0, which B reads."""
+        weight: Tensor = self.base_layer.weight
+        bias: Tensor | None = self.base_layer.bias
+        if self.unmerged_weight is not None:
+            weight, bias = self.unmerged_weight, self.unmerged_bias
+        merged = merged_parameters(weight, bias, **_joined(self._named(names)))
+        if merged[1] is not None and bias is None:
+            raise ValueError("merge: expected a base layer with a bias, to add the adapters' biases to, got none")
+        if safe and not all(part is None or bool(part.isfinite().all()) for part in merged):
+            raise ValueError(f"merge: expected finite weights, got others from {', '.join(names)}")
+        return merged
+
+
+def _joined(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The operands of the one adapter that acts as all of these."""
+    if len(adapters) == 1:
+        return {name: getattr(adapters[0], name) for name in Adapter.ADAPTERS}
+    operands: dict[str, Any] = dict.fromkeys(Adapter.ADAPTERS) | {"scale_a": 1.0, "scale_b": 1.0}
+    for side, scale in (("A", "scale_a"), ("B", "scale_b")):
+        parts = [a for a in adapters if getattr(a, f"{side}_down") is not None]
+        if not parts:
+            continue
+        scales = [getattr(a, scale) for a in parts]
+        downs, ups = ([getattr(a, f"{side}_{name}") for a in parts] for name in ("down", "up"))
+        operands[f"{side}_down"] = torch.cat(downs)
+        operands[f"{side}_up"] = torch.cat([s * up for s, up in zip(scales, ups, strict=True)], dim=1)
+        if any(a.adapter_bias for a in parts):
+            biases = [getattr(a, f"{side}_down_bias") for a in parts]
+            zeros = [down.new_zeros(len(down)) if b is None else b for b, down in zip(biases, downs, strict=True)]
+            operands[f"{side}_down_bias"] = torch.cat(zeros)
+            up_biases = [
+                s * b for a, s in zip(parts, scales, strict=True) if (b := getattr(a, f"{side}_up_bias")) is not None
+            ]
+            operands[f"{side}_up_bias"] = torch.stack(up_biases).sum(0)
+    return operands
+
+
+def _joined_mask(adapters: Sequence[Adapter], x: Tensor) -> Tensor | None:
+    """The scaled dropout mask [M, sum of r_a + sum of r_b] of these adapters over x [*, K], None where none drops."""
+    if not any(adapter.dropout for adapter in adapters):
+        return None
+    M = x.shape[:-1].numel()
+    ranks = [(a.r_a, 1 - a.dropout) for a in adapters] + [(a.r_b, 1 - a.dropout) for a in adapters]
+    return torch.cat([x.new_empty(M, r).bernoulli_(keep).div_(keep) for r, keep in ranks], dim=1)

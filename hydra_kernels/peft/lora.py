@@ -1,0 +1,136 @@
+"""from_lora: a checkpoint of PEFT's LoRA as Hydra adapters, with the same outputs."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from .config import HydraConfig
+from .layer import HydraLayer
+
+# lora_B acts on lora_A's output, with a bias where lora_bias was set.
+NAMES = {".lora_A.weight": "A_down", ".lora_B.weight": "A_up", ".lora_B.bias": "A_up_bias"}
+PREFIX = "base_model.model."
+KEPT = ("task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "modules_to_save")
+LAYERS = ("layers_to_transform", "layers_pattern")
+TRANSLATED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "lora_dropout")
+WITHOUT_EFFECT = ("peft_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config")
+# Of init_lora_weights: the others (PiSSA, OLoRA, LoftQ, CorDA, ...) change the base weights.
+SPARES_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def from_lora(
+    model: nn.Module,
+    path: str,
+    *,
+    r_b: int = 0,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **options: Any,
+) -> PeftModel:
+    """A model with the adapter of a PEFT LoRA checkpoint, as Hydra: the same outputs.
+
+    ``lora_alpha / r``, or ``/ sqrt(r)`` with rsLoRA, becomes scale_a, layer by layer; ranks, trained biases and
+    ``modules_to_save`` come along. ``save_pretrained`` then writes a Hydra checkpoint.
+
+    Args:
+        model: the base model that the LoRA was trained on.
+        path: the folder of the checkpoint, or its name on the Hub.
+        r_b: rank of a new sequential branch, which changes no output before it is trained.
+        adapter_name: of the new adapter.
+        is_trainable: whether the adapter trains on; if not, the model is put into eval mode, as PEFT does.
+        options: of `HydraConfig`, what the checkpoint does not fix: scale_b, dropout, form, backend, init_std.
+
+    Raises:
+        ValueError: naming what the checkpoint has and Hydra has not (DoRA, Conv1D, embeddings, an initialisation that
+            changes the base, ...), or what does not fit the model, whose layers are then unchanged.
+    """
+    lora = PeftConfig.from_pretrained(path)
+    weights = load_peft_weights(path, device="cpu")
+    ranks = _ranks(path, lora, weights)
+    if lora.lora_dropout and "dropout" not in options:
+        warnings.warn(
+            f"from_lora: LoRA dropped elements of x (p = {lora.lora_dropout}), Hydra drops those of the bottleneck: "
+            "nothing is dropped unless you give dropout",
+            stacklevel=2,
+        )
+    scales = {name: _scale(lora, name, r) for name, r in ranks.items()}
+    scale_a, scale_b = _scale(lora, "", lora.r), options.get("scale_b", 1.0)
+    config = HydraConfig(
+        **{name: getattr(lora, name) for name in (*KEPT, *LAYERS)},
+        r_a=lora.r,
+        r_b=r_b,
+        scale_a=scale_a,
+        adapter_bias=lora.lora_bias,
+        bias="hydra_only" if lora.bias == "lora_only" else lora.bias,
+        inference_mode=not is_trainable,
+        rank_pattern={_exactly(name): [r, r_b] for name, r in ranks.items() if r != lora.r},
+        scale_pattern={_exactly(name): [scale, scale_b] for name, scale in scales.items() if scale != scale_a},
+        **options,
+    )
+    adapted = get_peft_model(model, config, adapter_name=adapter_name)
+    try:
+        layers = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, HydraLayer)}
+        if layers != ranks.keys():
+            raise ValueError(
+                f"target_modules names other layers than are in the file: {sorted(layers ^ ranks.keys())[:5]}"
+            )
+        unexpected = set_peft_model_state_dict(adapted, _renamed(weights), adapter_name=adapter_name).unexpected_keys  # type: ignore[attr-defined]
+        if unexpected:
+            raise ValueError(f"{', '.join(unexpected[:5])} is not in the model")
+    except (ValueError, RuntimeError, KeyError) as error:
+        adapted.unload()
+        raise ValueError(f"path: the LoRA of {path} does not fit the model: {error}") from error
+    return adapted if is_trainable else adapted.eval()
+
+
+def _ranks(path: str, lora: PeftConfig, weights: dict[str, Tensor]) -> dict[str, int]:
+    """The rank of each adapted layer by its dotted name; ValueError for what is no plain LoRA of linear layers."""
+    if not isinstance(lora, LoraConfig):
+        raise ValueError(f"path: expected a LoRA checkpoint, got one of {lora.peft_type} in {path}")
+    if lora.init_lora_weights not in SPARES_THE_BASE:
+        raise ValueError(
+            f"path: expected LoRA that left the base as it was, got init_lora_weights={lora.init_lora_weights!r} in "
+            f"{path}; PEFT's save_pretrained converts it (path_initial_model_for_weight_conversion)"
+        )
+    known = {*KEPT, *LAYERS, *TRANSLATED, *WITHOUT_EFFECT, "init_lora_weights", "eva_config"}
+    plain = LoraConfig()
+    for name in (f.name for f in fields(lora) if f.name not in known):
+        if getattr(lora, name) != getattr(plain, name):
+            raise ValueError(f"path: Hydra has no {name}, got {getattr(lora, name)!r} in {path}")
+    down = ".lora_A.weight"
+    for key, tensor in weights.items():
+        if "lora_" in key and (not key.endswith(tuple(NAMES)) or (key.endswith(down) and tensor.dim() != 2)):
+            raise ValueError(f"path: expected LoRA of linear layers alone, got {key} {list(tensor.shape)} in {path}")
+    return {
+        key.removesuffix(down).removeprefix(PREFIX): len(tensor)
+        for key, tensor in weights.items()
+        if key.endswith(down)
+    }
+
+
+def _scale(lora: LoraConfig, name: str, r: int) -> float:
+    alphas = lora.alpha_pattern or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), name), lora.lora_alpha)
+    return float(alpha / math.sqrt(r) if lora.use_rslora else alpha / r)
+
+
+def _exactly(name: str) -> str:
+    """The pattern of one layer: PEFT lets others match names that end in it."""
+    return f"^{re.escape(name)}"
+
+
+def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for key, tensor in weights.items():
+        suffix = next((suffix for suffix in NAMES if key.endswith(suffix)), None)
+        renamed[key if suffix is None else f"{key.removesuffix(suffix)}.hydra_adapters.{NAMES[suffix]}"] = tensor
+    return renamed

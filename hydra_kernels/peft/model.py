@@ -1,0 +1,85 @@
+"""HydraModel: puts HydraLayers into a model, once every target has been checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from ..layers import check_wrappable
+from ..model import READS_WEIGHTS
+from .config import HydraConfig
+from .layer import HydraLayer
+
+
+class HydraModel(BaseTuner):
+    """A model with Hydra adapters in it; ``get_peft_model`` makes one.
+
+    Raises:
+        TypeError, ValueError: naming a target that is no plain ``nn.Linear`` (Conv1D, an embedding, quantised, adapted
+            by another method, with hooks), or one whose weight is read past its forward. The model is then unchanged.
+    """
+
+    prefix = "hydra_"
+    tuner_layer_cls = HydraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        _maybe_include_all_linear_layers(peft_config, model)
+        within: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if isinstance(module, HydraLayer):
+                within += (f"{name}.",)
+            elif name and not name.startswith(within) and self._check_target_module_exists(peft_config, name):
+                _check_target(model, name, module)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        options = cast(HydraConfig, peft_config).options(current_key)
+        if isinstance(target, HydraLayer):
+            target.add_adapter(adapter_name, options, peft_config.inference_mode)
+            return
+        _check_target(self.model, current_key, target)
+        layer = HydraLayer(cast(nn.Linear, target), adapter_name, options, peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        setattr(parent, target_name, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own copies child.weight, which a head in modules_to_save need not have.
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}: expected None, since Hydra has no batches of several adapters; got {kwargs[name]!r}"
+                )
+        yield
+
+
+def _check_target(model: nn.Module, name: str, module: nn.Module) -> None:
+    try:
+        check_wrappable(module)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"target_modules: {name!r} matches, but {error}") from None
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, READS_WEIGHTS):
+        raise TypeError(
+            f"target_modules: {name!r} matches, but torch's {type(parent).__name__} reads its layers' weights "
+            "past their forward, so adapters would be ignored there"
+        )
