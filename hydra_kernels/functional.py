@@ -6,7 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import extension, reference
 from .backend import NAMES, TABLE
@@ -14,6 +16,7 @@ from .backend.interface import FIRST_OPTION, LOW_PRECISION, Operands
 from .choice import FORMS, Choice, choose
 from .function import HydraFunction, autocast_is_on
 from .machine import here
+from .sharding import is_sharded
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts: all but float64
@@ -62,7 +65,8 @@ def hydra_linear(
             dimensions; wins over ``dropout_p``.
         form: "composed" saves x and the bottleneck, "kept" saves y0 too, "effective" saves x and multiplies it with
             W0 + U D, built once a pass (`native` alone, without dropout); "auto" lets `choice` decide.
-        backend: a key of ``hydra_kernels.backends()`` or "auto".
+        backend: a key of ``hydra_kernels.backends()`` or "auto", which is "reference" where something can follow plain
+            operators alone: torch.func's transforms, forward-mode differentiation, torch.jit.trace, torch.export.
 
     Returns:
         h [*, N] in x's dtype, or in autocast's where that is on.
@@ -73,7 +77,9 @@ def hydra_linear(
     """
     check_route(form, backend)
     check_dropout("dropout_p", dropout_p)
-    cast_to, sizes, native = None, None, None if torch.compiler.is_compiling() else extension.load()
+    cast_to, sizes, native, follower = None, None, None, None
+    if not torch.compiler.is_compiling() and not _in_a_dual_level():
+        native = extension.load()
     if native is not None:
         sizes = native.sizes(
             *(x, weight, bias, A_down, A_up, B_down, B_up),
@@ -81,11 +87,42 @@ def hydra_linear(
         )
     if sizes is None:
         native = None
-        if backend == "auto" and not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined]
-            backend = "aten"  # what torch.jit.trace sees
+        if not isinstance(x, Tensor) and has_torch_function((x,)):
+            # A stand-in for a tensor, such as torch.fx traces with, says itself what a call is.
+            return handle_torch_function(
+                hydra_linear,
+                (x,),
+                x,
+                weight,
+                bias,
+                A_down,
+                A_up,
+                B_down,
+                B_up,
+                A_down_bias=A_down_bias,
+                A_up_bias=A_up_bias,
+                B_down_bias=B_down_bias,
+                B_up_bias=B_up_bias,
+                scale_a=scale_a,
+                scale_b=scale_b,
+                dropout_p=dropout_p,
+                training=training,
+                mask=mask,
+                form=form,
+                backend=backend,
+            )
+        if not torch.compiler.is_compiling():
+            operands = (x, weight, bias, A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias)
+            _refuse_sharded(*operands, mask, scale_a, scale_b)
         biases = (A_down_bias, A_up_bias), (B_down_bias, B_up_bias)
         cast_to = _autocast_dtype(x)
         sizes = _check(x, weight, bias, (A_down, A_up), (B_down, B_up), *biases, mask, scale_a, scale_b, cast_to)
+        follower = _follower(
+            *(x, weight, bias, A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias),
+            *(mask, scale_a, scale_b),
+        )
+        if backend == "auto" and follower is not None:
+            backend = "reference"
     (M, K, N, r_a, r_b), device, dtype = sizes, x.device, cast_to or x.dtype
 
     if A_down is None and B_down is None:
@@ -110,6 +147,15 @@ def hydra_linear(
             mask=mask,
         )
 
+    if follower == "torch.export":
+        # A form chosen by M would be a bound on a batch that may be dynamic.
+        both_forms = backend == "aten" or (backend == "native" and device.type == "cpu")
+        form = "kept" if form == "auto" and both_forms else form
+    elif follower is not None:
+        raise ValueError(
+            f"backend: {backend!r} cannot serve this call: {follower} can follow plain operators alone; "
+            "use backend='reference'"
+        )
     machine = here(device)
     masked = mask is not None or (training and dropout_p > 0)
     choice = choose(M, K, N, r_a, r_b, dtype, machine, form, backend, masked)
@@ -141,6 +187,27 @@ def hydra_linear(
     return h if x.dim() == 2 else h.view(*x.shape[:-1], N)
 
 
+def _in_a_dual_level() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _follower(*operands: object) -> str | None:
+    """What looks on and can follow plain operators alone: past a kernel it would lose the operands in silence."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return "torch.jit.trace"
+    if _in_a_dual_level() and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in operands
+    ):
+        return "forward-mode differentiation"
+    return None
+
+
 def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
     if not torch.is_grad_enabled():
         return TABLE[choice.backend].forward(x, op, frozenset(), choice.form)[0]
@@ -149,6 +216,16 @@ def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
     if constant and scale_a == scale_b == 1 and all(t is None for t in tensors):
         return HydraFunction.apply(choice, x, *op[:FIRST_OPTION])
     return HydraFunction.apply(choice, x, *op)
+
+
+def _refuse_sharded(*operands: object) -> None:
+    names = ("x", *Operands._fields)
+    for name, t in zip(names, operands, strict=False):
+        if is_sharded(t):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor; under FSDP2 call the module, which then sees whole "
+                "parameters; for tensor parallelism use the styles of hydra_kernels.parallel"
+            )
 
 
 def check_route(form: str, backend: str) -> None:
