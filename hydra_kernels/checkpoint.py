@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from .layers import HydraLinear
-from .model import adapted_layers, names_containing
+from .model import METHODS, adapted_layers, names_containing, plain_name
+from .sharding import fill, gathered, is_writer
 
 FORMAT = 1
 KEY = "hydra_kernels"
@@ -27,8 +27,10 @@ KEY = "hydra_kernels"
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' Parameters of every adapted layer by dotted name ("encoder.0.A_down"), detached, not copied.
 
-    A layer that stands in several places comes under its first name.
+    A layer that stands in several places comes under its first name. Under FSDP2 or tensor parallelism they are
+    DTensors, as in ``model.state_dict()``.
     """
+    model.state_dict(keep_vars=True)  # FSDP2 then puts back into shards what a forward left whole
     return {
         f"{layer_name}.{name}" if layer_name else name: parameter.detach()
         for layer_name, layer in adapted_layers(model).items()
@@ -38,6 +40,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Iterable[str] = ()) -> None:
     """Writes the adapters of model, and what the layers are, to a safetensors file.
+
+    Under FSDP2 or tensor parallelism every rank must call it: the parameters are gathered one by one, the first rank of
+    their mesh writes the file, the others do not wait for it. It is the same file as an unsharded model's.
 
     Args:
         model: with adapted layers in it, merged or not.
@@ -53,12 +58,15 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Itera
     include = [include] if isinstance(include, str) else list(include)
     tensors = {**adapter_state_dict(model), **_included(model, include)}
     description = {"format": FORMAT, "layers": _description(model), "include": include}
-    contiguous = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-    _write_whole(Path(path), save(contiguous, metadata={KEY: json.dumps(description)}))
+    contiguous = {name: gathered(tensor).to("cpu").contiguous() for name, tensor in tensors.items()}
+    if is_writer(tensors.values()):
+        _write_whole(Path(path), save(contiguous, metadata={KEY: json.dumps(description)}))
 
 
 def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Copies what `save_adapters` wrote into model's own Parameters, on their devices and in their dtypes; unmerges.
+
+    Under FSDP2 or tensor parallelism every rank reads the file and takes its shards.
 
     Args:
         model: with layers of the same names, kinds, sizes, ranks, biases and constant scales as the saved one's.
@@ -87,16 +95,15 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"load_adapters: {nowhere[0]} is on the meta device; call to_empty(device=...) first")
     for layer in adapted_layers(model).values():
         layer.unmerge()
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(tensors[name])
+    for name, target in targets.items():
+        fill(target, tensors[name])
 
 
 def _description(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What decides the function that a layer computes, by layer; and its dropout, for the reader."""
     return {
         name: {
-            "method": type(layer).__name__,
+            "method": _method(layer),
             "in_features": layer.in_features,
             "out_features": layer.out_features,
             "r_a": layer.r_a,
@@ -108,6 +115,11 @@ def _description(model: nn.Module) -> dict[str, dict[str, Any]]:
         }
         for name, layer in adapted_layers(model).items()
     }
+
+
+def _method(layer: HydraLinear) -> str:
+    """The name of its class as it was before FSDP2 derived another from it."""
+    return next(c.__name__ for c in type(layer).__mro__ if c in METHODS.values())
 
 
 def _scale(layer: HydraLinear, name: str) -> float | str:
@@ -127,7 +139,7 @@ def _differences(saved: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]
 
 def _included(model: nn.Module, include: list[str]) -> dict[str, Tensor]:
     """Parameters and buffers whose dotted names contain a name in include, each once, the adapters not among them."""
-    everything = model.state_dict(keep_vars=True)
+    everything = {plain_name(name): t for name, t in model.state_dict(keep_vars=True).items()}
     seen = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters().values()}
     chosen = {}
     for name in sorted(names_containing(everything, include, "include")):

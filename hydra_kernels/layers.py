@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, Device, check_count
 from .functional import check_finite, hydra_linear
 from .reference import low_rank
+from .sharding import is_sharded
 
 Layer = TypeVar("Layer", bound="HydraLinear")
 
@@ -54,6 +56,8 @@ class HydraLinear(Adapter):
     bias: Tensor | None
     merged_weight: Tensor | None
     merged_bias: Tensor | None
+    # How tensor parallelism computes h (`hydra_kernels.parallel`), in place of the layer alone.
+    parallel: Callable[[HydraLinear, Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -141,6 +145,8 @@ class HydraLinear(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """h [*, N] for x [*, K]."""
+        if self.parallel is not None:
+            return self.parallel(self, x)
         if not self.adapters_enabled:
             return hydra_linear(x, self.weight, self.bias, None, None, None, None)
         # Not self.merged_weight: what is found through Module.__getattr__ costs host time in every forward.
@@ -184,8 +190,10 @@ class HydraLinear(Adapter):
         to x alone. `unmerge`, `train` and `load_state_dict` end the mode. A second merge does nothing.
 
         Raises:
-            ValueError: in training mode.
+            ValueError: in training mode, and under FSDP2.
         """
+        if self.parallel is None:
+            self._check_whole("merge")
         if self.training:
             raise ValueError(
                 "merge: the layer is in training mode, where merged adapters would get no gradient; call eval()"
@@ -198,7 +206,12 @@ class HydraLinear(Adapter):
         self.merged_weight = self.merged_bias = None
 
     def to_linear(self) -> nn.Linear:
-        """A plain, frozen ``nn.Linear`` with the merged weight and bias as new tensors."""
+        """A plain, frozen ``nn.Linear`` with the merged weight and bias as new tensors.
+
+        Raises:
+            ValueError: under FSDP2 and tensor parallelism.
+        """
+        self._check_whole("to_linear")
         weight, bias = self.merged_with(self.weight, self.bias)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -227,6 +240,13 @@ class HydraLinear(Adapter):
         shown += [f"{name}={v}" for name, v in (("form", self.form), ("backend", self.backend)) if v != "auto"]
         shown += ["merged=True"] if self.merged else []
         return ", ".join(shown + ([] if self.adapters_enabled else ["adapters_enabled=False"]))
+
+    def _check_whole(self, caller: str) -> None:
+        if any(is_sharded(p) for p in self.parameters()):
+            raise ValueError(
+                f"{caller}: the layer's parameters are spread over processes; call save_adapters(model, path) on every "
+                f"rank, then load_adapters into an unsharded model and {caller} there"
+            )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()

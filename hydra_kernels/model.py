@@ -14,6 +14,8 @@ from .layers import HydraLinear, LoRALinear, SeqLoRALinear, check_wrappable
 
 # Their fast paths hand the weights of their nn.Linear children to fused operators.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# Parts of a name that torch's wrappers inside a model add: activation checkpointing, torch.compile.
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 METHODS: dict[str, type[HydraLinear]] = {"hydra": HydraLinear, "lora": LoRALinear, "seqlora": SeqLoRALinear}
 
 
@@ -161,7 +163,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 def adapted_layers(model: nn.Module) -> dict[str, HydraLinear]:
     """The adapted layers of model by dotted name, each once."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, HydraLinear)}
+    return {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, HydraLinear)}
+
+
+def plain_name(name: str) -> str:
+    """A dotted name without what wrappers inside the model add to it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -1,11 +1,15 @@
 """Training on many processes: DDP, FSDP2, distributed checkpoints, against one process and the float64 oracle."""
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from .distributed import training
+import hydra_kernels as hk
+
+from .distributed import checkpoints, training
 from .distributed.group import Groups
 from .distributed.training import Spec
 from .oracle import median_violations
@@ -24,7 +28,8 @@ def groups():
 def check(groups, world: int, function, spec: Spec, seeds: int = 1) -> None:
     """Every rank's training against the oracle's on the whole batch, by the rule of tests/oracle.py.
 
-    Over five seeds in low precision, and where a gradient is one number: the naive layer's error may be small by chance.
+    Over five seeds in low precision, and where a gradient is one number: there the naive layer's error may be small by
+    chance.
     """
     dtype = torch.bfloat16 if spec.mixed else spec.dtype
     draws = []
@@ -98,3 +103,53 @@ def test_fsdp_trains_as_one_process(groups, spec, world):
 )
 def test_compiled_it_trains_as_one_process(groups, function, spec):
     check(groups, 2, function, spec)
+
+
+@pytest.fixture
+def folder():
+    """Short, unlike pytest's, and seen by every process."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads without a group
+@pytest.mark.parametrize("units", ["layer", ""])
+def test_a_checkpoint_of_two_processes_is_read_by_four_two_and_one(groups, folder, units):
+    spec = Spec(options={"adapter_bias": True, "r_a": 3, "r_b": 3}, units=units)
+    written = groups.run(2, checkpoints.train_and_write, spec, str(folder))[0]
+    assert any(name.endswith("exp_avg_sq") for name in written)
+    everyone = [
+        *groups.run(4, checkpoints.read, spec, str(folder)),
+        *groups.run(2, checkpoints.read, spec, str(folder)),
+    ]
+    for read in (*everyone, checkpoints.read_alone(spec, str(folder))):
+        assert read.keys() == written.keys()
+        for name, value in written.items():
+            assert value.any(), name
+            assert torch.equal(read[name], value), name
+
+
+SHARDED = [Spec(options={"adapter_bias": True}, units=units, checkpointing=c) for units, c in (("layer", 0), ("", 1))]
+
+
+@pytest.mark.parametrize("spec", SHARDED, ids=str)
+def test_an_adapter_file_of_a_sharded_model_is_that_of_an_unsharded_one(groups, folder, spec):
+    hk.save_adapters(training.build(spec), folder / "one", include=["head"])
+    groups.run(4, checkpoints.save_adapters, spec, str(folder / "four"))
+    assert (folder / "four").read_bytes() == (folder / "one").read_bytes()
+    saved = {name: p for name, p in training.build(spec).named_parameters() if p.requires_grad}
+    for loaded in groups.run(2, checkpoints.load_adapters, spec, str(folder / "four")):
+        assert {training.plain(name) for name in loaded} == saved.keys()
+        assert all(torch.equal(value, saved[training.plain(name)]) for name, value in loaded.items())
+
+
+def test_a_sharded_layer_says_where_to_merge_instead(groups):
+    for said in groups.run(2, checkpoints.refusals, Spec(units="block")):
+        for name in ("merge", "to_linear"):
+            assert said[name].startswith(
+                f"{name}: the layer's parameters are spread over processes; call save_adapters"
+            )
+        assert "unsharded model" in said["merge_and_unload"]
+        assert said["branches"].startswith(
+            "weight: expected a plain tensor, got a DTensor; under FSDP2 call the module"
+        )

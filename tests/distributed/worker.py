@@ -19,7 +19,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 
-from . import group, tensor_parallel, training  # noqa: F401  (what the members will run, imported before they fork)
+from . import checkpoints, group, tensor_parallel, training  # noqa: F401  (what the members will run, imported before they fork)
 
 TIMEOUT = datetime.timedelta(seconds=60)
 

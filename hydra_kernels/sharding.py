@@ -1,0 +1,43 @@
+"""Tensors that FSDP2 or tensor parallelism has spread over processes (DTensor): told apart, gathered, filled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(t: object) -> bool:
+    """Whether t is a DTensor. Nothing is one as long as nobody has imported them, which takes most of a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def gathered(t: Tensor) -> Tensor:
+    """The whole of t: where it is sharded a collective, which every rank of its mesh must call."""
+    return _dtensor(t).full_tensor() if is_sharded(t) else t
+
+
+@torch.no_grad()
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copies value, the whole tensor on every rank, into target; no rank talks to another."""
+    if is_sharded(target):
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        mesh, value = _dtensor(target).device_mesh, value.to(target.device, target.dtype)
+        whole = distribute_tensor(value, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)
+        value = whole.redistribute(placements=_dtensor(target).placements)
+    target.copy_(value)
+
+
+def is_writer(tensors: Iterable[Tensor]) -> bool:
+    """Whether this process writes what was gathered: the first one of the mesh, or each where nothing is sharded."""
+    meshes = [_dtensor(t).device_mesh for t in tensors if is_sharded(t)]
+    return not meshes or not any(meshes[0].get_coordinate() or ())
+
+
+def _dtensor(t: Tensor) -> Any:
+    return t
