@@ -254,7 +254,14 @@ class HydraLinear(Adapter):
 
 
 class LoRALinear(HydraLinear):
-    """A frozen linear layer with LoRA of rank r in parallel (Eq. 2): `HydraLinear`, r_b = 0, scale as scale_a."""
+    """A frozen linear layer with LoRA in parallel (Eq. 2): `HydraLinear` without a sequential branch.
+
+    Args:
+        in_features, out_features, bias: of the frozen layer, as in ``nn.Linear``.
+        r: rank, kept as ``r_a``; 0 leaves the frozen layer alone.
+        scale: factor of the branch, such as LoRA's alpha / r; kept as ``scale_a``.
+        options: the others of `HydraLinear`.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, r: int = 8, scale: float = 1.0, **options: Any
@@ -265,7 +272,14 @@ class LoRALinear(HydraLinear):
 
 
 class SeqLoRALinear(HydraLinear):
-    """A frozen linear layer with SeqLoRA of rank r in sequence (Eq. 6): `HydraLinear`, r_a = 0, scale as scale_b."""
+    """A frozen linear layer with SeqLoRA in sequence (Eq. 6): `HydraLinear` without a parallel branch.
+
+    Args:
+        in_features, out_features, bias: of the frozen layer, as in ``nn.Linear``.
+        r: rank, kept as ``r_b``; 0 leaves the frozen layer alone.
+        scale: factor of the branch; kept as ``scale_b``.
+        options: the others of `HydraLinear`.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, r: int = 8, scale: float = 1.0, **options: Any

@@ -64,7 +64,15 @@ def lora_linear(
     training: bool = True,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """LoRA (Eq. 2): ``h = W0 x + b0 + s A_up A_down x``; returns [*, N]."""
+    """LoRA (Eq. 2): ``h = W0 x + b0 + s A_up A_down x``; returns [*, N].
+
+    Args:
+        x, weight, bias: [*, K], W0 [N, K], b0 [N] or None.
+        A_down, A_up: [r, K] and [N, r].
+        A_down_bias, A_up_bias: [r] and [N], or None.
+        scale: s, a number or a 0-dimensional tensor.
+        dropout_p, training, mask: dropout on the bottleneck, as in `hydra_linear`; mask is [M, r].
+    """
     delta = low_rank(x, A_down, A_up, A_down_bias, A_up_bias, scale, dropout_p, training, mask)
     return F.linear(x, weight, bias) + delta
 
@@ -83,7 +91,15 @@ def seqlora_linear(
     training: bool = True,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """SeqLoRA (Eq. 6): ``h = y0 + s B_up B_down y0`` with ``y0 = W0 x + b0``; returns [*, N]."""
+    """SeqLoRA (Eq. 6): ``h = y0 + s B_up B_down y0`` with ``y0 = W0 x + b0``; returns [*, N].
+
+    Args:
+        x, weight, bias: [*, K], W0 [N, K], b0 [N] or None.
+        B_down, B_up: [r, N] and [N, r].
+        B_down_bias, B_up_bias: [r] and [N], or None.
+        scale: s, a number or a 0-dimensional tensor.
+        dropout_p, training, mask: dropout on the bottleneck, as in `hydra_linear`; mask is [M, r].
+    """
     y0 = F.linear(x, weight, bias)
     return y0 + low_rank(y0, B_down, B_up, B_down_bias, B_up_bias, scale, dropout_p, training, mask)
 
@@ -101,7 +117,9 @@ def low_rank(
 ) -> Tensor:
     """One branch: ``scale * (mask * (v down^T + down_bias) up^T + up_bias)``, v [*, fan_in] -> [*, fan_out].
 
-    fp32 adapters over a low-precision v are cast to its dtype for the products. A scale of 1 costs no operation.
+    ``down`` is [r, fan_in], ``up`` [fan_out, r]; without a ``mask`` [M, r] the bottleneck has dropout of ``dropout_p``
+    while ``training``. fp32 adapters over a low-precision v are cast to its dtype for the products. A scale of 1 costs
+    no operation.
     """
     if down.dtype != v.dtype:
         down, up = down.to(v.dtype), up.to(v.dtype)
@@ -135,7 +153,8 @@ def merged_parameters(
 
     ``W = W0 + s_a A_up A_down + s_b B_up B_down W0``;
     ``b = b0 + s_a (A_up a_d + a_u) + s_b (B_up (B_down b0 + b_d) + b_u)``.
-    Computed in float64 for a float64 weight, else in float32, and rounded once, to the weight's dtype. New tensors.
+    Arguments are those of :func:`hydra_kernels.hydra_linear`. Computed in float64 for a float64 weight, else in
+    float32, and rounded once, to the weight's dtype. New tensors.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     W0 = weight.to(dtype)
