@@ -10,19 +10,11 @@ import torch
 import hydra_kernels as hk
 
 from .distributed import checkpoints, training
-from .distributed.group import Groups
 from .distributed.training import Spec
 from .oracle import median_violations
 
 WORLDS = [2, 4]
 EVERY_OPTION = {"adapter_bias": True, "learnable_scale": True}
-
-
-@pytest.fixture(scope="session")
-def groups():
-    groups = Groups()
-    yield groups
-    groups.close()
 
 
 def check(groups, world: int, function, spec: Spec, seeds: int = 1) -> None:

@@ -12,10 +12,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 STARTS_WITHIN = 60.0  # seconds, on a machine that is busy with other tests
@@ -93,5 +95,8 @@ class Groups:
             connection.close()
 
 
-def connect(address: str) -> Connection:
-    return Client(address, "AF_UNIX")
+@pytest.fixture(scope="session")
+def groups() -> Iterator[Groups]:
+    groups = Groups()
+    yield groups
+    groups.close()

@@ -1,1 +1,147 @@
-"""Tensor parallelism against one process."""
+"""One layer, or the network, under tensor parallelism; and what crosses between the ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hydra_kernels as hk
+from hydra_kernels.parallel import ColwiseHydra, RowwiseHydra
+from tests.cases import Case, operands
+from tests.oracle import Tensors
+
+from .training import Spec, build, data, train, whole
+
+WHOLE = Replicate()
+STYLES = {"columns": ColwiseHydra, "rows": RowwiseHydra}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a layer of a `Case` is spread and called."""
+
+    style: str
+    dtype: torch.dtype = torch.float64
+    adapter_dtype: torch.dtype | None = None
+    form: str = "auto"
+    backend: str = "auto"
+    input_layout: Placement = WHOLE
+    output_layout: Placement = WHOLE
+    local: bool = True
+    train_bias: bool = False
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        words = [self.style, str(self.dtype).removeprefix("torch."), self.form, self.backend]
+        words += ["wide"] if self.adapter_dtype else []
+        words += [] if self.local else ["dtensors"]
+        words += ["b0"] if self.train_bias else []
+        words += ["dropout"] if self.dropout else []
+        layouts = [str(p) for p in (self.input_layout, self.output_layout)]
+        return "-".join(words + ([] if layouts == ["R", "R"] else layouts))
+
+
+def mesh_of(*sizes: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    return init_device_mesh("cpu", sizes or (dist.get_world_size(),), mesh_dim_names=names)
+
+
+def layer_of(case: Case, setting: Setting, t: Tensors) -> hk.HydraLinear:
+    """A layer that holds the operands t."""
+    layer = hk.HydraLinear(
+        case.K,
+        case.N,
+        case.bias,
+        r_a=case.r_a,
+        r_b=case.r_b,
+        **(case.constant_scales or {"learnable_scale": True}),
+        adapter_bias=case.adapter_bias,
+        adapter_dtype=setting.adapter_dtype,
+        dropout=setting.dropout,
+        form=setting.form,
+        backend=setting.backend,
+        dtype=setting.dtype,
+    )
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            p.copy_(t[name])
+    if setting.train_bias:
+        layer.bias.requires_grad_(True)
+    return layer
+
+
+def gathered(t: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
+    return (t if isinstance(t, DTensor) else DTensor.from_local(t, mesh, [layout], run_check=False)).full_tensor()
+
+
+def one_layer(case: Case, setting: Setting) -> Tensors:
+    """h and the gradient of x and of every Parameter that trains, whole."""
+    mesh = mesh_of()
+    t, G = operands(case, setting.dtype, setting.adapter_dtype, setting.seed)
+    style = STYLES[setting.style](
+        input_layouts=setting.input_layout, output_layouts=setting.output_layout, use_local_output=setting.local
+    )
+    layer = parallelize_module(layer_of(case, setting, t), mesh, style)
+    torch.manual_seed(setting.seed if mesh.get_local_rank() == 0 else 99 + mesh.get_local_rank())
+    x = distribute_tensor(t["x"], mesh, [setting.input_layout])
+    G = distribute_tensor(G, mesh, [setting.output_layout])
+    x, G = (x.to_local(), G.to_local()) if setting.local else (x, G)
+    x = x.detach().requires_grad_()
+    h = layer(x)
+    if isinstance(h, DTensor) == setting.local:
+        raise TypeError(f"use_local_output={setting.local} gave a {type(h).__name__}")
+    h.backward(G)
+    found = {"h": gathered(h.detach(), mesh, setting.output_layout), "x": gathered(x.grad, mesh, setting.input_layout)}
+    return found | {name: whole(p.grad) for name, p in layer.named_parameters() if p.requires_grad}
+
+
+PLAN = {"blocks.*.fc1": ColwiseHydra, "blocks.*.fc2": RowwiseHydra}
+
+
+def network(spec: Spec) -> Tensors:
+    """Training of the network, the first layer of every block by columns and the second by rows."""
+    net = build(spec)
+    parallelize_module(net, mesh_of(), {name: style() for name, style in PLAN.items()})
+    forward = torch.compile(net, backend=spec.compiler) if spec.compiler else net
+    return train(net, spec, *data(spec), forward=forward)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of each kind of collective's input on this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
+            sent = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+            name = str(function).split(".")[1].strip("_")
+            self.bytes[name] += sum(t.numel() * t.element_size() for t in sent)
+        return function(*args, **(kwargs or {}))
+
+
+def traffic(M: int, K: int, N: int, options: dict[str, Any]) -> dict[str, Counter[str]]:
+    """What a step of an MLP sends: its plain layers under torch's styles, and adapted ones under ours."""
+    mesh, found = mesh_of(), {}
+    for kind, plan in (
+        ("plain", {"0": ColwiseParallel(), "2": RowwiseParallel()}),
+        ("ours", {"0": ColwiseHydra(), "2": RowwiseHydra()}),
+    ):
+        mlp = nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, K)).double().requires_grad_(False)
+        if kind == "ours":
+            hk.inject(mlp, ["0", "2"], **options)
+        parallelize_module(mlp, mesh, plan)
+        with Traffic() as counted:
+            mlp(torch.ones(M, K, dtype=torch.float64, requires_grad=True)).sum().backward()
+        found[kind] = counted.bytes
+    return found

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from multiprocessing.connection import Client
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -19,14 +20,14 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 
-from . import checkpoints, group, tensor_parallel, training  # noqa: F401  (what the members will run, imported before they fork)
+from . import checkpoints, tensor_parallel, training  # noqa: F401  (what the members will run, imported before they fork)
 
 TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def serve(folder: str) -> None:
     """Forks a group for every (size, address) that the tests send, until they close the connection."""
-    server = group.connect(str(Path(folder, "server")))
+    server = Client(str(Path(folder, "server")), "AF_UNIX")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the members
     while True:
         try:
@@ -45,7 +46,7 @@ def serve(folder: str) -> None:
 def be_member(rank: int, world: int, address: str, store: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    connection = group.connect(address)
+    connection = Client(address, "AF_UNIX")
     connection.send_bytes(pickle.dumps((rank, os.getpid())))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
     while True:
