@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 
 from hydra_kernels import __main__, extension
 
@@ -64,10 +63,3 @@ def test_a_terminal_of_few_letters_does_not_end_it(monkeypatch):
     assert done.returncode == 0, done.stderr.decode()
     assert b"  TRITON_NAME=?\n" in done.stdout
     assert b"  nvidia-smi: not found\n" in done.stdout
-
-
-def test_the_bug_template_asks_for_it():
-    template = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
-    fields = {field["id"]: field for field in template["body"] if "id" in field}
-    assert "python -m hydra_kernels" in fields["report"]["attributes"]["description"]
-    assert all(fields[name]["validations"]["required"] for name in ("what", "code", "report"))

@@ -1,0 +1,214 @@
+"""What people read: its code runs and prints what it says, its links lead somewhere, its tables are what was stored."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tomllib
+import torch
+import yaml
+
+import hydra_kernels as hk
+from hydra_kernels import machine
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples/README.md",
+]
+README = (ROOT / "README.md").read_text()
+CHEAP = {"python -m hydra_kernels"}
+_FENCE = re.compile(r"^```(\w*)([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Run(NamedTuple):
+    """Blocks that share their names: one and those that continue it. ``source`` has them at their lines of the page."""
+
+    page: Path
+    line: int
+    source: str
+    printed: list[list[str]]  # lines that must be printed, each list's in its order
+
+
+def text_of(page: Path) -> str:
+    return page.read_text() if page.exists() else ""
+
+
+def runs(page: Path) -> Iterator[Run]:
+    text = text_of(page)
+    run: Run | None = None
+    after = ""  # the language of the block before
+    for block in _FENCE.finditer(text):
+        language, options, code = block[1], block[2].split(), block[3]
+        line = text.count("\n", 0, block.start()) + 2
+        if language == "python" and options not in ([], ["continues"], ["notest"]):
+            raise ValueError(f"{page}:{line}: unknown option {options}")
+        if language == "python" and "notest" not in options:
+            if run is not None and "continues" not in options:
+                yield run
+                run = None
+            if run is None:
+                run = Run(page, line, "\n" * (line - 1), [])
+            run.printed.append(re.findall(r"^ *print\(.*\)  # (.+)$", code, re.MULTILINE))
+            source = run.source + "\n" * (line - 1 - run.source.count("\n")) + code
+            run = run._replace(source=source)
+        elif language == "text" and after == "python" and run is not None:
+            run.printed.append(code.splitlines())
+        after = language
+    if run is not None:
+        yield run
+
+
+RUNS = [run for page in PAGES for run in runs(page)]
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A folder, a cache and an environment that nothing outlives."""
+    environment = dict(os.environ)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_KERNELS_CACHE", str(tmp_path / "tuned"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    machine.forget()
+    yield tmp_path
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+    machine.forget()
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.page.relative_to(ROOT)}:{run.line}")
+def test_the_code_runs_and_prints_what_the_page_says(run, alone, capsys):
+    exec(compile(run.source, str(run.page), "exec"), {"__name__": "__page__"})
+    out = capsys.readouterr().out
+    for block in run.printed:
+        lines = iter(out.splitlines())
+        for expected in block:
+            assert expected in lines, f"not printed, or not in this order: {expected}\n{out}"
+
+
+def test_every_page_is_run():
+    found = {str(run.page.relative_to(ROOT)) for run in RUNS}
+    assert found >= {
+        "README.md",
+        *(f"docs/{name}.md" for name in ("swap-it-in", "which-backend", "backward", "migrate")),
+    }
+
+
+def test_the_cheap_commands_run_and_the_others_are_of_what_exists():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = set()
+    for page in PAGES:
+        text = text_of(page)
+        commands |= {
+            line.strip() for block in _FENCE.finditer(text) if block[1] == "bash" for line in block[3].splitlines()
+        }
+        commands |= set(re.findall(r"`((?:make|python|torchrun) [^`]+)`", text))
+    assert commands >= CHEAP
+    for command in commands:
+        for target in re.findall(r"\bmake (\w+)", command):
+            assert target in targets, command
+        for module in re.findall(r"python -m ([\w.]+)", command):
+            assert importlib.util.find_spec(module), command
+        for script in re.findall(r"\b((?:docs|examples)/\w+\.py)", command):
+            assert (ROOT / script).exists(), command
+    for command in sorted(CHEAP):
+        words = [sys.executable, *command.split()[1:]]
+        assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stderr == ""
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text_of(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", text_of(page))):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        if anchor:
+            assert anchor in anchors(there), target
+
+
+@pytest.mark.parametrize("script", ["generate_api.py", "figures.py"])
+def test_what_a_script_writes_is_what_is_committed(script, capsys):
+    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def public_callables():
+    modules = [hk, *(getattr(hk, name) for name in hk.__all__ if inspect.ismodule(getattr(hk, name)))]
+    for module in modules:
+        names = getattr(
+            module, "__all__", [n for n, o in vars(module).items() if getattr(o, "__module__", "") == module.__name__]
+        )
+        for name in names:
+            if callable(item := getattr(module, name)) and not name.startswith("_"):
+                yield pytest.param(item, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("item", list(public_callables()))
+def test_everything_public_has_a_docstring_that_names_every_argument(item):
+    doc = inspect.getdoc(item)
+    assert doc
+    if inspect.isclass(item) and issubclass(item, torch.autograd.Function):
+        return
+    referred = re.findall(r"Arguments are those of :func:`hydra_kernels\.(\w+)`", doc)
+    doc += "".join(inspect.getdoc(getattr(hk, name)) for name in referred)
+    for name in inspect.signature(item).parameters:
+        assert re.search(rf"\b{name}\b", doc), name
+
+
+def test_public_names_are_sorted():
+    assert sorted(hk.__all__) == hk.__all__
+
+
+def test_the_two_commands_and_the_license_are_there():
+    for command in ("make table4", "make test"):
+        assert f"`{command}`" in README
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+def test_there_are_as_many_mutations_as_the_readme_says():
+    groups = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())["group"]
+    (least,) = re.findall(r"puts more than (\d+) named defects", README)
+    assert int(least) < sum(len(group["mutations"]) for group in groups) <= int(least) + 100
+
+
+def test_the_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == hk.__version__
+    assert f"## {hk.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_measured_tables_are_those_of_the_stored_results():
+    from benchmarks import render
+
+    assert render.main(["--check"]) == 0
+
+
+def test_the_bug_template_asks_for_the_report():
+    template = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    fields = {field["id"]: field for field in template["body"] if "id" in field}
+    assert "python -m hydra_kernels" in fields["report"]["attributes"]["description"]
+    assert all(fields[name]["validations"]["required"] for name in ("what", "code", "report"))
