@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, Device, check_count
 from .functional import check_finite, hydra_linear
 from .reference import low_rank
-from .sharding import is_sharded
+from .sharding import mesh_dimensions
 
 Layer = TypeVar("Layer", bound="HydraLinear")
 
@@ -192,8 +192,7 @@ class HydraLinear(Adapter):
         Raises:
             ValueError: in training mode, and under FSDP2.
         """
-        if self.parallel is None:
-            self._check_whole("merge")
+        self._check_whole("merge", dimensions=0 if self.parallel is None else 1)
         if self.training:
             raise ValueError(
                 "merge: the layer is in training mode, where merged adapters would get no gradient; call eval()"
@@ -241,8 +240,9 @@ class HydraLinear(Adapter):
         shown += ["merged=True"] if self.merged else []
         return ", ".join(shown + ([] if self.adapters_enabled else ["adapters_enabled=False"]))
 
-    def _check_whole(self, caller: str) -> None:
-        if any(is_sharded(p) for p in self.parameters()):
+    def _check_whole(self, caller: str, dimensions: int = 0) -> None:
+        """Raises where parameters are sharded over a mesh of more dimensions."""
+        if any(mesh_dimensions(p) > dimensions for p in self.parameters()):
             raise ValueError(
                 f"{caller}: the layer's parameters are spread over processes; call save_adapters(model, path) on every "
                 f"rank, then load_adapters into an unsharded model and {caller} there"

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from .backend import TABLE
 from .backend.interface import LOW_PRECISION
-from .choice import choose
+from .choice import Machine, choose
 from .function import autocast_is_on
 from .functional import hydra_linear
 from .layers import HydraLinear
@@ -238,7 +238,7 @@ def _composes(layer: HydraLinear, x: Tensor) -> bool:
         return layer.r_b == 0
     M, K, N = x.numel() // max(x.shape[-1], 1), layer.in_features, layer.out_features
     dtype, masked = _computed_in(x), layer.training and layer.dropout > 0
-    machine = here(x.device)._replace(measured=())
+    machine = Machine(*here(x.device)[:3], measured=())
     choice = choose(M, K, N, layer.r_a, layer.r_b, dtype, machine, layer.form, layer.backend, masked)
     reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(
         choice.form, dtype, layer.r_a, layer.r_b, masked, x.device

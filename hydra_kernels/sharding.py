@@ -16,6 +16,11 @@ def is_sharded(t: object) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
+def mesh_dimensions(t: Tensor) -> int:
+    """How many dimensions the mesh has that t is sharded over, 0 where it is whole."""
+    return _dtensor(t).device_mesh.ndim if is_sharded(t) else 0
+
+
 def gathered(t: Tensor) -> Tensor:
     """The whole of t: where it is sharded a collective, which every rank of its mesh must call."""
     return _dtensor(t).full_tensor() if is_sharded(t) else t

@@ -10,7 +10,7 @@ os.environ["HYDRA_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), "hydra_k
 
 import torch
 
-from .distributed.group import groups  # noqa: F401  (a fixture)
+from .distributed.group import folder, groups  # noqa: F401  (fixtures)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already fill the cores

@@ -1,8 +1,6 @@
 """Training on many processes: DDP, FSDP2, distributed checkpoints, against one process and the float64 oracle."""
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -95,13 +93,6 @@ def test_fsdp_trains_as_one_process(groups, spec, world):
 )
 def test_compiled_it_trains_as_one_process(groups, function, spec):
     check(groups, 2, function, spec)
-
-
-@pytest.fixture
-def folder():
-    """Short, unlike pytest's, and seen by every process."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads without a group

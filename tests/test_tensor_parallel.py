@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate, Shard
 from torch.nn import functional as F
 
 import hydra_kernels as hk
@@ -11,8 +12,9 @@ from hydra_kernels.reference import low_rank
 
 from . import oracle
 from .cases import ADAPTERS, Case, operands
-from .distributed import tensor_parallel
+from .distributed import tensor_parallel, training
 from .distributed.tensor_parallel import Setting
+from .distributed.training import Spec
 
 WORLDS = [2, 4]
 PLAIN = Case((2, 4), 24, 16, 3, 5)
@@ -31,7 +33,7 @@ def expected(case: Case, setting: Setting, keys: set[str], world: int) -> tuple[
     if setting.dropout:
         torch.manual_seed(setting.seed)
         kept = torch.empty(case.M, case.r_a + case.r_b, dtype=torch.uint8).bernoulli_(1 - setting.dropout)
-        t["mask"] = (kept / (1 - setting.dropout)).to(setting.dtype)
+        t["mask"] = kept.to(setting.dtype) / (1 - setting.dropout)
     wanted = keys - {"h"}
     t64 = {name: v.double() for name, v in t.items()}
     true = oracle.differentiate(lambda u: oracle.hydra(u, **case.constant_scales), t64, G.double(), wanted)
@@ -96,3 +98,108 @@ def test_every_dtype_is_as_exact_as_the_naive_layer(groups, rounding, setting):
     case = replace(case, rounding=rounding)
     for world in WORLDS[:1] if interpreted else WORLDS:
         check(groups, world, case, setting, seeds=5)
+
+
+LAYOUTS = [
+    Setting("columns", input_layout=Replicate(), output_layout=Shard(-1)),
+    Setting("columns", input_layout=Shard(-1), output_layout=Shard(1)),
+    Setting("columns", input_layout=Shard(1), output_layout=Shard(-1), local=False),
+    Setting("rows", input_layout=Shard(-1), output_layout=Replicate()),
+    Setting("rows", input_layout=Shard(1), output_layout=Shard(1)),
+    Setting("rows", input_layout=Shard(-1), output_layout=Shard(1), local=False),
+]
+OTHERS = [
+    *(Setting(style, form=form, train_bias=True) for style in ("columns", "rows") for form in ("composed", "kept")),
+    *(Setting(style, form=form, dropout=0.4) for style in ("columns", "rows") for form in ("composed", "kept")),
+]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("setting", LAYOUTS + OTHERS, ids=str)
+def test_every_layout_and_option(groups, world, setting):
+    check(groups, world, replace(PLAIN, adapter_bias=True, scales=(0.7, -1.9)), setting, seeds=3)
+
+
+NETWORKS = [
+    Spec(),
+    Spec(options={"adapter_bias": True, "learnable_scale": True, "form": "composed"}),
+    Spec("lora", {"r": 3}),
+    Spec("seqlora", {"r": 3, "form": "composed"}),
+    Spec(dtype=torch.float32, micro_batches=2),
+    Spec(checkpointing=True),
+    Spec(compiler="aot_eager", options={"form": "composed"}),
+]
+
+
+@pytest.mark.parametrize("spec", NETWORKS, ids=str)
+def test_a_network_trains_as_one_process(groups, spec):
+    for world in WORLDS[:1] if spec.compiler else WORLDS:
+        true, naive = training.alone(spec, "oracle"), training.alone(spec, "naive")
+        for got in groups.run(world, tensor_parallel.network, spec):
+            assert got.keys() == true.keys()
+            assert oracle.violations(got, naive, true, spec.dtype) == []
+
+
+@pytest.mark.parametrize("units", ["layer", "block"])
+def test_with_fsdp_on_a_mesh_of_two_dimensions(groups, units):
+    spec = Spec(options={"adapter_bias": True, "form": "composed"}, units=units)
+    true, naive = training.alone(spec, "oracle"), training.alone(spec, "naive")
+    for got in groups.run(4, tensor_parallel.network_with_fsdp, spec):
+        assert got.keys() == true.keys()
+        assert oracle.violations(got, naive, true, spec.dtype) == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_only_products_of_rank_R_cross(groups, world):
+    """Bytes of float64 a rank gives to the collectives of a step of an MLP, beyond what torch's styles give."""
+    K, N, r_a, r_b = 24, 16, 3, 5
+    columns = r_b * (K + 1) + (r_b * (K + 1) + r_a * K)
+    rows = K * r_a + r_b * K + K * r_b
+    for M in (8, 64):
+        options = {"r_a": r_a, "r_b": r_b, "form": "composed"}
+        for found in groups.run(world, tensor_parallel.traffic, M, K, N, options):
+            assert found["plain"] == {"all_reduce": 8 * 2 * M * K}
+            assert found["ours"] == {"all_reduce": found["plain"]["all_reduce"], "allreduce": 8 * (columns + rows)}
+    kept = {"r_a": r_a, "r_b": r_b, "form": "kept", "dropout": 0.5}
+    for found in groups.run(world, tensor_parallel.traffic, 8, K, N, kept):
+        products = 8 * (2 * 8 * r_b + r_a * K + rows)
+        assert found["ours"]["allreduce"] == products
+        assert found["ours"]["broadcast"] == 2 * 8 * (r_a + r_b)
+
+
+def test_a_spread_layer_is_merged_switched_off_and_saved(groups, folder):
+    spec = Spec(options={"adapter_bias": True})
+    net, (x, _) = training.build(spec), training.data(spec)
+    hk.save_adapters(net, folder / "one", include=["head"])
+    adapted = training.with_oracle(net)(x)
+    for block in net.blocks:
+        block.fc1.disable_adapters()
+        block.fc2.disable_adapters()
+    frozen = net(x)
+    for found in groups.run(4, tensor_parallel.whole_life, spec, str(folder / "four")):
+        torch.testing.assert_close(found["merged"], adapted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found["unmerged"], adapted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found["loaded"], adapted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found["frozen"], frozen, rtol=1e-12, atol=1e-12)
+        assert (found["other"] - adapted).abs().max() > 0.1
+    assert (folder / "four").read_bytes() == (folder / "one").read_bytes()
+
+
+def test_refusals_name_the_argument(groups):
+    elsewhere = (
+        "the layer's parameters are spread over processes; call save_adapters(model, path) on every rank, then "
+        "load_adapters into an unsharded model and"
+    )
+    for said in groups.run(4, tensor_parallel.refusals):
+        assert said == {
+            "plain": "ColwiseHydra: expected an adapted layer, got Linear, which is for torch's own styles",
+            "merged": "RowwiseHydra: the layer is merged; call unmerge() first",
+            "twice": "ColwiseHydra: the layer is sharded already; apply it before fully_shard, and once",
+            "uneven columns": "ColwiseHydra: expected out_features to be a multiple of 4 ranks, got 6",
+            "uneven rows": "RowwiseHydra: expected in_features to be a multiple of 4 ranks, got 6",
+            "mesh": "RowwiseHydra: expected a mesh of one dimension, got 2; pass mesh['name'] of one",
+            "low precision": "backend: 'aten' cannot serve this call: its composed form would round B_down W0 to "
+            "torch.bfloat16 and lose accuracy that the naive layer keeps",
+            "to_linear": f"to_linear: {elsewhere} to_linear there",
+            "merge": f"merge: {elsewhere} merge there",
+        }

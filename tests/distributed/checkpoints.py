@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import hydra_kernels as hk
 from tests.oracle import Tensors
 
+from .tensor_parallel import said
 from .training import Net, Spec, build, mine, sharded, whole
 
 
@@ -85,11 +86,4 @@ def refusals(spec: Spec) -> dict[str, str]:
         "merge_and_unload": lambda: hk.merge_and_unload(net),
         "branches": lambda: layer.branches(torch.ones(1, layer.in_features, dtype=spec.dtype)),
     }
-    said = {}
-    for name, call in calls.items():
-        try:
-            call()
-            said[name] = "nothing"
-        except (ValueError, TypeError) as error:
-            said[name] = str(error)
-    return said
+    return {name: said(call) for name, call in calls.items()}

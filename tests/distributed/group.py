@@ -100,3 +100,10 @@ def groups() -> Iterator[Groups]:
     groups = Groups()
     yield groups
     groups.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder for files that the processes exchange."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)

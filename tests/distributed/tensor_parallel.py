@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +22,7 @@ from hydra_kernels.parallel import ColwiseHydra, RowwiseHydra
 from tests.cases import Case, operands
 from tests.oracle import Tensors
 
-from .training import Spec, build, data, train, whole
+from .training import Net, Spec, build, data, mean_over_ranks, train, units, whole
 
 WHOLE = Replicate()
 STYLES = {"columns": ColwiseHydra, "rows": RowwiseHydra}
@@ -107,12 +110,33 @@ def one_layer(case: Case, setting: Setting) -> Tensors:
 PLAN = {"blocks.*.fc1": ColwiseHydra, "blocks.*.fc2": RowwiseHydra}
 
 
+def parallelized(spec: Spec, mesh: DeviceMesh) -> Net:
+    net = build(spec)
+    parallelize_module(net, mesh, {name: style() for name, style in PLAN.items()})
+    if spec.checkpointing:
+        for i, block in enumerate(net.blocks):
+            net.blocks[i] = checkpoint_wrapper(block)
+    return net
+
+
 def network(spec: Spec) -> Tensors:
     """Training of the network, the first layer of every block by columns and the second by rows."""
-    net = build(spec)
-    parallelize_module(net, mesh_of(), {name: style() for name, style in PLAN.items()})
+    net = parallelized(spec, mesh_of())
     forward = torch.compile(net, backend=spec.compiler) if spec.compiler else net
     return train(net, spec, *data(spec), forward=forward)
+
+
+def network_with_fsdp(spec: Spec) -> Tensors:
+    """The same on 2 x 2 processes: each pair holds half of the batch, and every parameter is sharded over pairs."""
+    mesh = mesh_of(2, 2, names=("data", "model"))
+    net = parallelized(spec, mesh["model"])
+    for block in net.blocks:
+        for unit in units(block, spec.units):
+            fully_shard(unit, mesh=mesh["data"])
+    fully_shard(net, mesh=mesh["data"])
+    share = mesh["data"].get_local_rank()
+    x, y = (t.chunk(2)[share] for t in data(spec))
+    return train(net, spec, x, y, average=mean_over_ranks)
 
 
 class Traffic(TorchDispatchMode):
@@ -123,7 +147,9 @@ class Traffic(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
+        if function.namespace in ("c10d", "_c10d_functional") and not any(
+            word in str(function) for word in ("wait", "wrap")
+        ):
             sent = args[0] if isinstance(args[0], list | tuple) else [args[0]]
             name = str(function).split(".")[1].strip("_")
             self.bytes[name] += sum(t.numel() * t.element_size() for t in sent)
@@ -145,3 +171,60 @@ def traffic(M: int, K: int, N: int, options: dict[str, Any]) -> dict[str, Counte
             mlp(torch.ones(M, K, dtype=torch.float64, requires_grad=True)).sum().backward()
         found[kind] = counted.bytes
     return found
+
+
+def whole_life(spec: Spec, path: str) -> Tensors:
+    """Outputs of the network merged, unmerged, saved and loaded into another, and without its adapters."""
+    net, (x, _) = parallelized(spec, mesh_of()).eval(), data(spec)
+    other = parallelized(replace(spec, seed=1), mesh_of()).eval()
+    with torch.no_grad():
+        for mine, its in zip(other.parameters(), net.parameters(), strict=True):
+            if not mine.requires_grad:
+                mine.copy_(its)
+        found = {"other": other(x)}
+        hk.merge(net)
+        found["merged"] = net(x)
+        hk.unmerge(net)
+        found["unmerged"] = net(x)
+        hk.save_adapters(net, path, include=["head"])
+        dist.barrier()
+        hk.load_adapters(other, path)
+        found["loaded"] = other(x)
+        for module in net.modules():
+            if isinstance(module, hk.HydraLinear):
+                module.disable_adapters()
+        found["frozen"] = net(x)
+    return {name: whole(h) for name, h in found.items()}
+
+
+def refusals() -> dict[str, str]:
+    mesh, spread = mesh_of(), parallelize_module(hk.HydraLinear(8, 8).eval(), mesh_of(), ColwiseHydra())
+    merged = hk.HydraLinear(8, 8).eval()
+    merged.merge()
+    low = hk.HydraLinear(8, 8, dtype=torch.bfloat16, form="composed", backend="aten")
+    parallelize_module(low, mesh, ColwiseHydra())
+    two = mesh_of(2, 2, names=("data", "model"))
+    with_fsdp = fully_shard(
+        parallelize_module(hk.HydraLinear(8, 8).eval(), two["model"], RowwiseHydra()), mesh=two["data"]
+    )
+    calls = {
+        "plain": lambda: parallelize_module(nn.Linear(8, 8), mesh, ColwiseHydra()),
+        "merged": lambda: parallelize_module(merged, mesh, RowwiseHydra()),
+        "twice": lambda: parallelize_module(spread, mesh, ColwiseHydra()),
+        "uneven columns": lambda: parallelize_module(hk.HydraLinear(8, 6), mesh, ColwiseHydra()),
+        "uneven rows": lambda: parallelize_module(hk.LoRALinear(6, 8), mesh, RowwiseHydra()),
+        "mesh": lambda: RowwiseHydra()._apply(hk.HydraLinear(8, 8), two),
+        "low precision": lambda: low(torch.ones(2, 8, dtype=torch.bfloat16)),
+        "to_linear": spread.to_linear,
+        "merge": with_fsdp.merge,
+    }
+    return {name: said(call) for name, call in calls.items()}
+
+
+def said(call: Callable[[], Any]) -> str:
+    """What the error says that the call raises."""
+    try:
+        call()
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return "nothing"
