@@ -56,11 +56,13 @@ class HydraModel(BaseTuner):
         layer = HydraLayer(cast(nn.Linear, target), adapter_name, options, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        setattr(parent, target_name, layer)
+        self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own copies child.weight, which a head in modules_to_save need not have.
-        setattr(parent, child_name, new_module)
+        # In every place: PEFT visits a shared module once. Nor is child.weight copied, which a head need not have.
+        for module in list(self.model.modules()):
+            for name in [name for name, other in module._modules.items() if other is child]:
+                setattr(module, name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,0 +1,181 @@
+"""Checkpoints of PEFT's LoRA as Hydra: the same outputs as PEFT gives, and a refusal of what is not LoRA of linears."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+peft = pytest.importorskip("peft")  # an optional extra
+transformers = pytest.importorskip("transformers")
+
+from hydra_kernels.peft import HydraConfig, HydraLayer, from_lora  # noqa: E402
+
+from .test_peft import adapted, inputs, net, randomise  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # PEFT takes the bias of lora_B for a tensor that was sharded.
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor.s. have invalid shape"),
+]
+
+
+def saved_lora(path, base=None, **config):
+    """The outputs of a random LoRA of PEFT's over net(), saved under path."""
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["fc1", "fc2"]} | config
+    model = randomise(peft.get_peft_model(net() if base is None else base, peft.LoraConfig(**config)).eval())
+    model.save_pretrained(path)
+    return model, model(inputs())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"fc2": 7}},
+        {"alpha_pattern": {"fc2": 3}, "rank_pattern": {"^fc1": 2}, "use_rslora": True},
+        {"lora_bias": True},
+        {"bias": "lora_only"},
+        {"bias": "all"},
+        {"modules_to_save": ["head"]},
+        {"target_modules": "all-linear", "exclude_modules": ["again"]},
+        {"target_modules": r"(fc\d|again)"},
+        {"init_lora_weights": "gaussian"},
+    ],
+    ids=lambda config: "-".join(config) or "plain",
+)
+def test_outputs_are_pefts(tmp_path, config):
+    model, want = saved_lora(tmp_path, **config)
+    with torch.no_grad():
+        want.copy_(model(inputs()))
+    ours = from_lora(net(), tmp_path)
+    torch.testing.assert_close(ours(inputs()), want, rtol=1e-12, atol=1e-12)
+    assert not ours.training
+    assert not any(p.requires_grad for name, p in ours.named_parameters() if "hydra_adapters" in name)
+
+    ours.save_pretrained(tmp_path / "hydra")
+    again = peft.PeftModel.from_pretrained(net(), tmp_path / "hydra")
+    torch.testing.assert_close(again(inputs()), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(again.merge_and_unload()(inputs()), want, rtol=1e-12, atol=1e-12)
+
+
+def test_training_goes_on_with_a_new_sequential_branch(tmp_path):
+    lora, want = saved_lora(tmp_path, rank_pattern={"fc2": 3})
+    ours = from_lora(net(), tmp_path, r_b=2, scale_b=0.5, adapter_name="mine", is_trainable=True)
+    torch.testing.assert_close(ours(inputs()), want, rtol=1e-12, atol=1e-12)
+    layers = [ours.get_base_model().fc1, ours.get_base_model().fc2]
+    adapters = [layer.hydra_adapters["mine"] for layer in layers]
+    assert [(a.r_a, a.r_b, a.scale_a, a.scale_b) for a in adapters] == [(4, 2, 1.5, 0.5), (3, 2, 2.0, 0.5)]
+
+    ours(inputs()).square().sum().backward()
+    lora(inputs()).square().sum().backward()
+    for layer, name in zip(layers, ("fc1", "fc2"), strict=True):
+        theirs = getattr(lora.get_base_model(), name)
+        mine = layer.hydra_adapters["mine"]
+        torch.testing.assert_close(mine.A_down.grad, theirs.lora_A["default"].weight.grad, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(mine.A_up.grad, theirs.lora_B["default"].weight.grad, rtol=1e-10, atol=1e-10)
+        assert mine.B_up.grad.abs().max() > 0
+
+
+def test_lora_dropout_is_announced_as_another_one(tmp_path):
+    saved_lora(tmp_path, lora_dropout=0.1)
+    with pytest.warns(UserWarning, match=r"LoRA dropped elements of x \(p = 0.1\)"):
+        ours = from_lora(net(), tmp_path)
+    assert ours.peft_config["default"].dropout == 0.0
+    assert from_lora(net(), tmp_path, dropout=0.1).peft_config["default"].dropout == 0.1
+
+
+def net32():
+    return net(torch.float32)
+
+
+def conv1d():
+    return nn.ModuleDict({"fc1": transformers.pytorch_utils.Conv1D(5, 7)})
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fc1 = nn.Embedding(9, 7), nn.Linear(7, 5)
+
+    def forward(self, tokens):
+        return self.fc1(self.embedding(tokens))
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "text"),
+    [
+        (net, {"use_dora": True}, "Hydra has no use_dora"),
+        (net32, {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        (net32, {"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        (conv1d, {"target_modules": ["fc1"], "fan_in_fan_out": True}, "Hydra has no fan_in_fan_out"),
+        (Embedded, {"target_modules": ["embedding", "fc1"]}, "LoRA of linear layers alone, got .*lora_embedding_A"),
+        (
+            Embedded,
+            {"target_modules": ["fc1"], "trainable_token_indices": {"embedding": [1]}},
+            "trainable_token_indices",
+        ),
+    ],
+    ids=["dora", "pissa", "olora", "conv1d", "embedding", "tokens"],
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Could not identify embedding layer:UserWarning")
+def test_what_hydra_has_not_is_refused_by_name(tmp_path, base, config, text):
+    peft.get_peft_model(base(), peft.LoraConfig(**{"target_modules": ["fc1"]} | config)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=text):
+        from_lora(base(), tmp_path)
+
+
+def test_other_methods_and_other_models_are_refused_and_the_model_stays(tmp_path):
+    adapted().save_pretrained(tmp_path / "hydra")
+    with pytest.raises(ValueError, match=r"expected a LoRA checkpoint, got one of .*HYDRA"):
+        from_lora(net(), tmp_path / "hydra")
+
+    saved_lora(tmp_path / "lora", target_modules=["fc1", "fc2", "head.1"])
+    others = {
+        "shape": nn.ModuleDict(
+            {"fc1": nn.Linear(7, 11), "fc2": nn.Linear(5, 5), "head": nn.ModuleDict({"1": nn.Linear(11, 3)})}
+        ),
+        "missing": nn.ModuleDict({"fc1": nn.Linear(7, 11), "fc2": nn.Linear(11, 11)}),
+    }
+    for model in others.values():
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with pytest.raises(ValueError, match="does not fit the model"):
+            from_lora(model, tmp_path / "lora")
+        assert not any(isinstance(m, HydraLayer) for m in model.modules())
+        assert {name: p.tolist() for name, p in model.named_parameters()} == {n: p.tolist() for n, p in before.items()}
+
+
+def test_keys_that_the_model_has_not_are_refused(tmp_path):
+    saved_lora(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.fc9.bias": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=r"fc9\.bias is not in the model"):
+        from_lora(net(), tmp_path)
+
+
+def test_the_stored_configuration_is_hydras(tmp_path):
+    saved_lora(tmp_path, rank_pattern={"fc2": 7})
+    from_lora(net(), tmp_path).save_pretrained(tmp_path / "hydra")
+    stored = json.loads((tmp_path / "hydra" / "adapter_config.json").read_text())
+    assert (stored["peft_type"], stored["r_a"], stored["r_b"], stored["scale_a"]) == ("HYDRA", 4, 0, 1.5)
+    assert stored["rank_pattern"] == {"^fc2": [7, 0]}
+    config = HydraConfig.from_pretrained(tmp_path / "hydra")
+    assert copy.deepcopy(config).options("fc2")["scale_a"] == 6 / 7
+
+
+def test_a_pattern_is_of_one_layer_not_of_those_that_end_in_its_name(tmp_path):
+    def nested():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(7, 7), nn.Sequential(nn.Linear(7, 5))).double()
+
+    base = nested()
+    lora = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["0", "1.0"], rank_pattern={"^0": 2}))
+    want = randomise(lora)(inputs())
+    lora.save_pretrained(tmp_path)
+    ours = from_lora(nested(), tmp_path)
+    assert [ours.get_submodule(f"base_model.model.{n}").hydra_adapters["default"].r_a for n in ("0", "1.0")] == [2, 3]
+    torch.testing.assert_close(ours(inputs()), want, rtol=1e-12, atol=1e-12)
