@@ -199,6 +199,11 @@ def test_the_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == hk.__version__
     assert f"## {hk.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    pins = dict(re.findall(r"^(\w+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    (transformers, torch_, triton) = re.findall(
+        r"of transformers ([\d.]+), torch ([\d.]+) \| Triton ([\d.]+)'s", README
+    )[0]
+    assert (transformers, torch_, triton) == (pins["transformers"], pins["torch"], pins["triton"])
 
 
 def test_the_measured_tables_are_those_of_the_stored_results():
