@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .functional import check_finite
 from .model import check_targets, inject, layer_class_of, names_containing, near_names
+from .sharding import is_sharded
 
 # Where the authors' code hangs a branch: the module's name, which branch it is, and the linear layer beside it that is
 # adapted. vtab1k (ViT) adapts two; elevater (CLIP) renames c_proj to ad_lin.linear; nlu (RoBERTa) adapts output.dense.
@@ -222,8 +223,7 @@ def load(model: nn.Module, converted: Converted, **options: Any) -> list[str]:
             raise ValueError(
                 f"include: {name!r} is {list(tensor.shape)} in the checkpoint, {list(state[name].shape)} in the model"
             )
-        if state[name].is_meta:
-            raise ValueError(f"include: {name!r} is on the meta device; call to_empty(device=...) first")
+        _check_can_be_filled("include", name, state[name])
 
     for (method, *fixed), names in groups.items():
         inject(model, "|".join(map(re.escape, names)), method=method, **dict(fixed), **options)
@@ -310,8 +310,14 @@ def _check_fits(name: str, layer: LayerAdapters, linear: nn.Module) -> None:
             f"model: {name!r} is a linear layer from {own.in_features} to {own.out_features} features, "
             f"the checkpoint's from {K} to {N}"
         )
-    if own.weight.is_meta:
-        raise ValueError(f"model: {name!r} is on the meta device; call to_empty(device=...) first")
+    _check_can_be_filled("model", name, own.weight)
+
+
+def _check_can_be_filled(argument: str, name: str, target: Tensor) -> None:
+    if target.is_meta:
+        raise ValueError(f"{argument}: {name!r} is on the meta device; call to_empty(device=...) first")
+    if is_sharded(target):
+        raise ValueError(f"{argument}: {name!r} is sharded; load before fully_shard or parallelize_module")
 
 
 def _renamed(layers: dict[str, LayerAdapters], others: dict[str, Tensor], rename: Rename | None) -> Converted:

@@ -406,3 +406,16 @@ def test_options_that_the_checkpoint_fixes_and_wrong_models_are_refused():
     )
     with pytest.raises(ValueError, match=r"'blocks\.0\.mlp\.fc2' is on the meta device"):
         convert.load(model_of().to("meta"), checkpoint)
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        linear = (model := model_of()).blocks[1].mlp.fc2
+        linear.weight = nn.Parameter(distribute_tensor(linear.weight, init_device_mesh("cpu", (1,))))
+        refused(model, r"model: 'blocks\.1\.mlp\.fc2' is sharded", lambda: convert.from_loralib(loralib(), alpha=1))
+    finally:
+        torch.distributed.destroy_process_group()
