@@ -18,6 +18,10 @@ def autocast_is_on(t: Tensor) -> bool:
     return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
+def _is_batched(G: Tensor) -> bool:
+    return torch._C._functorch.is_legacy_batchedtensor(G)
+
+
 _FIRST_NUMBER = Operands._fields.index("scale_a")  # of those operands that are numbers, or learnable
 _ARGUMENTS = ("choice", "x", *Operands._fields)
 
@@ -46,10 +50,16 @@ class HydraFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        if eager and torch.is_grad_enabled():
             raise RuntimeError(
                 "hydra_linear: create_graph=True asks for a derivative of its backward, which has none; use "
                 "backend='reference' for gradient penalties and other double backwards"
+            )
+        if eager and ctx.choice.backend != "aten" and torch._C._functorch.is_legacy_batchedtensor(G):
+            raise RuntimeError(
+                f"hydra_linear: backend {ctx.choice.backend!r} takes no batched gradients (is_grads_batched, "
+                "vectorize=True); use backend='aten'"
             )
         tensors, choice, n = ctx.saved_tensors, ctx.choice, ctx.operands
         op, saved = Operands(*tensors[:n]), tensors[n:]

@@ -105,24 +105,26 @@ def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -
     grads: dict[str, Tensor] = {}
     if Z is not None:
         lo, hi = _columns(op, _FROM_DU_A, _FROM_DU_B, needs)
-        dU = _up_gradients(G, Z[:, lo:hi])
-        _add_up_gradients(grads, dU[:, : r_a - lo], "A_up", op.A_up, "scale_a", op.scale_a, needs)
-        _add_up_gradients(grads, dU[:, r_a - lo :], "B_up", op.B_up, "scale_b", op.scale_b, needs)
+        # Split and not sliced: a slice of everything is an alias, for which batched gradients have no rule.
+        dU_a, dU_b = _up_gradients(G, Z[:, lo:hi]).split((r_a - lo, hi - r_a), 1)
+        _add_up_gradients(grads, dU_a, "A_up", op.A_up, "scale_a", op.scale_a, needs)
+        _add_up_gradients(grads, dU_b, "B_up", op.B_up, "scale_b", op.scale_b, needs)
 
     lo, hi = _columns(op, _FROM_DZ_A, _FROM_DZ_B, needs)
     if lo == hi:
         return grads
     dZ = _mask_(G @ _stacked_up(op, G.dtype)[:, lo:hi], op, lo, hi)
-    dZ_a, dZ_b = dZ[:, : r_a - lo], dZ[:, r_a - lo :]
+    dZ_a, dZ_b = dZ.split((r_a - lo, hi - r_a), 1)
     if D is not None:
         grads["x"] = accumulate_(dZ @ D, G, op.weight)
     if x is not None:
         first, last = _columns(op, ("A_down",), ("B_down",), needs)
-        dD = dZ[:, first - lo : last - lo].t() @ x
+        read = dZ if (first, last) == (lo, hi) else dZ[:, first - lo : last - lo]
+        dD_a, T = (read.t() @ x).split((r_a - first, last - r_a))
         if "A_down" in needs:
-            grads["A_down"] = dD[:r_a]
+            grads["A_down"] = dD_a
         if "B_down" in needs:
-            grads["B_down"] = dD[r_a - first :] @ op.weight.t()
+            grads["B_down"] = T @ op.weight.t()
             if op.bias is not None:
                 grads["B_down"].addr_(_column_sums(dZ_b), op.bias)
     _add_column_sums_of_dZ(grads, dZ_a, dZ_b, op, needs)
