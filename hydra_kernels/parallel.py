@@ -1,6 +1,7 @@
 """Tensor parallelism: `ColwiseHydra` and `RowwiseHydra`, for adapted layers what torch's styles are for ``nn.Linear``.
+And `keep_scales_whole`, for FSDP2. Not imported by ``import hydra_kernels``.
 
-Not imported by ``import hydra_kernels``. Of n ranks each holds a part, marked ', of what is sharded. Besides what
+Of n ranks each holds a part, marked ', of what is sharded. Besides what
 torch's styles send for an ``nn.Linear`` only products with a side of R = r_a + r_b cross, packed into one all-reduce a
 pass; and in training with dropout the mask [M, R], which the first rank draws.
 
@@ -35,10 +36,11 @@ from .function import autocast_is_on
 from .functional import hydra_linear
 from .layers import HydraLinear
 from .machine import here
+from .model import adapted_layers
 from .reference import low_rank
 from .sharding import is_sharded
 
-__all__ = ["ColwiseHydra", "RowwiseHydra"]
+__all__ = ["ColwiseHydra", "RowwiseHydra", "keep_scales_whole"]
 
 _COLUMNS = {name: Shard(0) for name in ("weight", "bias", "A_up", "B_up", "A_up_bias", "B_up_bias")} | {
     "B_down": Shard(1)
@@ -101,6 +103,26 @@ class RowwiseHydra(RowwiseParallel):
         h = _merged_or_frozen(layer, x, _ROWS, first) if layer.merged or not layer.adapters_enabled else None
         h = _row_wise(layer, x, mesh, first) if h is None else h
         return _leave(h, mesh, Partial(), self.output_layouts, self.use_local_output)
+
+
+def keep_scales_whole(model: nn.Module, group: dist.ProcessGroup | None = None) -> set[nn.Parameter]:
+    """The learnable scales of model's adapted layers, for the ``ignored_params`` of every ``fully_shard`` call.
+
+    FSDP2 shards no parameter without dimensions. Hooks average the gradients of the scales over the ranks of group, all
+    ranks by default, as FSDP2 does those of the others. Give the scales a parameter group of their own in the
+    optimizer: torch's optimizers take no plain tensors and DTensors in one.
+    """
+    adapters = [p for layer in adapted_layers(model).values() for p in layer.adapters().values()]
+    scales = {p for p in adapters if p.dim() == 0}
+
+    def average(scale: Tensor) -> None:
+        if scale.grad is not None:
+            dist.all_reduce(scale.grad, group=group)
+            scale.grad /= dist.get_world_size(group)
+
+    for scale in scales:
+        scale.register_post_accumulate_grad_hook(average)
+    return scales
 
 
 def _checked(style: str, module: nn.Module, mesh: DeviceMesh, size: str) -> HydraLinear:
@@ -254,7 +276,9 @@ def _mask(layer: HydraLinear, x: Tensor, mesh: DeviceMesh) -> Tensor | None:
         return None
     M, R = x.numel() // max(x.shape[-1], 1), layer.r_a + layer.r_b
     mask = torch.empty(M, R, dtype=torch.uint8, device=x.device).bernoulli_(1 - layer.dropout)
-    dist.broadcast(mask, group=mesh.get_group(), group_src=0)
+    if mesh.get_local_rank() > 0:
+        mask.zero_()
+    dist.all_reduce(mask, group=mesh.get_group())  # torch.compile takes no broadcast into its graph
     return mask.to(x.dtype) / (1 - layer.dropout)
 
 

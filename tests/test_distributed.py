@@ -64,6 +64,7 @@ def test_ddp_trains_as_one_process(groups, spec, world):
 FSDP = [
     *(Spec(units=units, reshard=reshard) for units in ("layer", "block", "") for reshard in (True, False)),
     Spec(options={"adapter_bias": True}, units="layer"),
+    Spec(options=EVERY_OPTION, units="block", micro_batches=2),
     Spec(options={"backend": "aten"}, units="block"),
     Spec(options={"form": "composed"}, units="block"),
     Spec("lora", {"r": 3, "adapter_bias": True}, units="block"),
@@ -96,7 +97,7 @@ def test_compiled_it_trains_as_one_process(groups, function, spec):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads without a group
-@pytest.mark.parametrize("units", ["layer", ""])
+@pytest.mark.parametrize("units", ["layer", "", "tensor parallel"])
 def test_a_checkpoint_of_two_processes_is_read_by_four_two_and_one(groups, folder, units):
     spec = Spec(options={"adapter_bias": True, "r_a": 3, "r_b": 3}, units=units)
     written = groups.run(2, checkpoints.train_and_write, spec, str(folder))[0]

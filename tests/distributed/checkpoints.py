@@ -13,8 +13,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import hydra_kernels as hk
 from tests.oracle import Tensors
 
-from .tensor_parallel import said
-from .training import Net, Spec, build, mine, sharded, whole
+from .tensor_parallel import mesh_of, parallelized, said
+from .training import Net, Spec, build, data, mine, sharded, whole
+
+
+def spread(spec: Spec) -> Net:
+    return parallelized(spec, mesh_of()) if spec.units == "tensor parallel" else sharded(spec)
 
 
 def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
@@ -32,9 +36,9 @@ def everything(net: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
 
 def train_and_write(spec: Spec, folder: str) -> Tensors:
     """Two steps of AdamW on this group, written as one distributed checkpoint."""
-    net = sharded(spec)
+    net = spread(spec)
     optimizer = optimizer_of(net)
-    x, y = mine(spec)
+    x, y = data(spec) if spec.units == "tensor parallel" else mine(spec)
     for _ in range(2):
         (net(x) - y).square().mean().backward()
         optimizer.step()
@@ -55,7 +59,7 @@ def read_into(net: Net, folder: str, no_dist: bool = False) -> Tensors:
 
 def read(spec: Spec, folder: str) -> Tensors:
     """The checkpoint in a sharded network that started elsewhere."""
-    return read_into(sharded(replace(spec, seed=spec.seed + 1)), folder)
+    return read_into(spread(replace(spec, seed=spec.seed + 1)), folder)
 
 
 def read_alone(spec: Spec, folder: str) -> Tensors:

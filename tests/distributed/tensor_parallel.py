@@ -122,7 +122,7 @@ def parallelized(spec: Spec, mesh: DeviceMesh) -> Net:
 def network(spec: Spec) -> Tensors:
     """Training of the network, the first layer of every block by columns and the second by rows."""
     net = parallelized(spec, mesh_of())
-    forward = torch.compile(net, backend=spec.compiler) if spec.compiler else net
+    forward = torch.compile(net, backend=spec.compiler, fullgraph=True) if spec.compiler else net
     return train(net, spec, *data(spec), forward=forward)
 
 

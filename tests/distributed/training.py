@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hydra_kernels as hk
 from hydra_kernels.layers import HydraLinear
+from hydra_kernels.parallel import keep_scales_whole
 from tests import oracle
 from tests.oracle import Tensors
 
@@ -195,7 +196,8 @@ def sharded(spec: Spec, mesh: Any = None) -> Net:
     """The network under FSDP2."""
     net = build(spec)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if spec.mixed else MixedPrecisionPolicy()
-    kwargs = {"reshard_after_forward": spec.reshard, "mp_policy": policy, "mesh": mesh}
+    scales = keep_scales_whole(net)
+    kwargs = {"reshard_after_forward": spec.reshard, "mp_policy": policy, "mesh": mesh, "ignored_params": scales}
     for i, block in enumerate(net.blocks):
         if spec.checkpointing:
             block = net.blocks[i] = checkpoint_wrapper(block)
@@ -215,7 +217,7 @@ def units(block: nn.Module, kind: str) -> Iterator[nn.Module]:
 def fsdp(spec: Spec) -> Tensors:
     net = sharded(spec)
     for name, p in net.named_parameters():
-        if not isinstance(p, DTensor):
-            raise ValueError(f"{name}: it is not sharded")
+        if isinstance(p, DTensor) == name.endswith(("scale_a", "scale_b")):
+            raise ValueError(f"{name}: it is sharded, or not, as it should not be")
     forward = torch.compile(net, backend=spec.compiler) if spec.compiler else net
     return train(net, spec, *mine(spec), forward=forward, sync=net.set_requires_gradient_sync, average=mean_over_ranks)
