@@ -42,7 +42,7 @@ def saved_lora(path, base=None, **config):
         {"bias": "all"},
         {"modules_to_save": ["head"]},
         {"target_modules": "all-linear", "exclude_modules": ["again"]},
-        {"target_modules": r"(fc\d|again)"},
+        {"target_modules": r"(fc\d|.*again)"},
         {"init_lora_weights": "gaussian"},
     ],
     ids=lambda config: "-".join(config) or "plain",

@@ -28,11 +28,11 @@ class Net(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(7, 11, bias=bias)
         self.fc2 = nn.Linear(11, 11, bias=bias)
-        self.again = self.fc2 if shared else nn.Linear(11, 11, bias=bias)
+        self.more = nn.ModuleDict({"again": self.fc2 if shared else nn.Linear(11, 11, bias=bias)})
         self.head = nn.Sequential(nn.Tanh(), nn.Linear(11, 3))
 
     def forward(self, x):
-        return self.head(self.again(torch.relu(self.fc2(torch.relu(self.fc1(x))))))
+        return self.head(self.more["again"](torch.relu(self.fc2(torch.relu(self.fc1(x))))))
 
 
 def net(dtype=F64, seed=0, **options):
@@ -322,16 +322,16 @@ def test_training_starts_at_the_frozen_model_and_changes_only_adapters():
 def test_a_layer_in_two_places_is_adapted_and_unloaded_in_both(tmp_path):
     model = adapted(net(shared=True))
     inner = model.get_base_model()
-    assert inner.fc2 is inner.again
-    assert isinstance(inner.again, HydraLayer)
+    assert inner.fc2 is inner.more["again"]
+    assert isinstance(inner.more["again"], HydraLayer)
     want = model(inputs())
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="missing adapter keys"):  # PEFT does not see that they are the others
         again = peft.PeftModel.from_pretrained(net(shared=True), tmp_path)
     assert torch.equal(again(inputs()), want)
     plain = model.merge_and_unload()
-    assert plain.fc2 is plain.again
-    assert type(plain.again) is nn.Linear
+    assert plain.fc2 is plain.more["again"]
+    assert type(plain.more["again"]) is nn.Linear
     torch.testing.assert_close(plain(inputs()), want, rtol=1e-12, atol=1e-12)
 
 
