@@ -1,9 +1,10 @@
 """Tensor parallelism: `ColwiseHydra` and `RowwiseHydra`, for adapted layers what torch's styles are for ``nn.Linear``.
+
 And `keep_scales_whole`, for FSDP2. Not imported by ``import hydra_kernels``.
 
-Of n ranks each holds a part, marked ', of what is sharded. Besides what
-torch's styles send for an ``nn.Linear`` only products with a side of R = r_a + r_b cross, packed into one all-reduce a
-pass; and in training with dropout the mask [M, R], which the first rank draws.
+Of n ranks each holds a part, marked ', of what is sharded. Besides what torch's styles send for an ``nn.Linear`` only
+products with a side of R = r_a + r_b cross, packed into one all-reduce a pass; and in training with dropout the mask
+[M, R], which the first rank draws.
 
 Row-wise: x' [M, K/n], W0' [N, K/n] and A_down' [r_a, K/n], everything else whole. h is linear in x, in b0 and in the
 biases, so h = sum over ranks of Eq. 9-10 in x' and W0', the biases given to the first rank alone. That sum is what
@@ -71,10 +72,8 @@ class ColwiseHydra(ColwiseParallel):
 
     def __call__(self, layer: HydraLinear, x: Tensor) -> Tensor:
         mesh = _mesh(layer)
-        # Each rank's dx is a summand.
-        x = _enter(x, mesh, self.input_layouts, Replicate(), Partial())
-        h = _merged_or_frozen(layer, x, _COLUMNS) if layer.merged or not layer.adapters_enabled else None
-        h = _column_wise(layer, x, mesh) if h is None else h
+        x = _enter(x, mesh, self.input_layouts, Replicate(), Partial())  # each rank's dx is a summand
+        h = _plain(layer, x, _COLUMNS) if _is_plain(layer) else _column_wise(layer, x, mesh)
         return _leave(h, mesh, Shard(-1), self.output_layouts, self.use_local_output)
 
 
@@ -100,8 +99,7 @@ class RowwiseHydra(RowwiseParallel):
         mesh, last = _mesh(layer), Shard(x.dim() - 1)
         x = _enter(x, mesh, self.input_layouts, last, last)
         first = mesh.get_local_rank() == 0
-        h = _merged_or_frozen(layer, x, _ROWS, first) if layer.merged or not layer.adapters_enabled else None
-        h = _row_wise(layer, x, mesh, first) if h is None else h
+        h = _plain(layer, x, _ROWS, first) if _is_plain(layer) else _row_wise(layer, x, mesh, first)
         return _leave(h, mesh, Partial(), self.output_layouts, self.use_local_output)
 
 
@@ -116,9 +114,10 @@ def keep_scales_whole(model: nn.Module, group: dist.ProcessGroup | None = None) 
     scales = {p for p in adapters if p.dim() == 0}
 
     def average(scale: Tensor) -> None:
-        if scale.grad is not None:
-            dist.all_reduce(scale.grad, group=group)
-            scale.grad /= dist.get_world_size(group)
+        grad: Any = scale.grad
+        grad = grad.to_local() if isinstance(grad, DTensor) else grad
+        dist.all_reduce(grad, group=group)
+        grad /= dist.get_world_size(group)
 
     for scale in scales:
         scale.register_post_accumulate_grad_hook(average)
@@ -179,9 +178,13 @@ def _local(layer: HydraLinear) -> Local:
     return {name: t.to_local() if isinstance(t, DTensor) else t for name, t in operands.items()}
 
 
-def _merged_or_frozen(layer: HydraLinear, x: Tensor, placements: dict[str, Shard], with_bias: bool = True) -> Tensor:
-    """This rank's part of h, or summand, where the layer is one plain product."""
-    weight, bias = (layer.weight, layer.bias)
+def _is_plain(layer: HydraLinear) -> bool:
+    return layer.merged or not layer.adapters_enabled or layer.r_a + layer.r_b == 0
+
+
+def _plain(layer: HydraLinear, x: Tensor, placements: dict[str, Shard], with_bias: bool = True) -> Tensor:
+    """This rank's part of h, or summand, where the layer is one product: merged, or without adapters."""
+    weight, bias = layer.weight, layer.bias
     if layer.adapters_enabled and layer.merged_weight is not None:
         weight, bias = layer.merged_weight, layer.merged_bias
 

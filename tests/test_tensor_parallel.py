@@ -30,6 +30,7 @@ def naive_by_rows(u: oracle.Tensors, world: int) -> torch.Tensor:
 def expected(case: Case, setting: Setting, keys: set[str], world: int) -> tuple[oracle.Tensors, oracle.Tensors]:
     """What is true, and what the naive layer computes in one process."""
     t, G = operands(case, setting.dtype, setting.adapter_dtype, setting.seed)
+    G = G.bfloat16() if setting.autocast else G
     if setting.dropout:
         torch.manual_seed(setting.seed)
         kept = torch.empty(case.M, case.r_a + case.r_b, dtype=torch.uint8).bernoulli_(1 - setting.dropout)
@@ -42,7 +43,8 @@ def expected(case: Case, setting: Setting, keys: set[str], world: int) -> tuple[
         u = {**dict.fromkeys(("bias", *ADAPTERS)), "scale_a": 1.0, "scale_b": 1.0, "mask": None, **u}
         if setting.style == "rows" and setting.dtype == torch.bfloat16:
             return naive_by_rows(u, world)
-        return hk.reference.hydra_linear(**{**u, **case.constant_scales})
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast):
+            return hk.reference.hydra_linear(**{**u, **case.constant_scales})
 
     return true, oracle.differentiate(naive, t, G, wanted)
 
@@ -56,7 +58,7 @@ def check(groups, world: int, case: Case, setting: Setting, seeds: int = 1) -> N
         for got in answers:
             assert all(torch.equal(got[name], answers[0][name]) for name in true)
         draws.append((answers[0], naive, true))
-    assert oracle.median_violations(draws, setting.dtype) == []
+    assert oracle.median_violations(draws, torch.bfloat16 if setting.autocast else setting.dtype) == []
 
 
 CASES = [
@@ -66,6 +68,7 @@ CASES = [
     replace(PLAIN, lead=(32,), adapter_bias=True, scales=(0.7, -1.9)),
     replace(PLAIN, r_a=0, adapter_bias=True, scales="learnable"),
     replace(PLAIN, r_b=0, adapter_bias=True, scales="learnable"),
+    replace(PLAIN, r_a=0, r_b=0),
     replace(PLAIN, adapter_bias=True, scales="learnable"),
     replace(PLAIN, bias=False, adapter_bias=True, scales="learnable"),
 ]
@@ -85,6 +88,7 @@ DTYPES = [
     *(Setting(style, torch.bfloat16) for style in ("columns", "rows")),
     *(Setting(style, torch.bfloat16, torch.float32) for style in ("columns", "rows")),
     Setting("columns", torch.bfloat16, backend="reference"),
+    Setting("columns", torch.float32, autocast=True),
     *(Setting(style, torch.bfloat16, backend="hybrid") for style in ("columns", "rows")),
     Setting("columns", torch.bfloat16, torch.float32, backend="triton"),
 ]
@@ -140,9 +144,14 @@ def test_a_network_trains_as_one_process(groups, spec):
             assert oracle.violations(got, naive, true, spec.dtype) == []
 
 
-@pytest.mark.parametrize("units", ["layer", "block"])
-def test_with_fsdp_on_a_mesh_of_two_dimensions(groups, units):
-    spec = Spec(options={"adapter_bias": True, "form": "composed"}, units=units)
+TWO_DIMENSIONS = [
+    Spec(options={"adapter_bias": True, "form": "composed"}, units="layer"),
+    Spec(options={"adapter_bias": True, "learnable_scale": True}, units="block"),
+]
+
+
+@pytest.mark.parametrize("spec", TWO_DIMENSIONS, ids=str)
+def test_with_fsdp_on_a_mesh_of_two_dimensions(groups, spec):
     true, naive = training.alone(spec, "oracle"), training.alone(spec, "naive")
     for got in groups.run(4, tensor_parallel.network_with_fsdp, spec):
         assert got.keys() == true.keys()
@@ -182,6 +191,12 @@ def test_a_spread_layer_is_merged_switched_off_and_saved(groups, folder):
         torch.testing.assert_close(found["frozen"], frozen, rtol=1e-12, atol=1e-12)
         assert (found["other"] - adapted).abs().max() > 0.1
     assert (folder / "four").read_bytes() == (folder / "one").read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
+def test_a_layer_waits_for_what_a_style_of_torch_hands_on(groups, backend):
+    for h, waited in groups.run(2, tensor_parallel.after_an_unfinished_collective, backend):
+        assert torch.equal(h, waited)
 
 
 def test_refusals_name_the_argument(groups):

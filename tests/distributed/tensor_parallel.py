@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hydra_kernels as hk
-from hydra_kernels.parallel import ColwiseHydra, RowwiseHydra
+from hydra_kernels.parallel import ColwiseHydra, RowwiseHydra, keep_scales_whole
 from tests.cases import Case, operands
 from tests.oracle import Tensors
 
@@ -42,6 +42,7 @@ class Setting:
     local: bool = True
     train_bias: bool = False
     dropout: float = 0.0
+    autocast: bool = False
     seed: int = 0
 
     def __str__(self) -> str:
@@ -49,6 +50,7 @@ class Setting:
         words += ["wide"] if self.adapter_dtype else []
         words += [] if self.local else ["dtensors"]
         words += ["b0"] if self.train_bias else []
+        words += ["autocast"] if self.autocast else []
         words += ["dropout"] if self.dropout else []
         layouts = [str(p) for p in (self.input_layout, self.output_layout)]
         return "-".join(words + ([] if layouts == ["R", "R"] else layouts))
@@ -83,7 +85,8 @@ def layer_of(case: Case, setting: Setting, t: Tensors) -> hk.HydraLinear:
 
 
 def gathered(t: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
-    return (t if isinstance(t, DTensor) else DTensor.from_local(t, mesh, [layout], run_check=False)).full_tensor()
+    t = t if isinstance(t, DTensor) else DTensor.from_local(t, mesh, [layout], run_check=False)
+    return t.full_tensor().clone()  # which waits for it, where pickle would not
 
 
 def one_layer(case: Case, setting: Setting) -> Tensors:
@@ -96,10 +99,11 @@ def one_layer(case: Case, setting: Setting) -> Tensors:
     layer = parallelize_module(layer_of(case, setting, t), mesh, style)
     torch.manual_seed(setting.seed if mesh.get_local_rank() == 0 else 99 + mesh.get_local_rank())
     x = distribute_tensor(t["x"], mesh, [setting.input_layout])
-    G = distribute_tensor(G, mesh, [setting.output_layout])
+    G = distribute_tensor(G.bfloat16() if setting.autocast else G, mesh, [setting.output_layout])
     x, G = (x.to_local(), G.to_local()) if setting.local else (x, G)
     x = x.detach().requires_grad_()
-    h = layer(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=setting.autocast):
+        h = layer(x)
     if isinstance(h, DTensor) == setting.local:
         raise TypeError(f"use_local_output={setting.local} gave a {type(h).__name__}")
     h.backward(G)
@@ -130,13 +134,26 @@ def network_with_fsdp(spec: Spec) -> Tensors:
     """The same on 2 x 2 processes: each pair holds half of the batch, and every parameter is sharded over pairs."""
     mesh = mesh_of(2, 2, names=("data", "model"))
     net = parallelized(spec, mesh["model"])
+    scales = keep_scales_whole(net, mesh["data"].get_group())
     for block in net.blocks:
         for unit in units(block, spec.units):
-            fully_shard(unit, mesh=mesh["data"])
-    fully_shard(net, mesh=mesh["data"])
+            fully_shard(unit, mesh=mesh["data"], ignored_params=scales)
+    fully_shard(net, mesh=mesh["data"], ignored_params=scales)
     share = mesh["data"].get_local_rank()
     x, y = (t.chunk(2)[share] for t in data(spec))
     return train(net, spec, x, y, average=mean_over_ranks)
+
+
+def after_an_unfinished_collective(backend: str) -> tuple[Tensor, Tensor]:
+    """An adapted layer on what torch's RowwiseParallel hands on before it is there; and on the same, waited for."""
+    torch.manual_seed(0)
+    first, layer = nn.Linear(2048, 256).double(), hk.HydraLinear(256, 64, backend=backend, dtype=torch.float64)
+    nn.init.ones_(layer.A_up)
+    nn.init.ones_(layer.B_up)
+    parallelize_module(first, mesh_of(), RowwiseParallel(input_layouts=WHOLE))
+    x = torch.randn(512, 2048, dtype=torch.float64)
+    h = layer(first(x))
+    return h.detach().clone(), layer(first(x).clone()).detach().clone()
 
 
 class Traffic(TorchDispatchMode):
