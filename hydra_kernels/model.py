@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from .adapter import Adapter
 from .layers import HydraLinear, LoRALinear, SeqLoRALinear, check_wrappable
 
 # Their fast paths hand the weights of their nn.Linear children to fused operators.
@@ -73,7 +74,7 @@ def layer_class_of(method: str) -> type[HydraLinear]:
 
 
 def check_targets(
-    argument: str, model: nn.Module, names: Sequence[str], layer_class: type[HydraLinear], options: Mapping[str, Any]
+    argument: str, model: nn.Module, names: Sequence[str], layer_class: type[Adapter], options: Mapping[str, Any]
 ) -> None:
     """Raises, naming the argument, unless the modules of these names can be adapted so; changes nothing."""
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}

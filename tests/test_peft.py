@@ -613,6 +613,25 @@ def test_unknown_entries_of_a_file_are_refused(tmp_path):
         peft.PeftModel.from_pretrained(net(), tmp_path)
 
 
+def test_under_fsdp2_it_trains_and_merging_is_refused():
+    model, plain = adapted(), adapted()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in (model.get_base_model().fc1, model.get_base_model().fc2):
+            torch.distributed.fsdp.fully_shard(layer)
+        torch.distributed.fsdp.fully_shard(model)
+        plain(inputs()).square().sum().backward()
+        model(inputs()).square().sum().backward()
+        for (name, p), want in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (p.grad is None) == (want.grad is None), name
+            if want.grad is not None:
+                torch.testing.assert_close(p.grad.full_tensor(), want.grad, rtol=1e-12, atol=1e-12)
+        with pytest.raises(ValueError, match="merge: the layer's parameters are spread over processes"):
+            model.get_base_model().fc1.merge()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_the_package_itself_does_not_import_peft():
     import subprocess
     import sys

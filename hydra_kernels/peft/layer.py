@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..functional import hydra_linear
 from ..reference import merged_parameters
+from ..sharding import is_sharded
 
 
 class HydraLayer(nn.Module, BaseTunerLayer):
@@ -82,8 +83,8 @@ class HydraLayer(nn.Module, BaseTunerLayer):
             adapter_names: None for the active ones.
 
         Raises:
-            ValueError: where ``safe_merge`` finds a value that is not finite, or where adapters with biases
-                (``adapter_bias``) meet a base layer that has none to add them to.
+            ValueError: where ``safe_merge`` finds a value that is not finite, where adapters with biases
+                (``adapter_bias``) meet a base layer that has none to add them to, and under FSDP2.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hydra_adapters]
         if not names:
@@ -136,6 +137,11 @@ class HydraLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _merged_parameters(self, names: list[str], safe: bool) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with the named adapters in them, computed from W0 and b0, which B reads."""
+        if any(is_sharded(p) for p in self.parameters()):
+            raise ValueError(
+                "merge: the layer's parameters are spread over processes; save the adapter and merge it in an "
+                "unsharded model"
+            )
         weight: Tensor = self.base_layer.weight
         bias: Tensor | None = self.base_layer.bias
         if self.unmerged_weight is not None:

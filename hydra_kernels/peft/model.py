@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from ..layers import check_wrappable
-from ..model import READS_WEIGHTS
+from ..adapter import Adapter
+from ..model import check_targets
 from .config import HydraConfig
 from .layer import HydraLayer
 
@@ -36,7 +36,10 @@ class HydraModel(BaseTuner):
             if isinstance(module, HydraLayer):
                 within += (f"{name}.",)
             elif name and not name.startswith(within) and self._check_target_module_exists(peft_config, name):
-                _check_target(model, name, module)
+                self._check(peft_config, model, name)
+
+    def _check(self, peft_config: PeftConfig, model: nn.Module, name: str) -> None:
+        check_targets("target_modules", model, [name], Adapter, cast(HydraConfig, peft_config).options(name))
 
     def _create_and_replace(
         self,
@@ -52,7 +55,7 @@ class HydraModel(BaseTuner):
         if isinstance(target, HydraLayer):
             target.add_adapter(adapter_name, options, peft_config.inference_mode)
             return
-        _check_target(self.model, current_key, target)
+        self._check(peft_config, self.model, current_key)
         layer = HydraLayer(cast(nn.Linear, target), adapter_name, options, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -72,16 +75,3 @@ class HydraModel(BaseTuner):
                     f"{name}: expected None, since Hydra has no batches of several adapters; got {kwargs[name]!r}"
                 )
         yield
-
-
-def _check_target(model: nn.Module, name: str, module: nn.Module) -> None:
-    try:
-        check_wrappable(module)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"target_modules: {name!r} matches, but {error}") from None
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, READS_WEIGHTS):
-        raise TypeError(
-            f"target_modules: {name!r} matches, but torch's {type(parent).__name__} reads its layers' weights "
-            "past their forward, so adapters would be ignored there"
-        )
