@@ -27,15 +27,18 @@ KEY = "hydra_kernels"
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' Parameters of every adapted layer by dotted name ("encoder.0.A_down"), detached, not copied.
 
-    A layer that stands in several places comes under its first name. Under FSDP2 or tensor parallelism they are
-    DTensors, as in ``model.state_dict()``.
+    A layer that stands in several places, or a Parameter of several layers, comes under its first name. Under FSDP2 or
+    tensor parallelism they are DTensors, as in ``model.state_dict()``.
     """
     model.state_dict(keep_vars=True)  # FSDP2 then puts back into shards what a forward left whole
-    return {
-        f"{layer_name}.{name}" if layer_name else name: parameter.detach()
-        for layer_name, layer in adapted_layers(model).items()
-        for name, parameter in layer.adapters().items()
-    }
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for layer_name, layer in adapted_layers(model).items():
+        for name, parameter in layer.adapters().items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{layer_name}.{name}" if layer_name else name] = parameter.detach()
+    return found
 
 
 def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Iterable[str] = ()) -> None:
@@ -46,7 +49,9 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Itera
 
     Args:
         model: with adapted layers in it, merged or not.
-        path: the file; an old one is replaced only by a complete new one.
+        path: the file; an old one is replaced only by a complete new one, a symbolic link is followed and stays. What a
+            killed process was writing remains beside it as ``.NAME.HEX``, which nothing reads: delete it where no save
+            is running (a later save does not, since the file may be another process's).
         include: dotted names, or parts of them, of other parameters and buffers to store with them, such as the
             ``["classifier"]`` that was trained too.
 
@@ -151,6 +156,7 @@ def _included(model: nn.Module, include: list[str]) -> dict[str, Tensor]:
 
 def _write_whole(path: Path, content: bytes) -> None:
     """Writes beside path, to the disk, and renames: whoever reads path sees the old file or the new one."""
+    path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save_adapters: there is no folder {path.parent}")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
