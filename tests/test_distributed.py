@@ -113,7 +113,8 @@ def test_a_checkpoint_of_two_processes_is_read_by_four_two_and_one(groups, folde
             assert torch.equal(read[name], value), name
 
 
-SHARDED = [Spec(options={"adapter_bias": True}, units=units, checkpointing=c) for units, c in (("layer", 0), ("", 1))]
+UNITS = [("layer", False), ("", True), ("two dimensions", False)]
+SHARDED = [Spec(options={"adapter_bias": True}, units=units, checkpointing=again) for units, again in UNITS]
 
 
 @pytest.mark.parametrize("spec", SHARDED, ids=str)
@@ -122,7 +123,8 @@ def test_an_adapter_file_of_a_sharded_model_is_that_of_an_unsharded_one(groups, 
     groups.run(4, checkpoints.save_adapters, spec, str(folder / "four"))
     assert (folder / "four").read_bytes() == (folder / "one").read_bytes()
     saved = {name: p for name, p in training.build(spec).named_parameters() if p.requires_grad}
-    for loaded in groups.run(2, checkpoints.load_adapters, spec, str(folder / "four")):
+    readers = [r for world in (2, 4) for r in groups.run(world, checkpoints.load_adapters, spec, str(folder / "four"))]
+    for loaded in readers:
         assert {training.plain(name) for name in loaded} == saved.keys()
         assert all(torch.equal(value, saved[training.plain(name)]) for name, value in loaded.items())
 

@@ -13,11 +13,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import hydra_kernels as hk
 from tests.oracle import Tensors
 
-from .tensor_parallel import mesh_of, parallelized, said
+from .tensor_parallel import mesh_of, on_two_dimensions, parallelized, said
 from .training import Net, Spec, build, data, mine, sharded, whole
 
 
 def spread(spec: Spec) -> Net:
+    if spec.units == "two dimensions":
+        return on_two_dimensions(spec, mesh_of(2, dist.get_world_size() // 2, names=("data", "model")))
     return parallelized(spec, mesh_of()) if spec.units == "tensor parallel" else sharded(spec)
 
 
@@ -68,14 +70,14 @@ def read_alone(spec: Spec, folder: str) -> Tensors:
 
 
 def save_adapters(spec: Spec, path: str) -> None:
-    net = sharded(spec)
+    net = spread(spec)
     net(mine(spec)[0])  # which leaves some parameters whole
     hk.save_adapters(net, path, include=["head"])
     dist.barrier()
 
 
 def load_adapters(spec: Spec, path: str) -> Tensors:
-    net = sharded(replace(spec, seed=spec.seed + 1))
+    net = spread(replace(spec, seed=spec.seed + 1))
     hk.load_adapters(net, path)
     return {name: whole(p.detach()) for name, p in net.named_parameters() if p.requires_grad}
 

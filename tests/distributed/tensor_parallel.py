@@ -130,15 +130,21 @@ def network(spec: Spec) -> Tensors:
     return train(net, spec, *data(spec), forward=forward)
 
 
-def network_with_fsdp(spec: Spec) -> Tensors:
-    """The same on 2 x 2 processes: each pair holds half of the batch, and every parameter is sharded over pairs."""
-    mesh = mesh_of(2, 2, names=("data", "model"))
+def on_two_dimensions(spec: Spec, mesh: DeviceMesh) -> Net:
+    """The network by tensor parallelism on one dimension of 2 x 2 processes, under FSDP2 on the other."""
     net = parallelized(spec, mesh["model"])
     scales = keep_scales_whole(net, mesh["data"].get_group())
     for block in net.blocks:
         for unit in units(block, spec.units):
             fully_shard(unit, mesh=mesh["data"], ignored_params=scales)
     fully_shard(net, mesh=mesh["data"], ignored_params=scales)
+    return net
+
+
+def network_with_fsdp(spec: Spec) -> Tensors:
+    """Training where each pair of processes holds half of the batch."""
+    mesh = mesh_of(2, 2, names=("data", "model"))
+    net = on_two_dimensions(spec, mesh)
     share = mesh["data"].get_local_rank()
     x, y = (t.chunk(2)[share] for t in data(spec))
     return train(net, spec, x, y, average=mean_over_ranks)
