@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .backend.interface import LOW_PRECISION
 from .functional import DTYPES, check_dropout, check_finite, check_route, hydra_linear
@@ -106,7 +107,17 @@ class Adapter(nn.Module):
             setattr(self, scale, adapter() if learnable_scale and r else self._initial_scales[scale])
 
     def adapters(self) -> dict[str, nn.Parameter]:
-        """The Parameters of the branches by name: what training changes."""
+        """The Parameters of the branches by name: what training changes.
+
+        Raises:
+            ValueError: where one of them is parametrized, so that training changes something else.
+        """
+        for name in self.ADAPTERS:
+            if parametrize.is_parametrized(self, name):
+                raise ValueError(
+                    f"adapters: {name} is parametrized, what trains stands behind it; use state_dict(), "
+                    f"or first torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
+                )
         return {name: p for name in self.ADAPTERS if isinstance(p := getattr(self, name), nn.Parameter)}
 
     def reset_adapters(self) -> None:
