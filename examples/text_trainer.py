@@ -48,9 +48,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, help="a local Hugging Face folder: RoBERTa, BERT, ... with its tokenizer")
     messages = Path(__file__).parent / "data" / "requests.csv"
     parser.add_argument("--data", type=Path, default=messages, help="a CSV file with the columns text and label")
-    parser.add_argument("--out", type=Path, default=Path("out/text_trainer"), help="the folder for all that is written")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/text_trainer"), help="the folder of all files, the stand-in's too"
+    )
     parser.add_argument("--peft", action="store_true", help="adapters through get_peft_model, saved as PEFT saves them")
-    parser.add_argument("--targets", nargs="+", default=["query", "value", "output.dense"], help="names' last parts")
+    parser.add_argument(
+        "--targets", nargs="+", default=["query", "value", "output.dense"], help="ends of adapted layers' names"
+    )
     parser.add_argument("--r-a", type=int, default=4, help="rank of the parallel branch; 0 leaves SeqLoRA")
     parser.add_argument("--r-b", type=int, default=4, help="rank of the sequential branch; 0 leaves LoRA")
     parser.add_argument("--dropout", type=float, default=0.1, help="on the adapters' bottleneck")
@@ -61,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two epochs of everything: does it run?")
     args = parser.parse_args()
     if args.quick:
-        args.epochs = 2
+        args.epochs, args.out = 2, args.out / "quick"
     return args
 
 
@@ -213,7 +217,7 @@ def plot(trainer: Trainer, path: Path) -> None:
 
 def main() -> int:
     args = arguments()
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # files only
     logging.set_verbosity_error()
     train_rows, test_rows = read(args.data)
     names = sorted({row["label"] for row in train_rows})

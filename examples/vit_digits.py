@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,24 +28,22 @@ from transformers import ViTConfig, ViTForImageClassification, logging
 
 import hydra_kernels as hk
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 HEAD = "classifier"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="a local Hugging Face folder with a ViT")
-    parser.add_argument("--out", type=Path, default=Path("out/vit_digits"), help="the folder for all that is written")
+    parser.add_argument("--out", type=Path, default=Path("out/vit_digits"), help="folder of all files and the stand-in")
     methods = ("hydra", "lora", "seqlora", "head", "full")
     parser.add_argument("--method", nargs="+", choices=methods, default=["hydra"], help="head and full: no adapters")
-    parser.add_argument("--targets", nargs="+", default=["mlp.fc2"], help="last parts of the adapted layers' names")
+    parser.add_argument("--targets", nargs="+", default=["mlp.fc1", "mlp.fc2"], help="ends of adapted layers' names")
     parser.add_argument("--rank", type=int, default=8, help="hydra gives half of it to each branch")
     parser.add_argument("--dropout", type=float, default=0.1, help="on the adapters' bottleneck")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3, help="a third of it where the whole model trains")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="a checkpoint of the same options: go on from there")
     parser.add_argument("--quick", action="store_true", help="two epochs: does all of it run?")
@@ -52,17 +51,18 @@ def arguments() -> argparse.Namespace:
     if args.resume and len(args.method) > 1:
         parser.error("--resume goes on with one method")
     if args.quick:
-        args.epochs = 2
+        args.epochs, args.out = 2, args.out / "quick"
     return args
 
 
-def digits(classes: range, size: int, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images [n, channels, size, size] from -1 to 1 and labels from 0, to train on and (every fourth) to test on."""
+def digits(classes: range, config: ViTConfig, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images [n, channels, size, size] from -1 to 1 and labels from 0: to train on, then (every fourth) to test on."""
     data = load_digits()
     chosen = (data.target >= classes.start) & (data.target < classes.stop)
     grey = torch.from_numpy(data.images[chosen]).float()[:, None] / 8 - 1
-    images = F.interpolate(grey, size=(size, size), mode="bilinear").expand(-1, channels, -1, -1)
-    labels = torch.from_numpy(data.target[chosen]).long() - classes.start
+    enlarged = F.interpolate(grey, size=(config.image_size, config.image_size), mode="bilinear")
+    images = enlarged.expand(-1, config.num_channels, -1, -1).to(device)
+    labels = torch.from_numpy(data.target[chosen]).long().to(device) - classes.start
     test = torch.arange(len(labels)) % 4 == 3
     return images[~test], labels[~test], images[test], labels[test]
 
@@ -119,12 +119,10 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         return {
-            "parameters": {
-                name: p.detach() for name, p in trainable(self.model).items()
-            },  # the frozen base is not in it
+            "parameters": {name: p.detach() for name, p in trainable(self.model).items()},  # not the frozen base
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "generator": torch.get_rng_state(),  # dropout draws from it
+            "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],  # dropout draws from them
             "losses": self.losses,
         }
 
@@ -134,7 +132,8 @@ class Training:
                 parameter.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["generator"])
+        torch.set_rng_state(state["generators"][0])
+        torch.cuda.set_rng_state_all(state["generators"][1:])
         self.losses = list(state["losses"])
 
 
@@ -151,8 +150,8 @@ def train_stand_in(folder: Path, args: argparse.Namespace) -> None:
         num_channels=1,
         num_labels=5,
     )
-    model = ViTForImageClassification(config)
-    images, labels, test_images, test_labels = digits(range(5), config.image_size, config.num_channels)
+    model = ViTForImageClassification(config).to(args.device)
+    images, labels, test_images, test_labels = digits(range(5), config, args.device)
     training = Training(model, images, labels, args, "stand-in")
     training.run(training.steps)
     print(f"stand-in for a pretrained model: accuracy {accuracy(model, test_images, test_labels):.3f} on digits 0 to 4")
@@ -172,7 +171,7 @@ def make_model(base: Path, method: str, args: argparse.Namespace) -> nn.Module:
         ranks = {"r_a": args.rank // 2, "r_b": args.rank - args.rank // 2} if method == "hydra" else {"r": args.rank}
         hk.inject(model, args.targets, method=method, dropout=args.dropout, **ranks)
         hk.mark_only_adapters_trainable(model, keep=[HEAD])
-    return model
+    return model.to(args.device)
 
 
 def check_adapters(path: Path, fresh: nn.Module, trained: Tensor, images: Tensor) -> bool:
@@ -199,14 +198,16 @@ def same_bits(one: Any, other: Any) -> bool:
 
 def main() -> int:
     args = arguments()
+    matplotlib.use("Agg")  # files only
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     base = args.base or args.out / "base"
     if not (base / "config.json").is_file():
         train_stand_in(base, args)
     config = ViTConfig.from_pretrained(base, local_files_only=True)
-    images, labels, test_images, test_labels = digits(range(5, 10), config.image_size, config.num_channels)
+    images, labels, test_images, test_labels = digits(range(5, 10), config, args.device)
     table = Table("method", "trained parameters", "accuracy before", "and after", title="digits 5 to 9")
+    figure, axes = plt.subplots(layout="constrained")
     passed = True
     for method in args.method:
         folder = args.out / method
@@ -224,7 +225,7 @@ def main() -> int:
         after = accuracy(training.model, test_images, test_labels)
         trained_parameters = sum(p.numel() for p in trainable(training.model).values())
         table.add_row(method, f"{trained_parameters:,}", f"{before:.3f}", f"{after:.3f}")
-        plt.plot(training.losses, label=method)
+        axes.plot(training.losses, label=method)
 
         if not args.resume:
             resumed = Training(make_model(base, method, args), images, labels, args, method)
@@ -240,11 +241,9 @@ def main() -> int:
             fresh = make_model(base, method, args)
             passed &= check_adapters(folder / "adapters.safetensors", fresh, trained, test_images)
     Console().print(table)
-    plt.xlabel("step")
-    plt.ylabel("loss")
-    plt.yscale("log")
-    plt.legend()
-    plt.savefig(args.out / "loss.png")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(args.out / "loss.png", dpi=150)
     return 0 if passed else 1
 
 
