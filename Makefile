@@ -53,7 +53,7 @@ $(STAMP): $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps $(TORCH_SOURCE) -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools
-	HYDRA_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench,test,lint]"
+	HYDRA_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench,examples,peft,test,lint]"
 	rm -f $(VENV)/.installed-*
 	touch $@
 

@@ -48,13 +48,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, help="a local Hugging Face folder: RoBERTa, BERT, ... with its tokenizer")
     messages = Path(__file__).parent / "data" / "requests.csv"
     parser.add_argument("--data", type=Path, default=messages, help="a CSV file with the columns text and label")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/text_trainer"), help="the folder of all files, the stand-in's too"
-    )
+    parser.add_argument("--out", type=Path, default=Path("out/text_trainer"), help="for all files, the stand-in's too")
     parser.add_argument("--peft", action="store_true", help="adapters through get_peft_model, saved as PEFT saves them")
-    parser.add_argument(
-        "--targets", nargs="+", default=["query", "value", "output.dense"], help="ends of adapted layers' names"
-    )
+    parser.add_argument("--targets", nargs="+", default=["query", "value", "output.dense"], help="ends of names")
     parser.add_argument("--r-a", type=int, default=4, help="rank of the parallel branch; 0 leaves SeqLoRA")
     parser.add_argument("--r-b", type=int, default=4, help="rank of the sequential branch; 0 leaves LoRA")
     parser.add_argument("--dropout", type=float, default=0.1, help="on the adapters' bottleneck")
