@@ -1,6 +1,6 @@
-"""Turns stored results into what people read: the README's tables and charts.
+"""Turns stored results into what people read: the tables and charts of the README and of ``docs``.
 
-``python -m benchmarks.render`` rewrites the README between its markers and the charts beside the results from
+``python -m benchmarks.render`` rewrites these pages between their markers and the charts beside the results from
 ``benchmarks/results``; with ``--check`` it changes nothing and exits with 1 where one of them is stale.
 """
 
@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks import timing
 from benchmarks.render_host import host_block
@@ -53,17 +53,21 @@ __all__ = [
 ]
 
 
-class Block(NamedTuple):
-    """What stands between the README's markers: all of FILES*.json, and a chart of each file where there is one.
+README = "README.md"
 
-    A schema belongs to one block, so that nothing predicted can be read as measured.
+
+class Block(NamedTuple):
+    """What stands between the markers of one page: all of FILES*.json, and a chart of each file where there is one.
+
+    A schema is either measured or predicted, so that nothing predicted can be read as measured.
     """
 
     marker: str
     files: str
     schema: type
     to_markdown: Callable[[Sequence[Stored]], str]
-    chart: Callable[[Environment, Sequence[LayerRow]], str] | None = None
+    chart: Callable[[Environment, Sequence[Any]], str] | None = None
+    page: str = README
 
 
 BLOCKS = (
@@ -85,47 +89,54 @@ def stored_results(results: Path, block: Block) -> list[Stored]:
     return found
 
 
-def rendered(readme: Path, results: Path) -> dict[Path, str]:
-    """The README and the charts as they should be. A block needs both its markers and its results, or neither."""
-    text, charts = readme.read_text(encoding="utf-8"), {}
-    known = [block.marker for block in BLOCKS]
-    for marker in re.findall(r"<!-- /?((?:measured|predicted):\w+) -->", text):
-        if marker not in known:
-            raise ValueError(f"README has markers for {marker}, expected {', '.join(known)}")
+def rendered(root: Path, results: Path) -> dict[Path, str]:
+    """The pages under ``root`` and the charts as they should be.
+
+    A block needs both its markers and its results, or neither. A page that is not there has no markers.
+    """
+    pages = {block.page: root / block.page for block in BLOCKS}
+    texts = {page: path.read_text(encoding="utf-8") for page, path in pages.items() if page == README or path.exists()}
+    for page, text in texts.items():
+        known = [block.marker for block in BLOCKS if block.page == page]
+        for marker in re.findall(r"<!-- /?((?:measured|predicted):\w+) -->", text):
+            if marker not in known:
+                raise ValueError(f"{page} has markers for {marker}, expected {', '.join(known)}")
+    charts = {}
     for block in BLOCKS:
-        stored = stored_results(results, block)
+        stored, text = stored_results(results, block), texts.get(block.page, "")
         if not stored and f"{block.marker} -->" in text:
             raise ValueError(
-                f"README has markers for {block.marker.partition(':')[2]}, but {results} holds no {block.files}*.json"
+                f"{block.page} has markers for {block.marker.partition(':')[2]}, but {results} holds no "
+                f"{block.files}*.json"
             )
         if stored:
             parts = [block.to_markdown(stored)]
             for path, environment, rows in stored if block.chart else ():
                 chart = path.with_suffix(".svg")
                 charts[chart] = block.chart(environment, rows)
-                parts.append(f"![{chart.stem}]({Path(os.path.relpath(chart, readme.parent)).as_posix()})")
-            text = replace_block(text, block.marker, "\n\n".join(parts))
-    return {readme: text, **charts}
+                parts.append(f"![{chart.stem}]({Path(os.path.relpath(chart, pages[block.page].parent)).as_posix()})")
+            texts[block.page] = replace_block(text, block, "\n\n".join(parts))
+    return {**{pages[page]: text for page, text in texts.items()}, **charts}
 
 
-def replace_block(text: str, marker: str, block: str) -> str:
-    """``text`` with ``block`` between its one pair of markers."""
-    opening, closing = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+def replace_block(text: str, block: Block, content: str) -> str:
+    """``text`` with ``content`` between its one pair of the block's markers."""
+    opening, closing = f"<!-- {block.marker} -->", f"<!-- /{block.marker} -->"
     if text.count(opening) != 1 or text.count(closing) != 1 or text.index(opening) > text.index(closing):
-        raise ValueError(f"README needs one {opening} and, after it, one {closing}")
+        raise ValueError(f"{block.page} needs one {opening} and, after it, one {closing}")
     before, rest = text.split(opening)
-    return f"{before}{opening}\n{block}\n{closing}{rest.split(closing)[1]}"
+    return f"{before}{opening}\n{content}\n{closing}{rest.split(closing)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something is stale")
-    parser.add_argument("--readme", type=Path, default=root / "README.md")
+    parser.add_argument("--root", type=Path, default=root, help="folder of README.md and docs")
     parser.add_argument("--results", type=Path, default=root / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     try:
-        fresh = rendered(options.readme, options.results)
+        fresh = rendered(options.root, options.results)
     except (OSError, ValueError) as error:
         print(f"render: {error}", file=sys.stderr)
         return 2

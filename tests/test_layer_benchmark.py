@@ -392,13 +392,13 @@ def test_geometric_means_are_over_large_and_small_m_apart():
 def test_the_readme_gets_both_blocks_and_dry_rows_are_refused(fair, dry_run, tmp_path, capsys):
     environment, rows = fair
     readme, results = tmp_path / "README.md", tmp_path / "results"
-    arguments = ["--readme", str(readme), "--results", str(results)]
+    arguments = ["--root", str(readme.parent), "--results", str(results)]
     plain, marked = "before\n\nafter\n", "before\n<!-- measured:layer -->\noutdated\n<!-- /measured:layer -->\nafter\n"
     readme.write_text(plain, encoding="utf-8")
     assert render.main([*arguments, "--check"]) == 0
     readme.write_text(marked, encoding="utf-8")
     assert render.main(arguments) == 2
-    assert "README has markers for layer" in capsys.readouterr().err
+    assert "README.md has markers for layer" in capsys.readouterr().err
     timing.write_result(results / "layer-cpu-fp32.json", environment, rows, LayerRow)
     assert render.main([*arguments, "--check"]) == 1
     assert readme.read_text(encoding="utf-8") == marked
@@ -412,7 +412,7 @@ def test_the_readme_gets_both_blocks_and_dry_rows_are_refused(fair, dry_run, tmp
     assert render.main([*arguments, "--check"]) == 0
     readme.write_text(plain, encoding="utf-8")
     assert render.main(arguments) == 2
-    assert "README needs one <!-- measured:layer -->" in capsys.readouterr().err
+    assert "README.md needs one <!-- measured:layer -->" in capsys.readouterr().err
     readme.write_text(marked, encoding="utf-8")
     (results / dry_run.name).write_text(dry_run.read_text(encoding="utf-8"), encoding="utf-8")
     assert render.main(arguments) == 2

@@ -99,7 +99,7 @@ def place(tmp_path):
     def publish(files: dict[str, tuple[list, type]], *options: str) -> int:
         for name, (rows, schema) in files.items():
             timing.write_result(results / name, ENVIRONMENT, rows, schema)
-        return render.main(["--readme", str(readme), "--results", str(results), *options])
+        return render.main(["--root", str(readme.parent), "--results", str(results), *options])
 
     def mark(*markers: str) -> None:
         readme.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers), encoding="utf-8")
@@ -288,7 +288,7 @@ def test_nothing_predicted_comes_under_a_measured_marker(place, predicted, capsy
         place.mark(marker, other)
         assert place(files) == 2
         known = "measured:table4, measured:layer, measured:host, predicted:roofline"
-        assert f"README has markers for {marker}, expected {known}" in capsys.readouterr().err
+        assert f"README.md has markers for {marker}, expected {known}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["measured:layer", "measured:table4", "predicted:roofline"])
@@ -300,11 +300,51 @@ def test_a_block_needs_its_markers_and_its_results(kind, place, predicted, capsy
     }
     place.mark(kind)
     assert place({}) == 2
-    assert f"README has markers for {kind.partition(':')[2]}" in capsys.readouterr().err
+    assert f"README.md has markers for {kind.partition(':')[2]}" in capsys.readouterr().err
     place.mark()
     assert place({}) == 0
     assert place(dict([files[kind]])) == 2
-    assert f"README needs one <!-- {kind} -->" in capsys.readouterr().err
+    assert f"README.md needs one <!-- {kind} -->" in capsys.readouterr().err
     place.mark(kind)
     assert place({}) == 0
     assert place({}, "--check") == 0
+
+
+def test_a_block_stands_in_the_page_that_it_names(place, monkeypatch, capsys):
+    blocks = {block.marker: block for block in render.BLOCKS}
+    moved = blocks["measured:layer"]._replace(page="docs/layer.md")
+    monkeypatch.setattr(render, "BLOCKS", (moved, blocks["measured:table4"]))
+    files = {
+        "layer-cpu-fp32.json": (layer_rows(), LayerRow),
+        "table4.json": ([table4_row("naive_lora")], Table4Row),
+    }
+    page = place.readme.parent / "docs" / "layer.md"
+    place.mark("measured:table4")
+    assert place(files) == 2
+    assert "docs/layer.md needs one <!-- measured:layer -->" in capsys.readouterr().err
+    assert not page.exists()
+    page.parent.mkdir()
+    page.write_text("above\n<!-- measured:layer -->\n<!-- /measured:layer -->\nbelow\n", encoding="utf-8")
+    assert place({}) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("above\n<!-- measured:layer -->\nHydra 8+8")
+    assert text.endswith(
+        "![layer-cpu-fp32](../results/layer-cpu-fp32.svg)\n<!-- /measured:layer -->\nbelow\n",
+    )
+    assert "Hydra 8+8" not in place.readme.read_text(encoding="utf-8")
+    assert place({}, "--check") == 0
+    page.write_text(text.replace("Hydra 8+8", "Hydra 9+9"), encoding="utf-8")
+    assert place({}, "--check") == 1
+    assert "layer.md is stale" in capsys.readouterr().err
+    assert place({}) == 0
+    assert page.read_text(encoding="utf-8") == text
+    # A marker in another page than its own, whichever.
+    for wrong, marker, expected in (
+        (place.readme, "measured:layer", "README.md has markers for measured:layer, expected measured:table4"),
+        (page, "measured:table4", "docs/layer.md has markers for measured:table4, expected measured:layer"),
+    ):
+        right = wrong.read_text(encoding="utf-8")
+        wrong.write_text(f"{right}<!-- {marker} -->\n<!-- /{marker} -->\n", encoding="utf-8")
+        assert place({}) == 2
+        assert expected in capsys.readouterr().err
+        wrong.write_text(right, encoding="utf-8")

@@ -580,7 +580,7 @@ def published(dry_run, tmp_path):
 
 def test_render_writes_between_the_markers_and_check_sees_what_is_stale(published, capsys):
     readme, results, environment, rows = published
-    arguments = ["--readme", str(readme), "--results", str(results)]
+    arguments = ["--root", str(readme.parent), "--results", str(results)]
     assert render.main([*arguments, "--check"]) == 1
     assert "old" in readme.read_text(encoding="utf-8")
     assert render.main(arguments) == 0
@@ -612,7 +612,7 @@ def test_only_a_whole_epoch_stands_beside_the_papers_seconds(published):
 def test_render_refuses_dry_rows_and_bad_files(dry_run, published, capsys):
     readme, results, environment, rows = published
     before = readme.read_text(encoding="utf-8")
-    arguments = ["--readme", str(readme), "--results", str(results)]
+    arguments = ["--root", str(readme.parent), "--results", str(results)]
     (results / "table4-dry.json").write_text(dry_run.read_text(encoding="utf-8"), encoding="utf-8")
     assert render.main(arguments) == 2
     assert "table4-dry.json is from a dry run" in capsys.readouterr().err
@@ -630,7 +630,7 @@ def test_render_refuses_dry_rows_and_bad_files(dry_run, published, capsys):
 def test_render_needs_its_markers(published, capsys):
     readme, results, *_ = published
     readme.write_text("<!-- /measured:table4 -->\n<!-- measured:table4 -->\n", encoding="utf-8")
-    assert render.main(["--readme", str(readme), "--results", str(results)]) == 2
+    assert render.main(["--root", str(readme.parent), "--results", str(results)]) == 2
     assert "needs one" in capsys.readouterr().err
 
 
