@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU; the stand-in is too small for more")
     parser.add_argument("--quick", action="store_true", help="two epochs of everything: does it run?")
     args = parser.parse_args()
     if args.quick:
@@ -214,6 +215,7 @@ def plot(trainer: Trainer, path: Path) -> None:
 def main() -> int:
     args = arguments()
     matplotlib.use("Agg")  # files only
+    torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     train_rows, test_rows = read(args.data)
     names = sorted({row["label"] for row in train_rows})

@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="a checkpoint of the same options: go on from there")
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU; the stand-in is too small for more")
     parser.add_argument("--quick", action="store_true", help="two epochs: does all of it run?")
     args = parser.parse_args()
     if args.resume and len(args.method) > 1:
@@ -199,6 +200,7 @@ def same_bits(one: Any, other: Any) -> bool:
 def main() -> int:
     args = arguments()
     matplotlib.use("Agg")  # files only
+    torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     base = args.base or args.out / "base"
