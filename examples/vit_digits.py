@@ -227,7 +227,7 @@ def main() -> int:
         after = accuracy(training.model, test_images, test_labels)
         trained_parameters = sum(p.numel() for p in trainable(training.model).values())
         table.add_row(method, f"{trained_parameters:,}", f"{before:.3f}", f"{after:.3f}")
-        axes.plot(training.losses, label=method)
+        axes.plot(range(1, args.epochs + 1), torch.tensor(training.losses).view(args.epochs, -1).mean(1), label=method)
 
         if not args.resume:
             resumed = Training(make_model(base, method, args), images, labels, args, method)
@@ -243,7 +243,7 @@ def main() -> int:
             fresh = make_model(base, method, args)
             passed &= check_adapters(folder / "adapters.safetensors", fresh, trained, test_images)
     Console().print(table)
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.set(xlabel="epoch", ylabel="mean loss", yscale="log")
     axes.legend()
     figure.savefig(args.out / "loss.png", dpi=150)
     return 0 if passed else 1
