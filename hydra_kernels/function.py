@@ -18,10 +18,6 @@ def autocast_is_on(t: Tensor) -> bool:
     return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
-def _is_batched(G: Tensor) -> bool:
-    return torch._C._functorch.is_legacy_batchedtensor(G)
-
-
 _FIRST_NUMBER = Operands._fields.index("scale_a")  # of those operands that are numbers, or learnable
 _ARGUMENTS = ("choice", "x", *Operands._fields)
 
