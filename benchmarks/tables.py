@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.timing import Environment, HostRow, LayerRow, Table4Row
@@ -55,6 +58,13 @@ def terminal(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]]
 def markdown(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def svg(figure: Figure, salt: str) -> str:
+    """The figure as text; equal figures give equal text."""
+    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}), io.StringIO() as text:
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        return text.getvalue()
 
 
 def commit_note(environment: Environment) -> str:

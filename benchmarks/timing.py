@@ -193,6 +193,31 @@ class HostRow(TypedDict):
     dry: bool
 
 
+class LearnRow(TypedDict):
+    """One fine-tuning run: five classes learned from a few images each, by adapters and a new head."""
+
+    # equal: naive beside ours from equal seeds; search: of the learning rate; claim: at the rate that the search chose.
+    experiment: str
+    data: str
+    # "mlp", "attention" or "both"; naive, again (naive, each batch in another order) or ours, then the kind.
+    position: str
+    method: str
+    trainable: int
+    head: int
+    dtype: str
+    rate: float
+    seed: int
+    # Images to train on, and of the test.
+    images: int
+    tested: int
+    # Of every step; empty but for equal.
+    losses: list[float]
+    # Shares of right answers.
+    validation: float
+    test: float
+    dry: bool
+
+
 class Quartiles(NamedTuple):
     q1: float
     median: float

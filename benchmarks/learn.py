@@ -1,0 +1,168 @@
+"""Equal learning, and the paper's claim at our scale. ``python -m benchmarks.learn``
+
+Equal: each method fine-tunes from equal seeds three times, as written by hand, the same with the images of each batch
+in another order (which is rounding alone), and ours: ours must differ from naive by no more than naive from itself.
+Hydra does so over a bf16 backbone too, naive and ours.
+Claim: Hydra against LoRA and SeqLoRA of equal parameter counts in the MLP, in the attention and in both, each at the
+learning rate that the same small search chose for it on validation images, over seeds that the search did not see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import images, learning, render_learn, timing
+from benchmarks.learning import TINY, Scale
+from benchmarks.timing import LearnRow
+
+KINDS = ("lora", "seqlora", "hydra")
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+EQUAL_RATE = 3e-3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Seeds of the search are counted from here, far from those of the final runs.
+SEARCH = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: torch.device
+    data: Path | None
+    seeds: int
+    search_seeds: int
+    scale: Scale
+    dry: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning run, still to be made."""
+
+    experiment: str
+    position: str
+    owner: str
+    kind: str
+    dtype: str
+    rate: float
+    seed: int
+
+
+def equal_jobs(settings: Settings) -> Iterator[Job]:
+    for seed in range(settings.seeds):
+        for kind in KINDS:
+            for owner in ("naive", "again", "ours"):
+                yield Job("equal", "both", owner, kind, "fp32", EQUAL_RATE, seed)
+        for owner in ("naive", "ours"):
+            yield Job("equal", "both", owner, "hydra", "bf16", EQUAL_RATE, seed)
+
+
+def search_jobs(settings: Settings) -> Iterator[Job]:
+    for position in learning.POSITIONS:
+        for kind in KINDS:
+            for rate in RATES:
+                for seed in range(settings.search_seeds):
+                    yield Job("search", position, "ours", kind, "fp32", rate, SEARCH + seed)
+
+
+def claim_jobs(searched: Sequence[LearnRow], settings: Settings) -> Iterator[Job]:
+    """The final runs, each method in each place at its best rate: the highest mean accuracy on validation images."""
+    for position in learning.POSITIONS:
+        for kind in KINDS:
+            rate = max(RATES, key=lambda rate: _validation(searched, position, kind, rate))
+            for seed in range(settings.seeds):
+                yield Job("claim", position, "ours", kind, "fp32", rate, seed)
+
+
+def _validation(rows: Sequence[LearnRow], position: str, kind: str, rate: float) -> float:
+    wanted = (position, f"ours_{kind}", rate)
+    return statistics.mean(r["validation"] for r in rows if (r["position"], r["method"], r["rate"]) == wanted)
+
+
+def run(settings: Settings, progress: Progress) -> list[LearnRow]:
+    """Trains the backbone and makes every run of both experiments."""
+    pictures = images.load(settings.data)
+    base = learning.backbone(pictures, settings.scale, 0, settings.device)
+
+    def made(jobs: Iterator[Job], name: str) -> list[LearnRow]:
+        waiting = list(jobs)
+        bar = progress.add_task(name, total=len(waiting))
+        rows = []
+        for job in waiting:
+            rows.append(_row(job, base, pictures, settings))
+            progress.advance(bar)
+        return rows
+
+    equal = made(equal_jobs(settings), "equal")
+    searched = made(search_jobs(settings), "search")
+    return [*equal, *searched, *made(claim_jobs(searched, settings), "claim")]
+
+
+def _row(job: Job, base: torch.nn.Module, pictures: images.Images, settings: Settings) -> LearnRow:
+    data = learning.split(pictures, settings.scale, job.seed, settings.device)
+    backend = "auto" if job.owner == "ours" else "reference"
+    model = learning.adapt(base, job.kind, job.position, backend, DTYPES[job.dtype], job.seed)
+    run = learning.fine_tune(model, data, settings.scale, job.rate, job.seed, reordered=job.owner == "again")
+    return LearnRow(
+        experiment=job.experiment,
+        data=pictures.name,
+        position=job.position,
+        method=f"{job.owner}_{job.kind}",
+        trainable=run.trainable,
+        head=run.head,
+        dtype=job.dtype,
+        rate=job.rate,
+        seed=job.seed,
+        images=len(data.train[1]),
+        tested=len(data.test[1]),
+        losses=[round(loss, 9) for loss in run.losses] if job.experiment == "equal" else [],
+        validation=round(run.validation, 6),
+        test=round(run.test, 6),
+        dry=settings.dry,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learn", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10; scikit-learn's digits by default")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seeds", type=int, default=10, help="of the final runs (default: 10)")
+    parser.add_argument("--search-seeds", type=int, default=3, help="of each learning rate (default: 3)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the result (default: out)")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model and two seeds: does it run at all")
+    options = parser.parse_args(arguments)
+    settings = Settings(
+        device=torch.device(options.device),
+        data=options.data,
+        seeds=2 if options.dry_run else options.seeds,
+        search_seeds=1 if options.dry_run else options.search_seeds,
+        scale=TINY if options.dry_run else Scale(),
+        dry=options.dry_run,
+    )
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        if min(settings.seeds, settings.search_seeds) < 1:
+            raise ValueError(f"seeds: expected at least 1, got {settings.seeds} and {settings.search_seeds}")
+        with Progress(*columns, console=console) as progress:
+            rows = run(settings, progress)
+    except ValueError as error:
+        print(f"learn: {error}", file=sys.stderr)
+        return 2
+    environment = timing.environment(settings.device)
+    path = options.out / f"learn-{settings.device.type}-{rows[0]['data'].lower()}.json"
+    timing.write_result(path, environment, rows, LearnRow)
+    console.print(render_learn.learn_markdown(environment, rows), markup=False, soft_wrap=True)
+    console.print(f"Stored in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""One fine-tuning run on a small scale: the data, the backbone that it starts from, and the training itself.
+
+A ViT learns five classes of the images whole, which stands in for pretraining; adapters and a new head then learn the
+other five from a few images of each. Everything follows from one seed: which images, their order, how the adapters
+start.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ViTConfig, ViTForImageClassification
+
+import hydra_kernels as hk
+from benchmarks.images import Images
+from benchmarks.methods import Ranks
+
+CLASSES, HEAD = 5, "classifier"
+# Where the paper puts adapters in its Tables 5 and 7: the second layer of each MLP, the attention's output projection.
+POSITIONS = {"mlp": ("mlp.fc2",), "attention": ("attention.o_proj",), "both": ("mlp.fc2", "attention.o_proj")}
+# Ranks of equal parameter counts: K = 4 N in the MLP gives 20 N, 22 N and 21 N, K = N in the attention 12 N each.
+RANKS: Mapping[str, Mapping[str, Ranks]] = {
+    "mlp.fc2": {"lora": Ranks(4, 0), "seqlora": Ranks(0, 11), "hydra": Ranks(3, 3)},
+    "attention.o_proj": {"lora": Ranks(6, 0), "seqlora": Ranks(0, 6), "hydra": Ranks(3, 3)},
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the experiment is."""
+
+    image_size: int = 32
+    patch_size: int = 8
+    hidden_size: int = 96
+    layers: int = 4
+    shots: int = 20  # images of each class to train on, and as many to choose the learning rate by
+    batch: int = 25
+    steps: int = 160
+    pretraining_steps: int = 500
+
+
+TINY = Scale(hidden_size=16, layers=1, shots=2, batch=5, steps=3, pretraining_steps=2)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [n, 3, h, w] fp32 and labels [n] of the classes to be learned, in three parts."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+@dataclass
+class Run:
+    """What a fine-tuning run gave: the loss of each step, and the share of right answers."""
+
+    losses: list[float]
+    validation: float
+    test: float
+    trainable: int
+    head: int
+    model: nn.Module = field(repr=False)
+
+
+def subset(images: Images, first: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The images of the five classes from ``first`` on, enlarged, and their labels, counted from 0."""
+    chosen = ((images.labels >= first) & (images.labels < first + CLASSES)).nonzero().flatten()
+    pixels, labels = images.batch(chosen, size, device, torch.float32)
+    return pixels, labels - first
+
+
+def split(images: Images, scale: Scale, seed: int, device: torch.device) -> Split:
+    """The second five classes: ``shots`` a class to train on, as many for validation, the rest for the test."""
+    pixels, labels = subset(images, CLASSES, scale.image_size, device)
+    generator = torch.Generator().manual_seed(seed)
+    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for label in range(CLASSES):
+        of_class = (labels == label).nonzero().flatten().cpu()
+        order = of_class[torch.randperm(len(of_class), generator=generator)]
+        for part, chosen in zip(parts, order.tensor_split([scale.shots, 2 * scale.shots]), strict=True):
+            part.append(chosen)
+    train, validation, test = (torch.cat(part) for part in parts)
+    return Split(*((pixels[part], labels[part]) for part in (train, validation, test)))
+
+
+def batches(data: tuple[Tensor, Tensor], size: int, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """Indices of each step's images: all of them in random order, then again in another."""
+    per_epoch = len(data[1]) // size
+    epochs = [torch.randperm(len(data[1]), generator=generator) for _ in range(-(-steps // per_epoch))]
+    return [index for order in epochs for index in order[: per_epoch * size].split(size)][:steps]
+
+
+def backbone(images: Images, scale: Scale, seed: int, device: torch.device) -> nn.Module:
+    """A ViT that has learned the first five classes, shifted at random, with all of its weights."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        image_size=scale.image_size,
+        patch_size=scale.patch_size,
+        hidden_size=scale.hidden_size,
+        intermediate_size=4 * scale.hidden_size,
+        num_hidden_layers=scale.layers,
+        num_attention_heads=max(1, scale.hidden_size // 32),
+        num_labels=CLASSES,
+    )
+    model = ViTForImageClassification(config).to(device).train()
+    data = subset(images, 0, scale.image_size, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=scale.pretraining_steps)
+    generator = torch.Generator().manual_seed(seed)
+    for index in batches(data, min(64, len(data[1])), scale.pretraining_steps, generator):
+        shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
+        loss = F.cross_entropy(model(pixel_values=data[0][index].roll(shift, (2, 3))).logits, data[1][index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def adapt(base: nn.Module, method: str, position: str, backend: str, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A copy of base with a new head and adapters with biases, fp32 ones over a low-precision base, as seed says.
+
+    ``backend``: "reference" is the layer as anyone would write it, everything else is ours.
+    """
+    model = copy.deepcopy(base).to(dtype)
+    torch.manual_seed(seed)
+    head = model.get_submodule(HEAD)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    model.set_submodule(HEAD, head.float())
+    for target in POSITIONS[position]:
+        ranks = RANKS[target][method]
+        widths = ranks._asdict() if method == "hydra" else {"r": sum(ranks)}
+        wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
+        hk.inject(model, [target], method=method, adapter_bias=True, adapter_dtype=wide, backend=backend, **widths)
+    hk.mark_only_adapters_trainable(model, keep=[HEAD])
+    return model
+
+
+def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
+    """The model's answer; the head is fp32 over a backbone of any dtype."""
+    hidden = model.vit(pixel_values=pixels.to(model.dtype)).last_hidden_state
+    return model.get_submodule(HEAD)(hidden[:, 0].float())
+
+
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    """The share of right answers."""
+    model.eval()
+    with torch.no_grad():
+        right = [
+            logits_of(model, x).argmax(1) == y for x, y in zip(data[0].split(256), data[1].split(256), strict=True)
+        ]
+    return torch.cat(right).float().mean().item()
+
+
+def fine_tune(model: nn.Module, data: Split, scale: Scale, rate: float, seed: int, reordered: bool = False) -> Run:
+    """Trains the adapters and the head with AdamW.
+
+    ``reordered`` takes the images of every batch in another order, which changes the order of sums and nothing else.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=scale.steps)
+    losses = []
+    model.train()
+    for index in batches(data.train, scale.batch, scale.steps, torch.Generator().manual_seed(seed)):
+        chosen = index.flip(0) if reordered else index
+        loss = F.cross_entropy(logits_of(model, data.train[0][chosen]), data.train[1][chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    head = sum(p.numel() for name, p in parameters.items() if name.startswith(f"{HEAD}."))
+    trainable = sum(p.numel() for p in parameters.values()) - head
+    return Run(losses, accuracy(model, data.validation), accuracy(model, data.test), trainable, head, model)
