@@ -37,7 +37,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/vit_digits"), help="for all files, the stand-in's too")
     methods = ("hydra", "lora", "seqlora", "head", "full")
     parser.add_argument("--method", nargs="+", choices=methods, default=["hydra"], help="head and full: no adapters")
-    parser.add_argument("--targets", nargs="+", default=["mlp.fc1", "mlp.fc2"], help="ends of names")
+    parser.add_argument(
+        "--targets", nargs="+", default=["mlp.fc1", "mlp.fc2"], help="ends of the names of layers to adapt"
+    )
     parser.add_argument("--rank", type=int, default=8, help="hydra gives half of it to each branch")
     parser.add_argument("--dropout", type=float, default=0.1, help="on the adapters' bottleneck")
     parser.add_argument("--epochs", type=int, default=25)

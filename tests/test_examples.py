@@ -117,7 +117,7 @@ def test_the_vit_notices(spoilt, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("way", ["inject", "peft"])
 def test_the_trainer_goes_on_as_if_it_had_not_stopped(way, tmp_path):
     out = run("text_trainer.py", "--quick", "--out", tmp_path, *(["--peft"] if way == "peft" else []))
-    assert "trainable parameters: 13,254 of" in out
+    assert "trainable parameters: 18,886 of" in out
     assert "resumed from checkpoint-25 of 48" in out
     assert "the same bits: True" in out
     assert "the same logits, bit for bit: True" in out
@@ -133,9 +133,9 @@ def test_the_trainer_goes_on_as_if_it_had_not_stopped(way, tmp_path):
     assert not (folder / "resumed/checkpoint-25").exists()
     assert differing(checkpoint("resumed", 48), checkpoint("training", 48)) == set()
     changed = {n for n in differing(checkpoint("training", 25), checkpoint("training", 48)) if not n.startswith("/")}
-    # In each of two layers the four matrices of query, value and two output layers; the head's two layers.
-    assert sum("A_" in n or "B_" in n for n in changed) == 2 * 4 * 4
-    assert len(changed) == 2 * 4 * 4 + 4
+    # Four matrices in each of two blocks' six linear layers; weight and bias of the head's two.
+    assert sum("A_" in n or "B_" in n for n in changed) == 2 * 6 * 4
+    assert len(changed) == 2 * 6 * 4 + 2 * 2
 
 
 def without_trainer_generators(module, monkeypatch):
