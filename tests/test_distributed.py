@@ -18,8 +18,7 @@ EVERY_OPTION = {"adapter_bias": True, "learnable_scale": True}
 def check(groups, world: int, function, spec: Spec, seeds: int = 1) -> None:
     """Every rank's training against the oracle's on the whole batch, by the rule of tests/oracle.py.
 
-    Over five seeds in low precision, and where a gradient is one number: there the naive layer's error may be small by
-    chance.
+    Over several seeds where the naive layer's error may be small by chance (`seeds_for`).
     """
     dtype = torch.bfloat16 if spec.mixed else spec.dtype
     draws = []
@@ -36,7 +35,10 @@ def check(groups, world: int, function, spec: Spec, seeds: int = 1) -> None:
 
 
 def seeds_for(spec: Spec) -> int:
-    return 5 if spec.dtype == torch.bfloat16 or spec.mixed or "learnable_scale" in spec.options else 1
+    """Below float64, and where a gradient is one number."""
+    if spec.dtype == torch.bfloat16 or spec.mixed:
+        return 5
+    return 3 if spec.dtype == torch.float32 or "learnable_scale" in spec.options else 1
 
 
 DDP = [
@@ -88,7 +90,7 @@ def test_fsdp_trains_as_one_process(groups, spec, world):
     ("function", "spec"),
     [
         (training.ddp, Spec(options=EVERY_OPTION, compiler="aot_eager")),
-        (training.fsdp, Spec(compiler="inductor", units="block", dtype=torch.float32)),
+        (training.fsdp, Spec(compiler="inductor", units="block")),
     ],
     ids=["ddp", "fsdp"],
 )

@@ -15,6 +15,8 @@ from .cases import ADAPTERS, Case, operands
 from .distributed import tensor_parallel, training
 from .distributed.tensor_parallel import Setting
 from .distributed.training import Spec
+from .test_distributed import check as check_training
+from .test_distributed import seeds_for
 
 WORLDS = [2, 4]
 PLAIN = Case((2, 4), 24, 16, 3, 5)
@@ -138,10 +140,7 @@ NETWORKS = [
 @pytest.mark.parametrize("spec", NETWORKS, ids=str)
 def test_a_network_trains_as_one_process(groups, spec):
     for world in WORLDS[:1] if spec.compiler else WORLDS:
-        true, naive = training.alone(spec, "oracle"), training.alone(spec, "naive")
-        for got in groups.run(world, tensor_parallel.network, spec):
-            assert got.keys() == true.keys()
-            assert oracle.violations(got, naive, true, spec.dtype) == []
+        check_training(groups, world, tensor_parallel.network, spec, seeds_for(spec))
 
 
 TWO_DIMENSIONS = [
@@ -152,10 +151,7 @@ TWO_DIMENSIONS = [
 
 @pytest.mark.parametrize("spec", TWO_DIMENSIONS, ids=str)
 def test_with_fsdp_on_a_mesh_of_two_dimensions(groups, spec):
-    true, naive = training.alone(spec, "oracle"), training.alone(spec, "naive")
-    for got in groups.run(4, tensor_parallel.network_with_fsdp, spec):
-        assert got.keys() == true.keys()
-        assert oracle.violations(got, naive, true, spec.dtype) == []
+    check_training(groups, 4, tensor_parallel.network_with_fsdp, spec, seeds_for(spec))
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -6,6 +6,7 @@ its traceback; a group that hangs or fails is killed, and the next call forks a 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -91,7 +92,8 @@ class Groups:
 
     def _kill(self, world: int) -> None:
         for process, connection in self._members.pop(world):
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it died by itself
+                os.kill(process, signal.SIGKILL)
             connection.close()
 
 
