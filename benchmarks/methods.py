@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 import hydra_kernels as hk
 from benchmarks import timing
+from benchmarks.naive import NAIVE, Frozen, Ranks
 
 METHODS = (
     *("full_tuning", "linear_probing", "naive_lora", "naive_seqlora", "naive_hydra"),
@@ -33,13 +35,6 @@ LEARNING_RATE = 1e-4
 # The up projections and the biases start at zero, which would make the first gradients of the down projections zero and
 # hide an error in them: a benchmark starts them here instead.
 START_STD = 0.02
-
-
-class Ranks(NamedTuple):
-    """Rank of the parallel branch (LoRA's) and of the sequential one (SeqLoRA's)."""
-
-    r_a: int
-    r_b: int
 
 
 class Tolerance(NamedTuple):
@@ -62,78 +57,6 @@ LAYER_TOLERANCES = {torch.float32: 4e-6, torch.bfloat16: 8e-3}
 FEW_ELEMENTS = 64
 
 
-class Naive(nn.Module):
-    """A frozen linear layer with adapters as one writes them by hand; parameters and their names are our layer's."""
-
-    def __init__(self, linear: nn.Linear, ranks: Ranks, adapter_bias: bool = True) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        out_features, in_features = linear.weight.shape
-        for branch, rank, fan_in in (("A", ranks.r_a, in_features), ("B", ranks.r_b, out_features)):
-            new = linear.weight.new_zeros
-            for name, shape in (
-                (f"{branch}_down", (rank, fan_in)),
-                (f"{branch}_up", (out_features, rank)),
-                (f"{branch}_down_bias", (rank,)),
-                (f"{branch}_up_bias", (out_features,)),
-            ):
-                present = rank and (adapter_bias or not name.endswith("bias"))
-                self.register_parameter(name, nn.Parameter(new(shape)) if present else None)
-            if rank:
-                nn.init.normal_(self.get_parameter(f"{branch}_down"), std=1 / math.sqrt(fan_in))
-
-
-class Frozen(Naive):
-    """The layer alone. Not nn.Linear itself: torch.compile skips the forwards of torch's own modules."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class NaiveHydra(Naive):
-    def forward(self, x: Tensor) -> Tensor:
-        return hk.reference.hydra_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.A_down,
-            self.A_up,
-            self.B_down,
-            self.B_up,
-            A_down_bias=self.A_down_bias,
-            A_up_bias=self.A_up_bias,
-            B_down_bias=self.B_down_bias,
-            B_up_bias=self.B_up_bias,
-        )
-
-
-class NaiveLoRA(Naive):
-    def forward(self, x: Tensor) -> Tensor:
-        return hk.reference.lora_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.A_down,
-            self.A_up,
-            A_down_bias=self.A_down_bias,
-            A_up_bias=self.A_up_bias,
-        )
-
-
-class NaiveSeqLoRA(Naive):
-    def forward(self, x: Tensor) -> Tensor:
-        return hk.reference.seqlora_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.B_down,
-            self.B_up,
-            B_down_bias=self.B_down_bias,
-            B_up_bias=self.B_up_bias,
-        )
-
-
-NAIVE = {"lora": NaiveLoRA, "seqlora": NaiveSeqLoRA, "hydra": NaiveHydra}
 OURS = {"lora": hk.LoRALinear, "seqlora": hk.SeqLoRALinear, "hydra": hk.HydraLinear}
 
 
@@ -156,11 +79,20 @@ def start_adapters(module: nn.Module, head: str | None = None) -> None:
                 parameter.normal_(std=START_STD)
 
 
-def build(base: nn.Module, method: str, ranks: Mapping[str, Ranks], *, target: str, head: str, seed: int) -> nn.Module:
+def build(
+    base: nn.Module,
+    method: str,
+    ranks: Mapping[str, Ranks],
+    *,
+    target: str,
+    head: str,
+    seed: int,
+    adapter_bias: bool = True,
+) -> nn.Module:
     """A model of ``method`` with ``base``'s weights, its head a copy of its own, ready to train.
 
-    ``target`` ends the names of the linear layers that get adapters with biases. All methods but full tuning share
-    ``base``'s frozen Parameters: the same objects, not copies.
+    ``target`` is a regular expression that the whole names of the linear layers that get adapters match. All methods
+    but full tuning share ``base``'s frozen Parameters: the same objects, not copies.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
@@ -172,14 +104,14 @@ def build(base: nn.Module, method: str, ranks: Mapping[str, Ranks], *, target: s
     torch.manual_seed(seed)
     owner, _, kind = method.partition("_")
     if owner == "ours":
-        hk.inject(model, [target], method=kind, adapter_bias=True, **widths(kind, ranks[kind]))
+        hk.inject(model, target, method=kind, adapter_bias=adapter_bias, **widths(kind, ranks[kind]))
         hk.mark_only_adapters_trainable(model, keep=(head,))
     elif owner == "naive":
-        names = [name for name, _ in model.named_modules() if name.endswith(target)]
+        names = [name for name, _ in model.named_modules() if re.fullmatch(target, name)]
         if not names:
-            raise ValueError(f"target is {target!r}, which ends the name of no module")
+            raise ValueError(f"target is {target!r}, which the name of no module matches")
         for name in names:
-            model.set_submodule(name, NAIVE[kind](model.get_submodule(name), ranks[kind]))
+            model.set_submodule(name, NAIVE[kind](model.get_submodule(name), ranks[kind], adapter_bias))
     start_adapters(model, head)
     return model.train()
 
@@ -254,22 +186,32 @@ class Contestant:
     method: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    # Micro-batches of a step.
+    accumulation: int = 1
     loss: Tensor | None = None
 
     @classmethod
-    def of(cls, method: str, model: nn.Module, capturable: bool = False) -> Contestant:
+    def of(cls, method: str, model: nn.Module, accumulation: int = 1, capturable: bool = False) -> Contestant:
         """``capturable``: its steps can be captured in a CUDA graph; on a GPU alone."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return cls(method, model, torch.optim.AdamW(trainable, lr=LEARNING_RATE, capturable=capturable))
+        optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, capturable=capturable)
+        return cls(method, model, optimizer, accumulation)
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of training: what the table times. The gradients stay until the next one."""
+    def step(self, inputs: Tensor, labels: Tensor) -> None:
+        """One step of training: what the table times. The gradients stay until the next one.
+
+        The loss is the mean over the batch, whatever the number of its micro-batches; labels [n], or a label for each
+        token [n, length].
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(pixel_values=images).logits
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
+        losses = []
+        for part, right in zip(inputs.chunk(self.accumulation), labels.chunk(self.accumulation), strict=True):
+            logits = self.model(**{self.model.main_input_name: part}).logits
+            loss = F.cross_entropy(logits.float().flatten(0, -2), right.flatten()) * (len(part) / len(inputs))
+            loss.backward()
+            losses.append(loss.detach())
         self.optimizer.step()
-        self.loss = loss.detach()
+        self.loss = sum(losses)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -28,8 +28,16 @@ from benchmarks.render_layer import (
     layer_steps,
     layer_terminal,
 )
+from benchmarks.render_models import models_block, models_chart
 from benchmarks.render_roofline import RooflineRow, roofline_block
-from benchmarks.render_table4 import table4_block, table4_chart, table4_markdown, table4_notes, table4_terminal
+from benchmarks.render_table4 import (
+    is_papers,
+    table4_block,
+    table4_chart,
+    table4_markdown,
+    table4_notes,
+    table4_terminal,
+)
 from benchmarks.tables import Stored, environment_note, terminal
 from benchmarks.timing import Environment, HostRow, LayerRow, Table4Row
 
@@ -57,7 +65,7 @@ README = "README.md"
 
 
 class Block(NamedTuple):
-    """What stands between the markers of one page: all of FILES*.json, and a chart of each file where there is one.
+    """What stands between the markers of one page: rows of all FILES*.json, and the charts of them.
 
     A schema is either measured or predicted, so that nothing predicted can be read as measured.
     """
@@ -68,10 +76,15 @@ class Block(NamedTuple):
     to_markdown: Callable[[Sequence[Stored]], str]
     chart: Callable[[Environment, Sequence[Any]], str] | None = None
     page: str = README
+    # Which rows of the files, where not all.
+    rows: Callable[[Any], bool] = lambda row: True
+    # One chart of all files, called as the block.
+    overview: Callable[[Sequence[Stored]], str] | None = None
 
 
 BLOCKS = (
-    Block("measured:table4", "table4", Table4Row, table4_block),
+    Block("measured:table4", "table4", Table4Row, table4_block, rows=is_papers),
+    Block("measured:models", "table4", Table4Row, models_block, page="docs/models.md", overview=models_chart),
     Block("measured:layer", "layer", LayerRow, layer_block, layer_chart),
     Block("measured:host", "host", HostRow, host_block),
     Block("predicted:roofline", "predicted", RooflineRow, roofline_block),
@@ -85,7 +98,8 @@ def stored_results(results: Path, block: Block) -> list[Stored]:
         stored = Stored(path, *timing.read_result(path, block.schema))
         if any(row.get("dry") for row in stored.rows):
             raise ValueError(f"{path} is from a dry run: its figures mean nothing and are not published")
-        found.append(stored)
+        if rows := [row for row in stored.rows if block.rows(row)]:
+            found.append(stored._replace(rows=rows))
     return found
 
 
@@ -101,7 +115,7 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
         for marker in re.findall(r"<!-- /?((?:measured|predicted):\w+) -->", text):
             if marker not in known:
                 raise ValueError(f"{page} has markers for {marker}, expected {', '.join(known)}")
-    charts = {}
+    drawn: dict[Path, str] = {}
     for block in BLOCKS:
         stored, text = stored_results(results, block), texts.get(block.page, "")
         if not stored and f"{block.marker} -->" in text:
@@ -110,13 +124,18 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
                 f"{block.files}*.json"
             )
         if stored:
-            parts = [block.to_markdown(stored)]
+            charts: dict[Path, str] = {}
             for path, environment, rows in stored if block.chart else ():
-                chart = path.with_suffix(".svg")
-                charts[chart] = block.chart(environment, rows)
-                parts.append(f"![{chart.stem}]({Path(os.path.relpath(chart, pages[block.page].parent)).as_posix()})")
-            texts[block.page] = replace_block(text, block, "\n\n".join(parts))
-    return {**{pages[page]: text for page, text in texts.items()}, **charts}
+                charts[path.with_suffix(".svg")] = block.chart(environment, rows)
+            if block.overview:
+                charts[results / f"{block.marker.partition(':')[2]}.svg"] = block.overview(stored)
+            links = [
+                f"![{chart.stem}]({Path(os.path.relpath(chart, pages[block.page].parent)).as_posix()})"
+                for chart in charts
+            ]
+            texts[block.page] = replace_block(text, block, "\n\n".join([block.to_markdown(stored), *links]))
+            drawn |= charts
+    return {**{pages[page]: text for page, text in texts.items()}, **drawn}
 
 
 def replace_block(text: str, block: Block, content: str) -> str:

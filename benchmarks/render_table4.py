@@ -10,6 +10,7 @@ from rich.table import Table
 
 from benchmarks import timing
 from benchmarks.methods import naive_of
+from benchmarks.models import PAPER_MODEL
 from benchmarks.tables import MODES, Stored, environment_note, groups, headed, label, markdown, or_dash, terminal
 from benchmarks.timing import Environment, Table4Row
 
@@ -29,7 +30,9 @@ def table4_cells(rows: Sequence[Table4Row]) -> tuple[list[str], list[list[str]]]
     projected = any(row["projected"] for row in rows)
     headings = ["method", "trainable (M)", "head (M)", f"sec/epoch{', projected' if projected else ''} (quartiles)"]
     headings += [] if projected else ["paper's sec/epoch"]
-    headings += ["over naive LoRA (quartiles)", "paper's", "over its naive", "saved (MB)", "peak (MB)"]
+    paper = any(row["paper_ratio"] is not None for row in rows)
+    headings += ["over naive LoRA (quartiles)", *(["paper's"] if paper else []), "over its naive"]
+    headings += ["saved (MB)", "peak (MB)"]
     over_naive = over_their_naive(rows)
     cells = []
     for row in rows:
@@ -38,7 +41,7 @@ def table4_cells(rows: Sequence[Table4Row]) -> tuple[list[str], list[list[str]]]
         line += [] if projected else [or_dash(row["paper_sec_per_epoch"], ".2f")]
         quartiles = "" if row["ratio"] is None else f" ({row['ratio_q1']:.3f} to {row['ratio_q3']:.3f})"
         line.append(or_dash(row["ratio"], ".3f") + quartiles)
-        line.append(or_dash(row["paper_ratio"], ".3f"))
+        line += [or_dash(row["paper_ratio"], ".3f")] if paper else []
         line.append(or_dash(over_naive.get(row["method"]), ".3f"))
         line += [f"{row['saved_bytes'] / MEGA:.1f}", f"{row['peak_bytes'] / MEGA:.1f}"]
         cells.append(line)
@@ -48,19 +51,18 @@ def table4_cells(rows: Sequence[Table4Row]) -> tuple[list[str], list[list[str]]]
 def table4_notes(environment: Environment, rows: Sequence[Table4Row]) -> list[str]:
     """What a reader must know beside the figures: the run, what they mean, how ours stands, and what was proved."""
     row = rows[0]
+    samples = "images" if row["sequence"] is None else "sequences"
     if row["projected"]:
-        epoch = (
-            f"sec/epoch is projected to 50,000 images from {row['steps']} steps of {row['batch']} images, so only the "
-            "ratios stand beside the paper's"
-        )
+        epoch = f"sec/epoch is projected to 50,000 {samples} from {row['steps']} steps of {row['batch']} {samples}"
+        if any(row["paper_ratio"] is not None for row in rows):
+            epoch += ", so only the ratios stand beside the paper's"
     else:
         epoch = f"sec/epoch is one whole epoch of 50,000 images in batches of {row['batch']}"
     notes = [
         environment_note(environment),
-        f"{row['model']}, {row['weights']} weights, {row['data']} at {row['image_size']}x{row['image_size']}, "
-        f"{row['dtype']}, {MODES[row['mode']]}, batch {row['batch']}, {row['steps']} rounds of all methods in shuffled "
-        f"order; {epoch}. Saved: kept for the backward. Peak: parameters, optimizer state and the step's peak above "
-        "them.",
+        f"{row['model']}, {row['weights']} weights, {data_of(row)}, {row['dtype']}, {MODES[row['mode']]}, "
+        f"{batch_of(row)}, {row['steps']} rounds of all methods in shuffled order; {epoch}. Saved: kept for the "
+        "backward. Peak: parameters, optimizer state and the step's peak above them.",
     ]
     by_method = {row["method"]: row for row in rows}
     if ours := by_method.get("ours_hydra"):
@@ -78,20 +80,41 @@ def table4_notes(environment: Environment, rows: Sequence[Table4Row]) -> list[st
     return notes
 
 
+def data_of(row: Table4Row) -> str:
+    """What was learned from, and how large one of it is."""
+    if row["sequence"] is None:
+        return f"{row['data']} at {row['image_size']}x{row['image_size']}"
+    return f"{row['data']} in sequences of {row['sequence']}"
+
+
+def batch_of(row: Table4Row) -> str:
+    """The batch of a step, and how it was run where not all at once."""
+    parts = [f"batch {row['batch']}"]
+    if row["accumulation"] > 1:
+        parts[0] += f" in {row['accumulation']} micro-batches"
+    return ", ".join(parts + (["activation checkpointing"] if row["checkpointing"] else []))
+
+
 def _against(ours: Table4Row, rival: Table4Row) -> str:
     ratio = timing.paired_ratios(ours["step_seconds"], rival["step_seconds"]).median
-    paper = (ours["paper_sec_per_epoch"] or 0) / (rival["paper_sec_per_epoch"] or 1)
-    return f"{label(rival)} {ratio:.3f} (paper {paper:.3f})"
+    found = f"{label(rival)} {ratio:.3f}"
+    theirs, others = ours["paper_sec_per_epoch"], rival["paper_sec_per_epoch"]
+    return found if theirs is None or others is None else f"{found} (paper {theirs / others:.3f})"
 
 
 def table4_terminal(rows: Sequence[Table4Row]) -> Table:
     headings, cells = table4_cells(rows)
-    title = f"Table 4: {rows[0]['model']}, {rows[0]['dtype']}, {rows[0]['mode']}, batch {rows[0]['batch']}"
+    title = f"Table 4: {rows[0]['model']}, {rows[0]['dtype']}, {rows[0]['mode']}, {batch_of(rows[0])}"
     return terminal(title, headings, cells, bold=[row["method"].startswith("ours_") for row in rows])
 
 
 def table4_markdown(environment: Environment, rows: Sequence[Table4Row]) -> str:
     return f"{markdown(*table4_cells(rows))}\n\n{' '.join(table4_notes(environment, rows))}"
+
+
+def is_papers(row: Table4Row) -> bool:
+    """Whether the run is the paper's Table 4: its model, and each step as one batch whose activations are kept."""
+    return row["model"] == PAPER_MODEL and row["accumulation"] == 1 and not row["checkpointing"]
 
 
 def table4_block(stored: Sequence[Stored]) -> str:
@@ -140,7 +163,7 @@ def table4_chart(environment: Environment, rows: Sequence[Table4Row], path: Path
     figure.legend(loc="outside lower right", ncols=2)
     first = rows[0]
     figure.suptitle(
-        f"{first['model']}, {first['dtype']}, {first['mode']}, batch {first['batch']}, {first['data']}: "
+        f"{first['model']}, {first['dtype']}, {first['mode']}, {batch_of(first)}, {first['data']}: "
         f"{environment['device']}, {environment['date'][:10]}"
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import hydra_kernels as hk
-from benchmarks import ceilings, host, layer, methods, roofline, table4, timing
+from benchmarks import ceilings, host, layer, methods, models, roofline, table4, timing
 from benchmarks.methods import Ranks
 from benchmarks.shapes import CUDA_SHAPES, DRY_SHAPES, Shape
 from benchmarks.timing import CeilingRow, LayerRow, Table4Row
@@ -89,7 +89,11 @@ def tune(settings: Settings) -> Iterator[Part]:
     first, others = (DRY_SHAPES[:1], DRY_SHAPES[1:]) if settings.dry else (HEADLINE, _headline_first()[len(HEADLINE) :])
     fc2 = Shape(64, 64, 32) if settings.dry else Shape(table4.PAPER_BATCH * 50, 3072, 768)
     jobs = [(shape, Ranks(8, 8), torch.bfloat16) for shape in first]
-    jobs += [(fc2, ranks, of) for of in (torch.bfloat16, torch.float32) for ranks in table4.PAPER_RANKS.values()]
+    jobs += [
+        (fc2, ranks, of)
+        for of in (torch.bfloat16, torch.float32)
+        for ranks in models.MODELS[table4.DEFAULT_MODEL].ranks.values()
+    ]
     jobs += [(shape, Ranks(8, 8), torch.bfloat16) for shape in others]
 
     def measured(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> Sequence[TuneRow]:

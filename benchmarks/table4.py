@@ -1,4 +1,4 @@
-"""The paper's Table 4: what a training step of ViT-B/32 costs with each method. ``python -m benchmarks.table4``
+"""The paper's Table 4, of ViT-B/32 and of models of today: what a step costs. ``python -m benchmarks.table4``
 
 Every round gives all methods the same batch, in a new random order, and every round starts ours from the weights and
 the optimizer state of naive. After it their losses and gradients are compared: a difference beyond rounding ends the
@@ -22,20 +22,19 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from torch import Tensor
 
-from benchmarks import images, methods, modes, render, timing
+from benchmarks import methods, models, modes, render, timing
 from benchmarks.methods import Contestant, Difference, Ranks
+from benchmarks.models import Model, Size
 from benchmarks.timing import Table4Row
 
-EPOCH_IMAGES = 50_000
+# Images of CIFAR-10's epoch; as many sequences of a model of text.
+EPOCH = 50_000
 PAPER_BATCH = 128
+DEFAULT_MODEL = "vit-b/32"
 # arXiv 2309.06922, Table 4, seconds an epoch on an RTX 3090, by the last word of our method's name.
 PAPER_SECONDS = {"full_tuning": 148.95, "lora": 115.44, "seqlora": 112.19, "hydra": 119.37}
-# With adapter biases these give the paper's parameter counts: 0.21 M for SeqLoRA and Hydra, 0.19 M of 0.22 M for LoRA.
-PAPER_RANKS = {"lora": Ranks(4, 0), "seqlora": Ranks(0, 11), "hydra": Ranks(3, 3)}
-TARGET, HEAD = "mlp.fc2", "classifier"
 # fp32 is multiplied in full, tf32 is fp32 multiplied as a GPU does with that setting.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 # Rounds before the counted ones: in the first the saved bytes are counted, in the second the peak is measured.
@@ -44,10 +43,15 @@ UNCOUNTED_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Settings:
+    model: Model
+    size: Size
     device: torch.device
     dtype: str
     mode: str
     batch_size: int
+    # Micro-batches of a step, and whether activations are recomputed in the backward instead of kept.
+    accumulation: int
+    checkpointing: bool
     steps: int
     methods: tuple[str, ...]
     ranks: Mapping[str, Ranks]
@@ -61,41 +65,25 @@ class Settings:
 
     def __post_init__(self) -> None:
         modes.check(self.mode, self.device, self.dry)
-        if self.mode != "eager" and self.full and EPOCH_IMAGES % self.batch_size:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation is {self.accumulation}, expected a divisor of the batch, {self.batch_size}")
+        if self.mode != "eager" and self.full and EPOCH % self.batch_size:
             raise ValueError(
                 f"batch-size is {self.batch_size}, which leaves the epoch a smaller last batch, but a model has one "
-                f"batch size in mode {self.mode}: expected a divisor of {EPOCH_IMAGES:,}"
+                f"batch size in mode {self.mode}: expected a divisor of {EPOCH:,}"
             )
 
 
 @dataclass
 class Measured:
-    """What the rounds gave, by method; ``images`` and each list of ``seconds`` have one entry a counted round."""
+    """What the rounds gave, by method; ``samples`` and each list of ``seconds`` have one entry a counted round."""
 
-    images: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
     parity: dict[str, Difference] = field(default_factory=dict)
-
-
-def vit(checkpoint: Path | None, dry: bool) -> nn.Module:
-    """ViT-B/32 with 10 classes: random weights, or a local checkpoint's; a dry run gets a tiny one."""
-    if checkpoint is None:
-        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        return ViTForImageClassification(ViTConfig(patch_size=32, num_labels=10, **(small if dry else {})))
-    if not checkpoint.is_dir():
-        raise ValueError(f"checkpoint: {checkpoint} is no local folder")
-    # A head of another number of classes is replaced by a new one, as fine-tuning does.
-    return ViTForImageClassification.from_pretrained(
-        checkpoint, local_files_only=True, num_labels=10, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
-
-
-def model_name(config: ViTConfig) -> str:
-    if (config.hidden_size, config.num_hidden_layers, config.patch_size) == (768, 12, 32):
-        return "ViT-B/32"
-    return f"ViT {config.num_hidden_layers}x{config.hidden_size}/{config.patch_size}"
 
 
 class Replayed:
@@ -110,8 +98,8 @@ class Replayed:
         contestant.optimizer.zero_grad(set_to_none=True)
         self._replay = recorder.capture(step)
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
-        for read, new in zip(self._batch, (images, labels), strict=True):
+    def step(self, inputs: Tensor, labels: Tensor) -> None:
+        for read, new in zip(self._batch, (inputs, labels), strict=True):
             read.copy_(new)
         self._replay()
 
@@ -149,9 +137,10 @@ def measure(
             for name in order:
                 contestants[name].optimizer.zero_grad(set_to_none=True)
                 above = timing.peak_bytes(partial(contestants[name].step, *batch), device)
-                measured.peak[name] = contestants[name].held_bytes() + above
+                measured.held[name] = contestants[name].held_bytes()
+                measured.peak[name] = measured.held[name] + above
         else:
-            measured.images.append(len(batch[1]))
+            measured.samples.append(len(batch[1]))
             for name, taken in play_round(players, order, batch, device).items():
                 measured.seconds[name].append(taken)
         for name, difference in methods.settle(contestants, tolerance).items():
@@ -165,8 +154,8 @@ def measure(
             progress.console.print(f"round {number + 1} of {rounds}: {last_round:.1f} s")
         next_end = time.perf_counter() - started + last_round
         late = settings.time_limit is not None and next_end > settings.time_limit
-        if late and measured.images and number + 1 < rounds:
-            progress.console.print(f"Stopped by the time limit after {len(measured.images)} counted rounds.")
+        if late and measured.samples and number + 1 < rounds:
+            progress.console.print(f"Stopped by the time limit after {len(measured.samples)} counted rounds.")
             break
     return measured
 
@@ -176,27 +165,36 @@ def rows_of(
 ) -> list[Table4Row]:
     """The table's rows, in the order of the methods."""
     tolerance = methods.TOLERANCES[settings.dtype]
-    config = next(iter(contestants.values())).model.config
-    model = model_name(config)
-    whole_epoch = sum(measured.images) == EPOCH_IMAGES
+    network = next(iter(contestants.values())).model
+    model = models.name_of(settings.size, network, settings.checkpoint)
+    as_the_paper = settings.model is models.MODELS[DEFAULT_MODEL] and not (
+        settings.accumulation > 1 or settings.checkpointing
+    )
+    whole_epoch = sum(measured.samples) == EPOCH
+    the_papers = as_the_paper and model == models.PAPER_MODEL and settings.batch_size >= PAPER_BATCH
     rows = []
     for name, contestant in contestants.items():
         seconds = measured.seconds[name]
         # An epoch at the pace of each step, so that a last batch of fewer images counts as what it is.
-        epochs = [taken * EPOCH_IMAGES / count for taken, count in zip(seconds, measured.images, strict=True)]
+        epochs = [taken * EPOCH / count for taken, count in zip(seconds, measured.samples, strict=True)]
         pace = timing.quartiles(epochs)
         ratio = timing.paired_ratios(seconds, measured.seconds["naive_lora"]) if "naive_lora" in contestants else None
         parameters = contestant.trainable()
-        head = sum(parameter.numel() for key, parameter in parameters.items() if key.startswith(f"{HEAD}."))
+        head = sum(
+            parameter.numel() for key, parameter in parameters.items() if key.startswith(f"{settings.model.head}.")
+        )
         kind = name.rpartition("_")[2]
-        paper = PAPER_SECONDS.get(name if name == "full_tuning" else kind)
+        paper = PAPER_SECONDS.get(name if name == "full_tuning" else kind) if as_the_paper else None
         parity = measured.parity.get(name)
         rows.append(
             Table4Row(
                 model=model,
                 weights="random" if settings.checkpoint is None else settings.checkpoint.name,
                 batch=settings.batch_size,
-                image_size=config.image_size,
+                accumulation=settings.accumulation,
+                checkpointing=settings.checkpointing,
+                image_size=network.config.image_size if settings.size.length is None else None,
+                sequence=settings.size.length,
                 data=data,
                 dtype=settings.dtype,
                 mode=settings.mode,
@@ -207,7 +205,7 @@ def rows_of(
                 sec_per_epoch=sum(seconds) if whole_epoch else pace.median,
                 q1=pace.q1,
                 q3=pace.q3,
-                projected=not (whole_epoch and settings.batch_size >= PAPER_BATCH and model == "ViT-B/32"),
+                projected=not (whole_epoch and the_papers),
                 paper_sec_per_epoch=paper,
                 steps=len(seconds),
                 step_seconds=[round(taken, 6) for taken in seconds],
@@ -215,6 +213,7 @@ def rows_of(
                 ratio_q1=ratio and ratio.q1,
                 ratio_q3=ratio and ratio.q3,
                 paper_ratio=paper and paper / PAPER_SECONDS["lora"],
+                held_bytes=measured.held[name],
                 saved_bytes=measured.saved[name],
                 peak_bytes=measured.peak[name],
                 parity=parity and {**parity._asdict(), "allowed": tolerance._asdict()},
@@ -234,12 +233,25 @@ def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
     """What `run` does, in a call of its own, at whose end all that it built is let go."""
     dtype = DTYPES[settings.dtype]
     torch.manual_seed(settings.seed)
-    pictures = images.load(settings.data)
-    base = vit(settings.checkpoint, settings.dry).to(settings.device, dtype)
+    model = settings.model
+    base = models.build(model, settings.size, settings.checkpoint).to(settings.device, dtype)
+    source = models.source(base, settings.size, settings.data, settings.device, dtype)
+    if settings.checkpointing:
+        # Without dropout there is no state of random numbers to restore, which a CUDA graph could not.
+        base.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     contestants = {
         name: Contestant.of(
             name,
-            methods.build(base, name, settings.ranks, target=TARGET, head=HEAD, seed=settings.seed),
+            methods.build(
+                base,
+                name,
+                settings.ranks,
+                target=model.target,
+                head=model.head,
+                seed=settings.seed,
+                adapter_bias=model.adapter_bias,
+            ),
+            settings.accumulation,
             capturable=settings.mode == "graph" and settings.device.type == "cuda",
         )
         for name in settings.methods
@@ -247,28 +259,25 @@ def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
     methods.start_equal(contestants)
     size = settings.batch_size
 
-    def draw(total: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices in images.index_batches(len(pictures.labels), size, total, seed):
-            yield pictures.batch(indices, base.config.image_size, settings.device, dtype)
-
     if settings.mode == "compile":
-        [batch] = draw(size, settings.seed + 2)
+        [batch] = source.batches(size, size, settings.seed + 2)
         for contestant in contestants.values():
             contestant.model.compile(fullgraph=True, dynamic=False)
             # Compiles, which must happen neither under the hooks that count what is saved nor under the clock.
             contestant.step(*batch)
         methods.settle(contestants, methods.TOLERANCES[settings.dtype])
-    counted = EPOCH_IMAGES if settings.full else size * settings.steps
+    counted = EPOCH if settings.full else size * settings.steps
     # The uncounted rounds draw batches of their own: a full epoch shows every image of CIFAR-10 exactly once.
-    batches = itertools.chain(draw(UNCOUNTED_ROUNDS * size, settings.seed + 1), draw(counted, settings.seed))
+    uncounted = source.batches(size, UNCOUNTED_ROUNDS * size, settings.seed + 1)
+    batches = itertools.chain(uncounted, source.batches(size, counted, settings.seed))
     measured = measure(contestants, batches, settings, progress)
-    return rows_of(measured, contestants, pictures.name, settings)
+    return rows_of(measured, contestants, source.name, settings)
 
 
-def ranks_option(text: str) -> dict[str, Ranks]:
+def ranks_option(text: str | None, default: Mapping[str, Ranks]) -> dict[str, Ranks]:
     """``hydra=3+3,lora=4`` as ranks by kind; a kind that is not named keeps its default."""
-    ranks = dict(PAPER_RANKS)
-    for item in text.split(","):
+    ranks = dict(default)
+    for item in text.split(",") if text is not None else ():
         kind, _, widths = item.partition("=")
         parts = widths.split("+")
         if kind not in ranks or len(parts) != (2 if kind == "hydra" else 1) or not all(map(str.isdecimal, parts)):
@@ -294,18 +303,26 @@ def methods_option(text: str) -> tuple[str, ...]:
 def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     """The command line as settings and the folder for the results; ValueError names a bad option."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table4", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model",
+        choices=models.MODELS,
+        default=DEFAULT_MODEL,
+        help="with random weights; on a CPU smaller, by its name",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the whole model")
     parser.add_argument("--mode", choices=modes.MODES, default="eager")
-    parser.add_argument("--batch-size", type=int, help="128 on a GPU, the paper's; 32 on a CPU")
+    parser.add_argument("--batch-size", type=int, help="images or sequences of a step; the model's own without it")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches that a step's batch is split into")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
     parser.add_argument("--steps", type=int, help="counted rounds: 50 on a GPU, 10 on a CPU")
     parser.add_argument("--methods", default=",".join(methods.METHODS))
-    parser.add_argument("--ranks", default="hydra=3+3,lora=4,seqlora=11")
+    parser.add_argument("--ranks", help="hydra=A+B,lora=R,seqlora=R, or some of them; the model's own without it")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 as distributed; scikit-learn's digits without it")
     parser.add_argument("--checkpoint", type=Path, help="local folder of a ViT checkpoint; random weights without it")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON and the chart")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full", action="store_true", help="a whole epoch of 50,000 images with every method")
+    parser.add_argument("--full", action="store_true", help="a whole epoch, 50,000 images, with every method")
     parser.add_argument(
         "--dry", action="store_true", help="a tiny model, to see that everything runs; publishes nothing"
     )
@@ -317,19 +334,25 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
         raise ValueError(f"steps is {options.steps}, but --full sets them: a whole epoch")
     device = modes.device_option(options.device)
     on_cpu = device.type == "cpu"
-    batch_size = options.batch_size if options.batch_size is not None else 32 if on_cpu else PAPER_BATCH
+    model = models.MODELS[options.model]
+    size = model.size(device, options.dry)
+    batch_size = options.batch_size if options.batch_size is not None else size.batch
     steps = options.steps if options.steps is not None else 10 if on_cpu else 50
-    for name, value in (("batch-size", batch_size), ("steps", steps)):
+    for name, value in (("batch-size", batch_size), ("accumulation", options.accumulation), ("steps", steps)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected 1 or more")
     settings = Settings(
+        model=model,
+        size=size,
         device=device,
         dtype=options.dtype,
         mode=options.mode,
         batch_size=batch_size,
-        steps=math.ceil(EPOCH_IMAGES / batch_size) if options.full else steps,
+        accumulation=options.accumulation,
+        checkpointing=options.checkpointing,
+        steps=math.ceil(EPOCH / batch_size) if options.full else steps,
         methods=methods_option(options.methods),
-        ranks=ranks_option(options.ranks),
+        ranks=ranks_option(options.ranks, model.ranks),
         data=options.data,
         checkpoint=options.checkpoint,
         seed=options.seed,
@@ -338,6 +361,15 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
         time_limit=230.0 if options.time_limit is None and on_cpu and not options.full else options.time_limit,
     )
     return settings, options.out
+
+
+def file_name(settings: Settings) -> str:
+    """A run of its own for each model, device, dtype, mode, accumulation and checkpointing; ViT-B/32 is not named."""
+    option = next(option for option, model in models.MODELS.items() if model is settings.model)
+    benchmark = "table4" if option == DEFAULT_MODEL else f"table4-{option.replace('/', '-')}"
+    name = modes.file_name(benchmark, settings.device, settings.dtype, settings.mode, settings.dry)
+    steps = f"-accumulation{settings.accumulation}" if settings.accumulation > 1 else ""
+    return name.replace(".json", f"{steps}{'-checkpointing' if settings.checkpointing else ''}.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -351,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, methods.ParityError) as error:
         print(f"table4: {error}", file=sys.stderr)
         return 1
-    path = out / modes.file_name("table4", settings.device, settings.dtype, settings.mode, settings.dry)
+    path = out / file_name(settings)
     timing.write_result(path, environment, rows, Table4Row)
     render.table4_chart(environment, rows, path.with_suffix(".png"))
     # Without a terminal rich assumes 80 columns, which would break every cell.

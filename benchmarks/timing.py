@@ -52,8 +52,13 @@ class Table4Row(TypedDict):
 
     model: str
     weights: str
+    # Images or sequences of a step, in how many micro-batches, and whether activations were recomputed.
     batch: int
-    image_size: int
+    accumulation: int
+    checkpointing: bool
+    # Pixels of a side, or tokens of a sequence.
+    image_size: int | None
+    sequence: int | None
     data: str
     dtype: str
     mode: str
@@ -63,7 +68,8 @@ class Table4Row(TypedDict):
     # Trainable parameters without the head's, and the head's.
     trainable: int
     head: int
-    # Seconds for 50,000 images; quartiles of the steps, scaled likewise. Projected: not a whole epoch of the paper's.
+    # Seconds for 50,000 images or sequences; quartiles of the steps, scaled likewise. Projected: not a whole epoch of
+    # the paper's run.
     sec_per_epoch: float
     q1: float
     q3: float
@@ -77,6 +83,8 @@ class Table4Row(TypedDict):
     ratio_q1: float | None
     ratio_q3: float | None
     paper_ratio: float | None
+    # Parameters and the optimizer's state, what is kept for the backward, and the first with the step's peak above it.
+    held_bytes: int | None
     saved_bytes: int
     peak_bytes: int
     # Ours against naive: the largest differences of all steps, and what was allowed.

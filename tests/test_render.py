@@ -77,7 +77,8 @@ def layer_rows(shapes: tuple[Shape, ...] = (FC2,), ours: float = 0.5, **changes)
 
 def table4_row(method: str, **changes) -> Table4Row:
     values = dict.fromkeys(Table4Row.__annotations__, 1.0)
-    values |= {"model": "ViT", "weights": "random", "data": "digits", "dtype": "fp32", "mode": "eager"}
+    values |= {"model": "ViT-B/32", "weights": "random", "data": "digits", "dtype": "fp32", "mode": "eager"}
+    values |= {"accumulation": 1, "checkpointing": False, "sequence": None}
     values |= {"method": method, "ranks": None, "projected": False, "step_seconds": [1.0, 2.0], "parity": None}
     return Table4Row(**{**values, "dry": False, **changes})
 
@@ -93,7 +94,7 @@ def goals_missed(rows: list[LayerRow]) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path):
-    """A README with every marker, and a function that renders it from the files given."""
+    """A README and pages of docs with the markers wanted, and a function that renders it from the files given."""
     readme, results = tmp_path / "README.md", tmp_path / "results"
 
     def publish(files: dict[str, tuple[list, type]], *options: str) -> int:
@@ -102,7 +103,14 @@ def place(tmp_path):
         return render.main(["--root", str(readme.parent), "--results", str(results), *options])
 
     def mark(*markers: str) -> None:
-        readme.write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers), encoding="utf-8")
+        page_of = {block.marker: tmp_path / block.page for block in render.BLOCKS}
+        texts = dict.fromkeys([readme, *page_of.values()], "")
+        for marker in markers:
+            texts[page_of.get(marker, readme)] += f"<!-- {marker} -->\n<!-- /{marker} -->\n"
+        for page, text in texts.items():
+            if text or page == readme or page.exists():
+                page.parent.mkdir(exist_ok=True)
+                page.write_text(text, encoding="utf-8")
 
     publish.readme, publish.results, publish.mark = readme, results, mark
     return publish
@@ -159,7 +167,7 @@ def test_a_group_alone_needs_no_heading_and_backends_are_told_apart(place):
 
 
 def test_table_4_is_grouped_by_dtype_and_mode(place):
-    place.mark("measured:table4")
+    place.mark("measured:table4", "measured:models")
     eager = [table4_row("naive_lora"), table4_row("ours_lora", sec_per_epoch=7.5)]
     graph = [{**row, "mode": "graph", "dtype": "bf16", "sec_per_epoch": 2.5} for row in eager]
     assert place({"table4-cuda.json": (eager + graph, Table4Row)}) == 0
@@ -291,20 +299,22 @@ def test_nothing_predicted_comes_under_a_measured_marker(place, predicted, capsy
         assert f"README.md has markers for {marker}, expected {known}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["measured:layer", "measured:table4", "predicted:roofline"])
+@pytest.mark.parametrize("kind", ["measured:layer", "measured:models", "predicted:roofline"])
 def test_a_block_needs_its_markers_and_its_results(kind, place, predicted, capsys):
     files = {
         "measured:layer": ("layer.json", (layer_rows(), LayerRow)),
-        "measured:table4": ("table4.json", ([table4_row("naive_lora")], Table4Row)),
+        # Of another model, which the README's block does not show.
+        "measured:models": ("table4.json", ([table4_row("naive_lora", model="ViT-L/16")], Table4Row)),
         "predicted:roofline": ("predicted.json", (predicted, RooflineRow)),
     }
     place.mark(kind)
     assert place({}) == 2
-    assert f"README.md has markers for {kind.partition(':')[2]}" in capsys.readouterr().err
+    page = "docs/models.md" if kind == "measured:models" else "README.md"
+    assert f"{page} has markers for {kind.partition(':')[2]}" in capsys.readouterr().err
     place.mark()
     assert place({}) == 0
     assert place(dict([files[kind]])) == 2
-    assert f"README.md needs one <!-- {kind} -->" in capsys.readouterr().err
+    assert f"{page} needs one <!-- {kind} -->" in capsys.readouterr().err
     place.mark(kind)
     assert place({}) == 0
     assert place({}, "--check") == 0
@@ -323,7 +333,7 @@ def test_a_block_stands_in_the_page_that_it_names(place, monkeypatch, capsys):
     assert place(files) == 2
     assert "docs/layer.md needs one <!-- measured:layer -->" in capsys.readouterr().err
     assert not page.exists()
-    page.parent.mkdir()
+    page.parent.mkdir(exist_ok=True)
     page.write_text("above\n<!-- measured:layer -->\n<!-- /measured:layer -->\nbelow\n", encoding="utf-8")
     assert place({}) == 0
     text = page.read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from benchmarks import images, methods, render, table4, timing
+from benchmarks import images, methods, models, render, table4, timing
 from benchmarks.methods import Contestant, ParityError, Ranks
 from benchmarks.timing import Environment, Table4Row
 
@@ -26,6 +26,7 @@ from .emulated import emulate_graphs
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 CPU = torch.device("cpu")
+VIT = models.MODELS["vit-b/32"]
 FP32 = methods.TOLERANCES["fp32"]
 RANKS = {"lora": Ranks(4, 0), "seqlora": Ranks(0, 11), "hydra": Ranks(3, 2)}
 PAIRS = [("naive_lora", "ours_lora"), ("naive_seqlora", "ours_seqlora"), ("naive_hydra", "ours_hydra")]
@@ -34,12 +35,12 @@ PAIRS = [("naive_lora", "ours_lora"), ("naive_seqlora", "ours_seqlora"), ("naive
 @pytest.fixture
 def base() -> nn.Module:
     torch.manual_seed(0)
-    return table4.vit(None, dry=True)
+    return models.build(VIT, VIT.dry)
 
 
 def contestants_of(base: nn.Module, *names: str) -> dict[str, Contestant]:
     made = {
-        name: Contestant.of(name, methods.build(base, name, RANKS, target="mlp.fc2", head="classifier", seed=1))
+        name: Contestant.of(name, methods.build(base, name, RANKS, target=VIT.target, head="classifier", seed=1))
         for name in names
     }
     for name, contestant in made.items():
@@ -196,9 +197,9 @@ def test_naive_is_the_papers_algebra(kind):
 
 def test_build_refuses_an_unknown_method_and_a_target_that_is_not_there(base):
     with pytest.raises(ValueError, match="'adalora'"):
-        methods.build(base, "adalora", RANKS, target="mlp.fc2", head="classifier", seed=0)
-    with pytest.raises(ValueError, match=r"'mlp\.fc9'"):
-        methods.build(base, "naive_lora", RANKS, target="mlp.fc9", head="classifier", seed=0)
+        methods.build(base, "adalora", RANKS, target=VIT.target, head="classifier", seed=0)
+    with pytest.raises(ValueError, match=r"mlp.*fc9"):
+        methods.build(base, "naive_lora", RANKS, target=r".*\.mlp\.fc9", head="classifier", seed=0)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -507,7 +508,7 @@ def test_bf16_runs_and_its_bound_still_catches_a_wrong_gradient(base):
 
 
 def test_a_whole_epoch_is_summed_and_its_last_batch_is_what_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(table4, "EPOCH_IMAGES", 22)
+    monkeypatch.setattr(table4, "EPOCH", 22)
     arguments = ["--dry", "--full", "--batch-size", "8", "--methods", "naive_lora", "--out", str(tmp_path)]
     assert table4.main(arguments) == 0
     _, [row] = timing.read_result(tmp_path / "table4-dry-cpu-fp32.json", Table4Row)
@@ -532,7 +533,7 @@ def test_a_local_checkpoint_is_used_and_named(base, tmp_path):
     with torch.no_grad():
         base.vit.layers[0].mlp.fc1.bias.fill_(0.5)
     base.save_pretrained(tmp_path / "tiny-vit")
-    loaded = table4.vit(tmp_path / "tiny-vit", dry=True)
+    loaded = models.build(VIT, VIT.dry, tmp_path / "tiny-vit")
     for name, parameter in base.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name
 
@@ -546,6 +547,10 @@ def test_a_local_checkpoint_is_used_and_named(base, tmp_path):
         (["--ranks", "lora=0"], "'lora=0'"),
         (["--steps", "0"], "steps is 0"),
         (["--batch-size", "-1"], "batch-size is -1"),
+        (["--accumulation", "0"], "accumulation is 0"),
+        (["--accumulation", "3", "--batch-size", "8"], "accumulation is 3, expected a divisor of the batch, 8"),
+        (["--model", "llama", "--data", "some_folder"], "data is some_folder, but the model reads text"),
+        (["--model", "llama", "--checkpoint", "some_folder"], "checkpoint is some_folder, which only a ViT reads"),
         (["--full", "--steps", "3"], "steps is 3"),
         (["--device", "tpu"], "'tpu'"),
         (["--data", "no_such_folder"], "no_such_folder"),
@@ -559,7 +564,7 @@ def test_bad_options_are_named(arguments, message, tmp_path, capsys):
 
 
 def test_ranks_are_read_by_kind_and_the_others_keep_their_default():
-    assert table4.ranks_option("hydra=2+8,seqlora=5") == {
+    assert table4.ranks_option("hydra=2+8,seqlora=5", VIT.ranks) == {
         "lora": Ranks(4, 0),
         "seqlora": Ranks(0, 5),
         "hydra": Ranks(2, 8),
@@ -571,10 +576,13 @@ def published(dry_run, tmp_path):
     """A folder of results as if the dry run had been a real one, and a README with markers."""
     environment, rows = timing.read_result(dry_run, Table4Row)
     results = tmp_path / "results"
-    rows = [{**row, "dry": False} for row in rows]
+    rows = [{**row, "dry": False, "model": models.PAPER_MODEL} for row in rows]
     timing.write_result(results / "table4-cpu-fp32.json", environment, rows, Table4Row)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- measured:table4 -->\nold\n<!-- /measured:table4 -->\nafter\n", encoding="utf-8")
+    page = tmp_path / "docs" / "models.md"
+    page.parent.mkdir()
+    page.write_text("<!-- measured:models -->\n<!-- /measured:models -->\n", encoding="utf-8")
     return readme, results, environment, rows
 
 

@@ -1,0 +1,85 @@
+"""Table 4 of all models for the documentation: each run's own table, and the memory of all, as a table and a chart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from benchmarks.methods import METHODS
+from benchmarks.render_table4 import MEGA, batch_of, is_papers, table4_markdown
+from benchmarks.tables import Stored, groups, label, markdown, or_dash
+from benchmarks.timing import Environment, Table4Row
+
+# (key, name, colour) of the memory that a method needs.
+MEMORY = (
+    ("held_bytes", "parameters and optimizer", "tab:gray"),
+    ("saved_bytes", "saved for the backward", "tab:orange"),
+    ("peak_bytes", "peak", "tab:purple"),
+)
+
+
+def runs(stored: Sequence[Stored]) -> Iterator[tuple[Environment, list[Table4Row]]]:
+    """The rows of each model, dtype, mode, accumulation and checkpointing; of one repeated, a run more."""
+    by = ("model", "dtype", "mode", "batch", "accumulation", "checkpointing")
+    for _, environment, rows in stored:
+        for group in groups(rows, by=by, same=("method",)):
+            yield environment, group
+
+
+def title(environment: Environment, row: Table4Row) -> str:
+    return f"{row['model']}, {row['dtype']}, {row['mode']}, {batch_of(row)}; {environment['device']}"
+
+
+def memory_markdown(found: Sequence[tuple[Environment, list[Table4Row]]]) -> str:
+    """A line a run, a column a method: parameters and optimizer, saved and peak, in MB."""
+    used = [name for name in METHODS if any(row["method"] == name for _, rows in found for row in rows)]
+    cells = []
+    for environment, rows in found:
+        by_method = {row["method"]: row for row in rows}
+        line = [title(environment, rows[0])]
+        for name in used:
+            row = by_method.get(name)
+            figures = [] if row is None else [or_dash(row[key] and row[key] / MEGA, ".0f") for key, *_ in MEMORY]
+            line.append(" / ".join(figures) or "-")
+        cells.append(line)
+    return markdown(["run", *(label({"method": name, "ranks": None}).rstrip() for name in used)], cells)
+
+
+def models_block(stored: Sequence[Stored]) -> str:
+    """The memory of every run; the tables of those that the README does not show."""
+    found = list(runs(stored))
+    unknown = any(row[key] is None for _, rows in found for row in rows for key, *_ in MEMORY)
+    parts = [
+        f"Memory in MB: {' / '.join(name for _, name, _ in MEMORY)}, which is parameters, optimizer state and the most "
+        f"that a step holds above them.{' A dash: not recorded.' if unknown else ''}",
+        memory_markdown(found),
+    ]
+    for environment, rows in found:
+        if not is_papers(rows[0]):
+            parts += [f"**{title(environment, rows[0])}**", table4_markdown(environment, rows)]
+    return "\n\n".join(parts)
+
+
+def models_chart(stored: Sequence[Stored]) -> str:
+    """The memory of every run as SVG, a panel a run; equal rows give equal text."""
+    found = list(runs(stored))
+    with rc_context({"svg.hashsalt": "models", "svg.fonttype": "none"}), io.StringIO() as text:
+        figure = Figure(figsize=(12, 0.5 + sum(1 + 0.4 * len(rows) for _, rows in found)), layout="constrained")
+        heights = [1 + 0.4 * len(rows) for _, rows in found]
+        axes_of = figure.subplots(len(found), squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (environment, rows) in zip(axes_of, found, strict=True):
+            for number, (key, name, colour) in enumerate(MEMORY):
+                known = {place: row[key] / MEGA for place, row in enumerate(rows) if row[key] is not None}
+                places = [place + 0.27 * (number - 1) for place in known]
+                axes.bar_label(axes.barh(places, list(known.values()), 0.27, color=colour, label=name), fmt=" %.0f")
+            axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+            axes.invert_yaxis()
+            axes.margins(x=0.1)
+            axes.set_title(title(environment, rows[0]), fontsize=10)
+        axes_of[-1].set_xlabel("MB")
+        axes_of[0].legend(fontsize=8)
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        return text.getvalue()
