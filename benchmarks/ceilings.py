@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import modes, tables, timing
-from benchmarks.timing import CeilingRow
+from benchmarks.rows import CeilingRow
 
 UNCOUNTED_CALLS = 3
 

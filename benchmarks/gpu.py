@@ -26,8 +26,8 @@ import torch
 
 from benchmarks import isolated, stages, timing
 from benchmarks.isolated import ROOT, CheckRow
+from benchmarks.rows import CeilingRow, HostRow, LayerRow, Table4Row
 from benchmarks.stages import Part, Settings, TuneRow
-from benchmarks.timing import CeilingRow, HostRow, LayerRow, Table4Row
 
 # Seconds that a stage may take after the end of its time to finish the part that it is at.
 GRACE = 15.0

@@ -23,8 +23,8 @@ import hydra_kernels as hk
 from benchmarks import layer, methods, tables, timing
 from benchmarks.methods import Ranks
 from benchmarks.render_host import host_terminal
+from benchmarks.rows import HostRow
 from benchmarks.shapes import Shape
-from benchmarks.timing import HostRow
 
 SHAPES = (Shape(8, 32, 32), Shape(16, 64, 64))
 RANKS = {"hydra": Ranks(4, 4), "lora": Ranks(8, 0)}

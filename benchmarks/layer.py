@@ -31,8 +31,8 @@ from benchmarks import methods, modes, render, timing
 from benchmarks.methods import Ranks
 from benchmarks.modes import device_option
 from benchmarks.passes import Inputs, Pass, captured
+from benchmarks.rows import LayerRow
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, DRY_SHAPES, Entry, Shape, entries_of, trainable
-from benchmarks.timing import LayerRow
 from hydra_kernels.choice import choose
 from hydra_kernels.machine import here
 

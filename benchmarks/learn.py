@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import images, learning, render_learn, timing
 from benchmarks.learning import TINY, Scale
-from benchmarks.timing import LearnRow
+from benchmarks.rows import LearnRow
 
 KINDS = ("lora", "seqlora", "hydra")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)

@@ -38,8 +38,9 @@ from benchmarks.render_table4 import (
     table4_notes,
     table4_terminal,
 )
+from benchmarks.rows import HostRow, LayerRow, Table4Row
 from benchmarks.tables import Stored, environment_note, terminal
-from benchmarks.timing import Environment, HostRow, LayerRow, Table4Row
+from benchmarks.timing import Environment
 
 # The benchmarks print what the README shows: one place to take it from.
 __all__ = [

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from benchmarks import tables
+from benchmarks.rows import HostRow
 from benchmarks.tables import Stored
-from benchmarks.timing import HostRow
 
 # What our Hydra should take at most over the naive one, by backend.
 GOALS = {"native": 0.70, "aten": 1.05}

@@ -10,9 +10,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from benchmarks.rows import LayerRow
 from benchmarks.shapes import Shape
 from benchmarks.tables import MODES, Stored, environment_note, groups, headed, label, markdown, or_dash, terminal
-from benchmarks.timing import Environment, LayerRow
+from benchmarks.timing import Environment
 
 BYTES = {"fp32": 4, "bf16": 2}
 # The layer table's ratios of a step: (heading, method, over what).

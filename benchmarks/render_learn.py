@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from benchmarks.rows import LearnRow
 from benchmarks.tables import KINDS, Stored, environment_note, markdown, svg
-from benchmarks.timing import Environment, LearnRow
+from benchmarks.timing import Environment
 
 COLOURS = {"naive": "tab:blue", "again": "tab:orange", "ours": "tab:green"}
 OWNERS = {"naive": "naive", "again": "naive, batches in another order", "ours": "ours"}

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.methods import METHODS
 from benchmarks.render_table4 import MEGA, batch_of, is_papers, table4_markdown
+from benchmarks.rows import Table4Row
 from benchmarks.tables import Stored, groups, label, markdown, or_dash
-from benchmarks.timing import Environment, Table4Row
+from benchmarks.timing import Environment
 
 # (key, name, colour) of the memory that a method needs.
 MEMORY = (

@@ -11,8 +11,9 @@ from rich.table import Table
 from benchmarks import timing
 from benchmarks.methods import naive_of
 from benchmarks.models import PAPER_MODEL
+from benchmarks.rows import Table4Row
 from benchmarks.tables import MODES, Stored, environment_note, groups, headed, label, markdown, or_dash, terminal
-from benchmarks.timing import Environment, Table4Row
+from benchmarks.timing import Environment
 
 COLOURS = {"naive": "tab:blue", "ours": "tab:green"}
 MEGA = 1e6

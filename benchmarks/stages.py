@@ -17,8 +17,8 @@ from rich.progress import Progress
 import hydra_kernels as hk
 from benchmarks import ceilings, host, layer, methods, models, roofline, table4, timing
 from benchmarks.methods import Ranks
+from benchmarks.rows import CeilingRow, LayerRow, Table4Row
 from benchmarks.shapes import CUDA_SHAPES, DRY_SHAPES, Shape
-from benchmarks.timing import CeilingRow, LayerRow, Table4Row
 from hydra_kernels.backend import TABLE
 from hydra_kernels.tuning import Tuned
 

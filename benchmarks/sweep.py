@@ -20,8 +20,8 @@ from rich.table import Table
 from benchmarks import layer, methods, render, timing
 from benchmarks.layer import Bench, Settings
 from benchmarks.methods import Ranks
+from benchmarks.rows import SweepRow
 from benchmarks.shapes import Entry, Shape
-from benchmarks.timing import SweepRow
 from hydra_kernels.choice import choose
 from hydra_kernels.machine import here
 

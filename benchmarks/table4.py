@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks import methods, models, modes, render, timing
 from benchmarks.methods import Contestant, Difference, Ranks
 from benchmarks.models import Model, Size
-from benchmarks.timing import Table4Row
+from benchmarks.rows import Table4Row
 
 # Images of CIFAR-10's epoch; as many sequences of a model of text.
 EPOCH = 50_000

@@ -15,8 +15,8 @@ from benchmarks import doctor, gpu, isolated, stages, timing
 from benchmarks.doctor_kernels import FORMATS, Compared, judge, slack_of
 from benchmarks.gpu import Stage
 from benchmarks.isolated import CheckRow, Isolated
+from benchmarks.rows import CeilingRow
 from benchmarks.stages import Part, Settings
-from benchmarks.timing import CeilingRow
 from hydra_kernels.kernels.launch import Launch
 
 # Stands for `benchmarks.doctor`: each check does what its name says.

@@ -9,7 +9,7 @@ from torch import nn
 
 import hydra_kernels as hk
 from benchmarks import ceilings, host, methods, modes, render_host, timing
-from benchmarks.timing import CeilingRow, HostRow
+from benchmarks.rows import CeilingRow, HostRow
 
 CPU = torch.device("cpu")
 

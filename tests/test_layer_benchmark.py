@@ -22,8 +22,8 @@ from benchmarks import layer, methods, modes, passes, render, shapes, sweep, tim
 from benchmarks.layer import Bench, Contestant
 from benchmarks.methods import ParityError, Ranks
 from benchmarks.passes import Inputs, Pass, Replay
+from benchmarks.rows import LayerRow, SweepRow
 from benchmarks.shapes import Entry, Shape
-from benchmarks.timing import LayerRow, SweepRow
 
 from .emulated import emulate_graphs
 

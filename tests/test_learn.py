@@ -10,7 +10,7 @@ from matplotlib.figure import Figure  # noqa: F401  (its import warns nowhere el
 import hydra_kernels as hk
 from benchmarks import images, learn, learning, render_learn, rounding, subspaces, timing
 from benchmarks.learning import TINY
-from benchmarks.timing import LearnRow
+from benchmarks.rows import LearnRow
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from benchmarks import render, render_layer, roofline, timing
 from benchmarks.methods import Ranks
 from benchmarks.render_roofline import RooflineRow
+from benchmarks.rows import LayerRow, Table4Row
 from benchmarks.shapes import Shape
-from benchmarks.timing import Environment, LayerRow, Table4Row
+from benchmarks.timing import Environment
 
 FC2, SQUARE, LONG, SMALL = Shape(6400, 3072, 768), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096), Shape(16, 64, 32)
 RIVALS = ("frozen", "naive_hydra", "naive_lora", "naive_lora@parameters", "naive_seqlora@parameters")

@@ -18,7 +18,8 @@ from torch._dynamo.utils import counters
 
 from benchmarks import images, methods, models, render, table4, timing
 from benchmarks.methods import Contestant, ParityError, Ranks
-from benchmarks.timing import Environment, Table4Row
+from benchmarks.rows import Table4Row
+from benchmarks.timing import Environment
 
 from .emulated import emulate_graphs
 

@@ -1,0 +1,184 @@
+"""What one row of each stored result holds. Times are in seconds and memory in bytes unless a name says otherwise."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class Table4Row(TypedDict):
+    """One method of Table 4. Every ratio is to naive LoRA; ``None`` where a method has no such figure."""
+
+    model: str
+    weights: str
+    # Images or sequences of a step, in how many micro-batches, and whether activations were recomputed.
+    batch: int
+    accumulation: int
+    checkpointing: bool
+    # Pixels of a side, or tokens of a sequence.
+    image_size: int | None
+    sequence: int | None
+    data: str
+    dtype: str
+    mode: str
+    method: str
+    # [r_a, r_b]
+    ranks: list[int] | None
+    # Trainable parameters without the head's, and the head's.
+    trainable: int
+    head: int
+    # Seconds for 50,000 images or sequences; quartiles of the steps, scaled likewise. Projected: not a whole epoch of
+    # the paper's run.
+    sec_per_epoch: float
+    q1: float
+    q3: float
+    projected: bool
+    paper_sec_per_epoch: float | None
+    # Counted steps, and the seconds of each.
+    steps: int
+    step_seconds: list[float]
+    # Median and quartiles over the paired steps.
+    ratio: float | None
+    ratio_q1: float | None
+    ratio_q3: float | None
+    paper_ratio: float | None
+    # Parameters and the optimizer's state, what is kept for the backward, and the first with the step's peak above it.
+    held_bytes: int | None
+    saved_bytes: int
+    peak_bytes: int
+    # Ours against naive: the largest differences of all steps, and what was allowed.
+    parity: dict[str, Any] | None
+    dry: bool
+
+
+class LayerRow(TypedDict):
+    """One phase of one method on one layer, or why the method could not run (``unavailable``; its figures are None)."""
+
+    # x is [M, K], the weight [N, K].
+    M: int
+    K: int
+    N: int
+    # The method's own ranks, 0 and 0 for the frozen layer, and those of the Hydra layer that it is measured beside.
+    r_a: int
+    r_b: int
+    hydra: list[int]
+    # "cpu" or "cuda"; the environment has its name.
+    device: str
+    # Equal to that Hydra layer's in "rank" (r_a + r_b), in "parameters" (the nearest), in "both"; None: frozen.
+    pair: str | None
+    dtype: str
+    mode: str
+    # "forward", "backward" or "step".
+    phase: str
+    method: str
+    # Of ours, what ran.
+    backend: str | None
+    form: str | None
+    # Microseconds of one call over the rounds, each the mean of ``calls`` calls.
+    median_us: float | None
+    q1_us: float | None
+    q3_us: float | None
+    # On a GPU, the least that a composed step can take at the measured ceilings (benchmarks.roofline).
+    floor_us: float | None
+    runs: int
+    calls: int
+    dropout: float
+    trainable: int
+    # [q1, median, q3] of the paired rounds over other methods, "@parameters": over the one of equal parameters.
+    over: dict[str, list[float]]
+    # Of a step: kept for the backward, and the peak above what was there before it.
+    saved_bytes: int | None
+    peak_bytes: int | None
+    # The largest difference from the naive layer, and what was allowed.
+    parity: dict[str, Any] | None
+    unavailable: str | None
+    dry: bool
+
+
+class SweepRow(TypedDict):
+    """A step of our Hydra in both forms at one shape, x [M, K], weight [N, K]."""
+
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    device: str
+    dtype: str
+    mode: str
+    backend: str
+    # Medians of a call, in microseconds.
+    composed_us: float
+    kept_us: float
+    # Composed over kept in paired rounds: [q1, median, q3].
+    over: list[float]
+    runs: int
+    # The form that the package chooses here.
+    chosen: str
+    dry: bool
+
+
+class CeilingRow(TypedDict):
+    """What the device reaches in one large operation."""
+
+    # "copy" or "product"; of products "tf32" is fp32 data.
+    what: str
+    dtype: str
+    # Over the median time of a call, and over the third and the first quartile of the times.
+    value: float
+    q1: float
+    q3: float
+    # "GB/s", of bytes read and written, or "TFLOP/s".
+    unit: str
+    # Of one call.
+    bytes_or_operations: int
+    runs: int
+    dry: bool
+
+
+class HostRow(TypedDict):
+    """Host time of an eager step (forward and backward) of one method, x [M, K], weight [N, K]."""
+
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    dtype: str
+    device: str
+    method: str
+    # Of ours.
+    backend: str | None
+    # Microseconds of a step over the rounds, each the mean of ``calls`` steps.
+    host_us: float
+    q1_us: float
+    q3_us: float
+    # [q1, median, q3] of the paired rounds over other methods.
+    over: dict[str, list[float]]
+    runs: int
+    calls: int
+    dry: bool
+
+
+class LearnRow(TypedDict):
+    """One fine-tuning run: five classes learned from a few images each, by adapters and a new head."""
+
+    # equal: naive beside ours from equal seeds; search: of the learning rate; claim: at the rate that the search chose.
+    experiment: str
+    data: str
+    # "mlp", "attention" or "both"; naive, again (naive, each batch in another order) or ours, then the kind.
+    position: str
+    method: str
+    trainable: int
+    head: int
+    dtype: str
+    rate: float
+    seed: int
+    # Images to train on, and of the test.
+    images: int
+    tested: int
+    # Of every step; empty but for equal.
+    losses: list[float]
+    # Shares of right answers.
+    validation: float
+    test: float
+    dry: bool
