@@ -237,7 +237,7 @@ def main() -> int:
             resumed.run(resumed.steps)
             same = same_bits(resumed.state(), training.state())
             size = (folder / "middle.pt").stat().st_size
-            print(f"resumed at step {middle} of {training.steps} ({size:,} bytes): the same bits: {same}")
+            print(f"{method}, resumed at step {middle} of {training.steps} ({size:,} bytes): the same bits: {same}")
             passed &= same
         if method not in ("head", "full"):
             hk.save_adapters(training.model, folder / "adapters.safetensors", include=[HEAD])
