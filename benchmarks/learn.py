@@ -26,7 +26,7 @@ from benchmarks.rows import LearnRow
 
 KINDS = ("lora", "seqlora", "hydra")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-EQUAL_RATE = 3e-3
+EQUAL_RATE = 1e-2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Seeds of the search are counted from here, far from those of the final runs.
 SEARCH = 1000
@@ -146,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scale=TINY if options.dry_run else Scale(),
         dry=options.dry_run,
     )
+    torch.set_num_threads(1)  # the models are too small for more
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
