@@ -7,9 +7,11 @@ that no longer import do not, nor does a defect whose text is no longer in its f
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,9 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("hydra_kernels", "csrc", "tests", "benchmarks", "setup.py", "pyproject.toml")
 TIMEOUT = 300  # seconds a run of tests may take; a defect that makes them hang is caught
 TESTS_FAILED = 1  # pytest's exit status; 2 and more mean that no test ran
+# What the tests import beside the mutated sources: once, in the process that all runs are forked from.
+LIBRARIES = ["torch", "torch._dynamo", "torch.distributed.tensor", "pytest", "hypothesis", "safetensors.torch", "peft"]
+SERVER = multiprocessing.get_context("forkserver")
 
 
 class Mutation(NamedTuple):
@@ -41,15 +46,32 @@ def read() -> list[Mutation]:
 
 
 def run_tests(folder: Path, tests: list[str]) -> int:
-    """pytest's exit status for the sources in folder, which its current directory puts before the installed ones."""
-    options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    try:
-        status = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=TIMEOUT).returncode
-        return TESTS_FAILED if status < 0 else status  # a defect that crashes them is caught too
-    except subprocess.TimeoutExpired:
-        return TESTS_FAILED
+    """pytest's exit status for the sources in folder, in a process of its own with the libraries imported."""
+    process = SERVER.Process(target=_run_pytest, args=(folder, tests))
+    process.start()
+    process.join(TIMEOUT)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    # What hangs and what crashes is caught too.
+    return TESTS_FAILED if process.exitcode < 0 else process.exitcode
+
+
+def _run_pytest(folder: Path, tests: list[str]) -> None:
+    os.setsid()
+    os.chdir(folder)
+    sys.path[:] = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
+    sys.dont_write_bytecode = True
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
+        os.dup2(nothing.fileno(), sys.stderr.fileno())
+    import pytest
+
+    # Plain assertions: plugins that are imported already can't be rewritten, and nobody reads the messages.
+    os._exit(pytest.main(["-x", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
 
 
 def build_native(folder: Path) -> bool:
@@ -103,6 +125,9 @@ def main() -> int:
 
     start = time.monotonic()
     missed = 0
+    # Read while the libraries are imported: one thread a run, kernels in the interpreter.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    SERVER.set_forkserver_preload(LIBRARIES)
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
         objects, folder = Path(scratch, "objects"), Path(scratch, "sources")
         objects.mkdir()
