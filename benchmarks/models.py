@@ -197,6 +197,14 @@ def build(model: Model, size: Size, checkpoint: Path | None = None) -> PreTraine
     )
 
 
+def checkpoint_activations(network: PreTrainedModel) -> None:
+    """Keeps of each of the network's layers its input alone, until the backward: transformers' own, in place."""
+    # Without dropout there is no state of random numbers to restore, which a CUDA graph could not.
+    network.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    # Only a reentrant checkpoint needs embeddings that require gradients; frozen ones need none.
+    network.disable_input_require_grads()
+
+
 def name_of(size: Size, network: PreTrainedModel, checkpoint: Path | None) -> str:
     """As printed: the size's own, or what a checkpoint turned out to be."""
     if checkpoint is None:

@@ -237,8 +237,7 @@ def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
     base = models.build(model, settings.size, settings.checkpoint).to(settings.device, dtype)
     source = models.source(base, settings.size, settings.data, settings.device, dtype)
     if settings.checkpointing:
-        # Without dropout there is no state of random numbers to restore, which a CUDA graph could not.
-        base.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        models.checkpoint_activations(base)
     contestants = {
         name: Contestant.of(
             name,

@@ -198,7 +198,7 @@ def test_checkpointing_keeps_the_layers_inputs_alone():
     for checkpointing in (False, True):
         network = network_of("llama")
         if checkpointing:
-            network.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            models.checkpoint_activations(network)
         model = MODELS["llama"]
         network = methods.build(network, "naive_lora", model.ranks, target=model.target, head=model.head, seed=1)
         inputs, hidden = torch.randint(2, 100, (4, 16)), []
@@ -210,6 +210,7 @@ def test_checkpointing_keeps_the_layers_inputs_alone():
     # The input of each of the two layers and of the last norm, [4, 16, 32], and that norm's factors, [4, 16, 1].
     assert saved[True] == 4 * (3 * 4 * 16 * 32 + 4 * 16)
     assert saved[False] > 10 * saved[True]
+    assert not network.get_input_embeddings()(inputs).requires_grad
 
 
 @pytest.mark.parametrize("option", OTHERS)
