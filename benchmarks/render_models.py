@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from benchmarks.methods import METHODS
 from benchmarks.render_table4 import MEGA, batch_of, is_papers, table4_markdown
@@ -81,6 +82,7 @@ def models_chart(stored: Sequence[Stored]) -> str:
             axes.margins(x=0.1)
             axes.set_title(title(environment, rows[0]), fontsize=10)
         axes_of[-1].set_xlabel("MB")
-        axes_of[0].legend(fontsize=8)
+        patches = [Patch(color=colour, label=name) for _, name, colour in MEMORY]
+        figure.legend(handles=patches, loc="outside upper right", ncols=len(patches))
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
         return text.getvalue()
