@@ -131,7 +131,7 @@ MODELS = {
         config=LlamaConfig,
         settings=LLAMA,
         gpu=Size("Llama-shaped, 4 layers of 4096/14336", 4, llama(4096, layers=4, heads=32), length=2048),
-        cpu=Size("Llama-shaped, 4 layers of 1024/3584, smaller", 4, llama(1024, layers=4, heads=16), length=512),
+        cpu=Size("Llama-shaped, 2 layers of 1024/3584, smaller", 4, llama(1024, layers=2, heads=16), length=512),
         dry=Size("Llama-shaped, 2 layers of 32/112", 8, llama(32, layers=2, heads=4), length=16),
         target=r"model\.layers\..*_proj",
         head="lm_head",
