@@ -1,7 +1,7 @@
 """The paper's analysis on a trained Hydra model (Fig. 3 and 4). ``python -m benchmarks.subspaces``
 
 Which directions of W0 the branches use: the subspace similarity (Eq. 14) of A_down, and of B_down W0, with W0; a random
-A_down has max(i, j) / K. And what the branches put out for the [CLS] token: their t-SNE, and how alike they are to the
+A_down has max(i, j) / K, and a random B_down shows what W0 alone does to B_down W0. And what the branches put out for the [CLS] token: their t-SNE, and how alike they are to the
 frozen branch (linear CKA, Kornblith et al. 2019: 1 where one is the other turned and scaled).
 """
 
@@ -103,9 +103,9 @@ def run(data: Path | None, device: torch.device, scale: Scale, seed: int, dry: b
     trained = learning.fine_tune(model, parts, scale, RATE, seed)
     pixels, labels = (part[:: max(1, len(parts.test[1]) // SHOWN)][:SHOWN] for part in parts.test)
     outputs = branch_outputs(model, pixels)
-    rows = []
+    rows, random = [], torch.Generator().manual_seed(seed)
     for name, layer in adapted_layers(model).items():
-        W0, A, B = (t.detach().double() for t in (layer.weight, layer.A_down, layer.B_down))
+        W0, A, B = (t.detach().double().cpu() for t in (layer.weight, layer.A_down, layer.B_down))
         last = name == list(outputs)[-1]
         rows.append(
             SubspaceRow(
@@ -114,7 +114,11 @@ def run(data: Path | None, device: torch.device, scale: Scale, seed: int, dry: b
                 layer=name,
                 K=layer.in_features,
                 N=layer.out_features,
-                similarity={"A": similarities(A, W0), "BW0": similarities(B @ W0, W0)},
+                similarity={
+                    "A": similarities(A, W0),
+                    "BW0": similarities(B @ W0, W0),
+                    "random": similarities(torch.randn(B.shape, generator=random, dtype=B.dtype) @ W0, W0),
+                },
                 cka={b: round(cka(outputs[name][b], outputs[name]["pretrained"]), 4) for b in BRANCHES[1:]},
                 tsne=tsne(outputs[name], seed) if last else {},
                 labels=(labels + learning.CLASSES).tolist() if last else [],
@@ -127,22 +131,22 @@ def run(data: Path | None, device: torch.device, scale: Scale, seed: int, dry: b
 
 def subspace_markdown(environment: Environment, rows: Sequence[SubspaceRow]) -> str:
     """Per layer: similarity to the top directions of W0, and the branches' likeness to the frozen one."""
-    headings = ["layer", "A with W0", "B W0 with W0", "random", "CKA parallel, frozen", "CKA sequential, frozen"]
+    headings = ["layer", "A with W0", "random A", "B W0 with W0", "random B"]
+    headings += ["CKA parallel, frozen", "CKA sequential, frozen"]
     cells = []
     for row in rows:
         r = len(row["similarity"]["A"])
         j = max(1, row["N"] // 8)
-        own = [f"{row['similarity'][m][len(row['similarity'][m]) - 1][j - 1]:.3f}" for m in MATRICES]
+        own, frozen, by_chance = (f"{row['similarity'][m][-1][j - 1]:.3f}" for m in ("A", "BW0", "random"))
         likeness = [f"{row['cka'][branch]:.3f}" for branch in BRANCHES[1:]]
-        cells.append([row["layer"], *own, f"{max(r, j) / row['K']:.3f}", *likeness])
+        cells.append([row["layer"], own, f"{max(r, j) / row['K']:.3f}", frozen, by_chance, *likeness])
     first = rows[0]
-    a, b = (statistics.mean(float(line[i]) for line in cells) for i in (1, 2))
-    chance = statistics.mean(float(line[3]) for line in cells)
+    means = [statistics.mean(float(line[i]) for line in cells) for i in range(1, 5)]
     parallel, sequential = (statistics.mean(row["cka"][branch] for row in rows) for branch in BRANCHES[1:])
     sentence = (
-        f"Similarity of all of A's, and of B W0's, directions with the top {max(1, first['N'] // 8)} of W0's "
-        f"{first['N']}: {a:.3f} and {b:.3f} in the mean, {chance:.3f} for random ones. Alike to the frozen branch's "
-        f"[CLS] outputs: {parallel:.3f} the parallel branch, {sequential:.3f} the sequential one."
+        f"Similarity of all of A's directions with the top {max(1, first['N'] // 8)} of W0's {first['N']}: {means[0]:.3f} in "
+        f"the mean, {means[1]:.3f} for a random A; of B W0's {means[2]:.3f}, {means[3]:.3f} for a random B. Alike to the "
+        f"frozen branch's [CLS] outputs: {parallel:.3f} the parallel branch, {sequential:.3f} the sequential one."
     )
     note = (
         f"{environment_note(environment)} {first['data']}, seed {first['seed']}, test accuracy "
