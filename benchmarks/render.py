@@ -28,6 +28,7 @@ from benchmarks.render_layer import (
     layer_steps,
     layer_terminal,
 )
+from benchmarks.render_learn import learn_block, learn_chart
 from benchmarks.render_models import models_block, models_chart
 from benchmarks.render_roofline import RooflineRow, roofline_block
 from benchmarks.render_table4 import (
@@ -38,7 +39,9 @@ from benchmarks.render_table4 import (
     table4_notes,
     table4_terminal,
 )
-from benchmarks.rows import HostRow, LayerRow, Table4Row
+from benchmarks.rounding import RoundingRow, rounding_block, rounding_chart
+from benchmarks.rows import HostRow, LayerRow, LearnRow, Table4Row
+from benchmarks.subspaces import SubspaceRow, subspace_block, subspace_chart
 from benchmarks.tables import Stored, environment_note, terminal
 from benchmarks.timing import Environment
 
@@ -62,7 +65,7 @@ __all__ = [
 ]
 
 
-README = "README.md"
+README, LEARNING = "README.md", "docs/learning.md"
 
 
 class Block(NamedTuple):
@@ -86,6 +89,9 @@ class Block(NamedTuple):
 BLOCKS = (
     Block("measured:table4", "table4", Table4Row, table4_block, rows=is_papers),
     Block("measured:models", "table4", Table4Row, models_block, page="docs/models.md", overview=models_chart),
+    Block("measured:learn", "learn", LearnRow, learn_block, learn_chart, page=LEARNING),
+    Block("measured:rounding", "rounding", RoundingRow, rounding_block, rounding_chart, page=LEARNING),
+    Block("measured:subspaces", "subspaces", SubspaceRow, subspace_block, subspace_chart, page=LEARNING),
     Block("measured:layer", "layer", LayerRow, layer_block, layer_chart),
     Block("measured:host", "host", HostRow, host_block),
     Block("predicted:roofline", "predicted", RooflineRow, roofline_block),

@@ -1,8 +1,9 @@
 """The paper's analysis on a trained Hydra model (Fig. 3 and 4). ``python -m benchmarks.subspaces``
 
 Which directions of W0 the branches use: the subspace similarity (Eq. 14) of A_down, and of B_down W0, with W0; a random
-A_down has max(i, j) / K, and a random B_down shows what W0 alone does to B_down W0. And what the branches put out for the [CLS] token: their t-SNE, and how alike they are to the
-frozen branch (linear CKA, Kornblith et al. 2019: 1 where one is the other turned and scaled).
+A_down has max(i, j) / K, and a random B_down shows what W0 alone does to B_down W0. And what the branches put out for
+the [CLS] token: their t-SNE, and how alike they are to the frozen branch (linear CKA, Kornblith et al. 2019: 1 where
+one is the other turned and scaled).
 """
 
 from __future__ import annotations
@@ -144,9 +145,10 @@ def subspace_markdown(environment: Environment, rows: Sequence[SubspaceRow]) -> 
     means = [statistics.mean(float(line[i]) for line in cells) for i in range(1, 5)]
     parallel, sequential = (statistics.mean(row["cka"][branch] for row in rows) for branch in BRANCHES[1:])
     sentence = (
-        f"Similarity of all of A's directions with the top {max(1, first['N'] // 8)} of W0's {first['N']}: {means[0]:.3f} in "
-        f"the mean, {means[1]:.3f} for a random A; of B W0's {means[2]:.3f}, {means[3]:.3f} for a random B. Alike to the "
-        f"frozen branch's [CLS] outputs: {parallel:.3f} the parallel branch, {sequential:.3f} the sequential one."
+        f"Similarity of all of A's directions with the top {max(1, first['N'] // 8)} of W0's {first['N']}: "
+        f"{means[0]:.3f} in the mean, {means[1]:.3f} for a random A; of B W0's {means[2]:.3f}, {means[3]:.3f} for a "
+        f"random B. Alike to the frozen branch's [CLS] outputs: {parallel:.3f} the parallel branch, "
+        f"{sequential:.3f} the sequential one."
     )
     note = (
         f"{environment_note(environment)} {first['data']}, seed {first['seed']}, test accuracy "
