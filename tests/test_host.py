@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hydra_kernels as hk
-from benchmarks import ceilings, host, methods, modes, render_host, timing
+from benchmarks import ceilings, host, methods, modes, naive, render_host, timing
 from benchmarks.rows import CeilingRow, HostRow
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def test_the_host_command_stores_every_rival_and_backend(tmp_path, capsys):
 def test_host_ratios_are_of_paired_rounds_and_the_first_rounds_do_not_count(monkeypatch):
     draw = np.random.default_rng(0)
     slow, seen = iter(np.repeat(draw.uniform(1, 10, 42), 4)), []
-    factors = {hk.HydraLinear: 3.0, methods.NaiveHydra: 4.0, methods.NaiveLoRA: 2.0}
+    factors = {hk.HydraLinear: 3.0, naive.NaiveHydra: 4.0, naive.NaiveLoRA: 2.0}
 
     def sample(module, x, G, calls):
         seen.append((type(module), x.data_ptr()))
