@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
 
 
 def read(path: Path) -> tuple[Rows, Rows]:
-    """The messages to train on, and those to test on: every fifth of each label."""
+    """The messages to train on, and those to test on: every fifth in the order of the labels."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: row["label"])
     return [row for i, row in enumerate(rows) if i % 5 != 4], rows[4::5]

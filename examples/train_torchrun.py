@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -96,6 +95,8 @@ def train(options: argparse.Namespace) -> float:
     """Trains, writes, and returns by how much the answers of an unsharded model that loads the file differ at most."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     rank, world = dist.get_rank(), dist.get_world_size()
+    if options.parallel != "tp" and options.batch % world:
+        raise SystemExit(f"--batch: expected a multiple of the {world} processes, got {options.batch}")
     digits = load_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32, device=device)
     labels = torch.tensor(digits.target, device=device)
@@ -105,17 +106,20 @@ def train(options: argparse.Namespace) -> float:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.lr, foreach=False)
     step, checkpoints = torch.zeros((), dtype=torch.int64), options.folder / "checkpoints"
+    # A checkpoint is whole when its metadata are there, which are written last.
+    whole = sorted(path.parent for path in checkpoints.glob("*/.metadata"))
+    if options.resume != bool(whole):
+        found = f"{len(whole)} checkpoints" if whole else "no checkpoint"
+        raise SystemExit(
+            f"{checkpoints} holds {found}: --resume goes on from the newest, without it --folder must be new"
+        )
     if options.resume:
-        # A checkpoint is whole when its metadata are there, which are written last.
-        newest = max(checkpoints.glob("*/.metadata")).parent
         weights, moments = get_state_dict(model, optimizer, options=ONLY_TRAINED)
         state = {"model": weights, "optimizer": moments, "step": step}
-        dcp.load(state, checkpoint_id=newest)
+        dcp.load(state, checkpoint_id=whole[-1])
         set_state_dict(
             model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"], options=ONLY_TRAINED
         )
-    elif rank == 0:
-        shutil.rmtree(checkpoints, ignore_errors=True)
     dist.barrier()
 
     while step < options.steps:
@@ -139,7 +143,7 @@ def train(options: argparse.Namespace) -> float:
 
     model.eval()
     with torch.no_grad():
-        answers = model(images[TRAINING_IMAGES:]) + 0
+        answers = model(images[TRAINING_IMAGES:]) + 0  # waits for what tensor parallelism still sends
     accuracy = (answers.argmax(1) == labels[TRAINING_IMAGES:]).float().mean().item()
     say(f"accuracy on {len(answers)} images it has not seen: {accuracy:.3f}")
 

@@ -220,7 +220,7 @@ def main() -> int:
         before = accuracy(training.model, test_images, test_labels)
         middle = training.steps // 2 + 1  # within an epoch
         if args.resume:
-            training.load_state(torch.load(args.resume))
+            training.load_state(torch.load(args.resume, map_location="cpu"))
         else:
             training.run(middle)
             torch.save(training.state(), folder / "middle.pt")
@@ -233,7 +233,7 @@ def main() -> int:
 
         if not args.resume:
             resumed = Training(make_model(base, method, args), images, labels, args, method)
-            resumed.load_state(torch.load(folder / "middle.pt"))
+            resumed.load_state(torch.load(folder / "middle.pt", map_location="cpu"))
             resumed.run(resumed.steps)
             same = same_bits(resumed.state(), training.state())
             size = (folder / "middle.pt").stat().st_size

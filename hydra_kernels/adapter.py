@@ -152,6 +152,17 @@ class Adapter(nn.Module):
             backend=self.backend,
         )
 
+    def extra_repr(self) -> str:
+        shown = [f"r_a={self.r_a}", f"r_b={self.r_b}"]
+        for name in self._initial_scales:
+            scale = getattr(self, name)
+            if isinstance(scale, Tensor) or scale != 1:
+                shown.append(f"{name}={'learnable' if isinstance(scale, Tensor) else scale}")
+        shown += [f"dropout={self.dropout}"] if self.dropout else []
+        shown += ["adapter_bias=True"] if self.adapter_bias else []
+        shown += [f"{name}={v}" for name, v in (("form", self.form), ("backend", self.backend)) if v != "auto"]
+        return ", ".join(shown)
+
     # Not in inference mode, even where the caller is: a later backward must be able to save the merged weight.
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -224,21 +224,9 @@ class HydraLinear(Adapter):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        shown = [
-            f"in_features={self.in_features}",
-            f"out_features={self.out_features}",
-            f"bias={self.bias is not None}",
-        ]
-        shown += [f"r_a={self.r_a}", f"r_b={self.r_b}"]
-        for name in self._initial_scales:
-            scale = getattr(self, name)
-            if isinstance(scale, Tensor) or scale != 1:
-                shown.append(f"{name}={'learnable' if isinstance(scale, Tensor) else scale}")
-        shown += [f"dropout={self.dropout}"] if self.dropout else []
-        shown += ["adapter_bias=True"] if self.adapter_bias else []
-        shown += [f"{name}={v}" for name, v in (("form", self.form), ("backend", self.backend)) if v != "auto"]
-        shown += ["merged=True"] if self.merged else []
-        return ", ".join(shown + ([] if self.adapters_enabled else ["adapters_enabled=False"]))
+        shown = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+        shown += super().extra_repr() + (", merged=True" if self.merged else "")
+        return shown + ("" if self.adapters_enabled else ", adapters_enabled=False")
 
     def _check_whole(self, caller: str, dimensions: int = 0) -> None:
         """Raises where parameters are sharded over a mesh of more dimensions."""
@@ -298,7 +286,12 @@ def check_wrappable(linear: nn.Module) -> None:
         raise TypeError(f"linear: expected an nn.Linear, got {kind}")
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise TypeError(f"linear: {kind} belongs to nn.MultiheadAttention, which reads its weight past its forward")
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+    if hasattr(linear, "_hf_hook"):
+        raise ValueError(
+            f"linear: {kind} has a hook of accelerate's (device_map), which the adapted layer would lose; call "
+            "accelerate.hooks.remove_hook_from_submodules(model), adapt it, then dispatch_model"
+        )
+    if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
         raise TypeError(f"linear: {kind} computes something else than nn.Linear in its forward")
     if not isinstance(linear._parameters.get("weight"), nn.Parameter):
         raise TypeError(f"linear: the weight of {kind} is not a plain Parameter but derived or quantised")

@@ -11,7 +11,7 @@ from torch import nn
 peft = pytest.importorskip("peft")  # an optional extra
 transformers = pytest.importorskip("transformers")
 
-from hydra_kernels.peft import HydraConfig, HydraLayer, from_lora  # noqa: E402
+from hydra_kernels.peft import HydraConfig, HydraLinearLayer, from_lora  # noqa: E402
 
 from .test_peft import adapted, inputs, net, randomise  # noqa: E402
 
@@ -145,16 +145,26 @@ def test_other_methods_and_other_models_are_refused_and_the_model_stays(tmp_path
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         with pytest.raises(ValueError, match="does not fit the model"):
             from_lora(model, tmp_path / "lora")
-        assert not any(isinstance(m, HydraLayer) for m in model.modules())
+        assert not any(isinstance(m, HydraLinearLayer) for m in model.modules())
         assert {name: p.tolist() for name, p in model.named_parameters()} == {n: p.tolist() for n, p in before.items()}
 
 
+def test_a_layer_in_two_places_is_refused(tmp_path):
+    """PEFT's LoRA adapts the first place alone, so the outputs would differ."""
+    saved_lora(tmp_path, base=net(shared=True))
+    with pytest.raises(ValueError, match="names other layers than are in the file"):
+        from_lora(net(shared=True), tmp_path)
+
+
 def test_keys_that_the_model_has_not_are_refused(tmp_path):
-    saved_lora(tmp_path)
+    saved_lora(tmp_path, bias="all", modules_to_save=["head"])
     file = tmp_path / "adapter_model.safetensors"
     save_file(load_file(file) | {"base_model.model.fc9.bias": torch.ones(1)}, file)
+    model = net()
     with pytest.raises(ValueError, match=r"fc9\.bias is not in the model"):
-        from_lora(net(), tmp_path)
+        from_lora(model, tmp_path)
+    assert {n: p.tolist() for n, p in model.named_parameters()} == {n: p.tolist() for n, p in net().named_parameters()}
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_the_stored_configuration_is_hydras(tmp_path):

@@ -15,7 +15,7 @@ from .oracle import differentiate, hydra, violations
 peft = pytest.importorskip("peft")  # an optional extra
 transformers = pytest.importorskip("transformers")
 
-from hydra_kernels.peft import HydraConfig, HydraLayer  # noqa: E402
+from hydra_kernels.peft import HydraConfig, HydraLinearLayer  # noqa: E402
 
 F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -161,7 +161,7 @@ def test_without_the_sequential_branch_it_is_pefts_lora(dtype, lora, ours):
 def several(learnable=False, **options):
     """A layer with three adapters: both branches, LoRA with biases, SeqLoRA."""
     torch.manual_seed(3)
-    layer = HydraLayer(
+    layer = HydraLinearLayer(
         nn.Linear(7, 11, dtype=F64), "one", {"r_a": 3, "r_b": 2, "scale_a": 0.5, "scale_b": 2.0, **options}
     )
     layer.add_adapter("two", {"r_a": 4, "r_b": 0, "scale_a": -1.5, "adapter_bias": True, **options})
@@ -209,7 +209,7 @@ def test_an_adapters_gradients_are_the_oracles():
 
 def test_each_adapter_has_its_own_dropout_when_several_are_active():
     eye = torch.eye(64, dtype=F64)
-    layer = HydraLayer(nn.Linear(64, 64, bias=False, dtype=F64), "a", {"r_a": 64, "r_b": 0, "dropout": 0.5})
+    layer = HydraLinearLayer(nn.Linear(64, 64, bias=False, dtype=F64), "a", {"r_a": 64, "r_b": 0, "dropout": 0.5})
     layer.add_adapter("b", {"r_a": 64, "r_b": 64, "dropout": 0.0})
     layer.add_adapter("c", {"r_a": 0, "r_b": 64, "dropout": 0.25})
     layer.set_adapter(["a", "b", "c"])
@@ -289,6 +289,56 @@ def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing():
     layer.merge(safe_merge=True, adapter_names=["one"])
 
 
+def test_a_checkpoint_that_is_saved_while_merged_holds_the_trained_bias(tmp_path):
+    model = adapted(bias="hydra_only")
+    want = model(inputs())
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(peft.PeftModel.from_pretrained(net(), tmp_path)(inputs()), want)
+
+
+def test_names_of_adapters_are_a_list():
+    with pytest.raises(TypeError, match="adapter_names should be a list of strings"):
+        adapted().merge_and_unload(adapter_names="default")
+
+
+def test_two_layers_of_one_weight_merge_only_into_weights_of_their_own():
+    base = net()
+    base.more["again"].weight = base.fc2.weight
+    model = adapted(base, target_modules=["fc2", "again"])
+    want, weight = model(inputs()), base.fc2.base_layer.weight
+    with pytest.raises(ValueError, match="merge_adapter: adapted layers share one weight"):
+        model.merge_adapter()
+    plain = model.merge_and_unload()
+    assert plain.fc2.weight is not plain.more["again"].weight
+    assert weight is not plain.fc2.weight
+    torch.testing.assert_close(plain(inputs()), want, rtol=1e-12, atol=1e-12)
+
+
+def test_all_linear_finds_layers_that_are_adapted_already():
+    model = peft.get_peft_model(net(), HydraConfig(target_modules="all-linear"))
+    model.add_adapter("second", HydraConfig(target_modules="all-linear", r_a=1))
+    layers = [m for m in model.modules() if isinstance(m, HydraLinearLayer)]
+    assert len(layers) == 4
+    assert all(layer.hydra_adapters.keys() == {"default", "second"} for layer in layers)
+    assert "(second): Adapter(r_a=1, r_b=4)" in repr(model)
+
+
+def test_low_precision_does_not_round_the_scales_of_joined_adapters():
+    def layer(dtype):
+        torch.manual_seed(0)
+        made = HydraLinearLayer(nn.Linear(64, 48, bias=False), "a", {"r_a": 8, "r_b": 0, "scale_a": 1.3})
+        made.add_adapter("b", {"r_a": 8, "r_b": 0, "scale_a": 0.7})
+        made.set_adapter(["a", "b"])
+        return randomise(made.bfloat16().to(dtype))
+
+    low, exact = layer(torch.bfloat16), layer(torch.bfloat16).double()
+    exact.load_state_dict({name: t.double() for name, t in low.state_dict().items()})
+    low.merge()
+    exact.merge()
+    assert torch.equal(low.base_layer.weight, exact.base_layer.weight.bfloat16())
+
+
 def test_biases_are_not_merged_into_a_layer_without_one():
     model = adapted(net(bias=False), adapter_bias=True)
     with pytest.raises(ValueError, match="merge: expected a base layer with a bias"):
@@ -323,7 +373,7 @@ def test_a_layer_in_two_places_is_adapted_and_unloaded_in_both(tmp_path):
     model = adapted(net(shared=True))
     inner = model.get_base_model()
     assert inner.fc2 is inner.more["again"]
-    assert isinstance(inner.more["again"], HydraLayer)
+    assert isinstance(inner.more["again"], HydraLinearLayer)
     want = model(inputs())
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="missing adapter keys"):  # PEFT does not see that they are the others
@@ -562,6 +612,28 @@ def test_torchs_attention_is_refused():
     for target in ("linear1", "self_attn.out_proj"):
         with pytest.raises(TypeError, match="past"):
             peft.get_peft_model(model, HydraConfig(target_modules=[target]))
+
+
+def test_layers_that_accelerate_dispatched_are_refused_with_the_way_out():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.dispatch_model(net(), {"": "cpu"}, force_hooks=True)
+    with pytest.raises(ValueError, match=r"has a hook of accelerate's .*remove_hook_from_submodules"):
+        peft.get_peft_model(model, HydraConfig(target_modules=["fc1"]))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    want = model(inputs())
+    assert torch.equal(peft.get_peft_model(model, HydraConfig(target_modules=["fc1"]))(inputs()), want)
+
+
+def test_layers_that_accelerate_offloads_are_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(adapted(), execution_device="cpu")
+    with pytest.raises(ValueError, match="base_layer: accelerate offloads it"):
+        model(inputs())
+
+
+def test_a_scale_pattern_that_matches_nothing_is_said():
+    with pytest.warns(RuntimeWarning, match="scale_pattern: 'fc7' matches no adapted layer"):
+        peft.get_peft_model(net(), HydraConfig(target_modules=["fc1"], scale_pattern={"fc7": [1.0, 2.0]}))
 
 
 def test_hooks_on_the_base_layer_are_not_passed_over():

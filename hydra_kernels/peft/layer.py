@@ -1,4 +1,4 @@
-"""HydraLayer: one ``nn.Linear`` with named adapters, as PEFT switches, merges and saves them.
+"""HydraLinearLayer: one ``nn.Linear`` with named adapters, as PEFT switches, merges and saves them.
 
 Both branches are linear in what they read, so adapters that are active together are one: with ``down = [down_1; ...]``
 and ``up = [s_1 up_1, ...]`` the sum of their branches is a branch of the ranks' sum, and one call of `hydra_linear`.
@@ -20,7 +20,8 @@ from ..reference import merged_parameters
 from ..sharding import is_sharded
 
 
-class HydraLayer(nn.Module, BaseTunerLayer):
+# "Linear": by that PEFT's "all-linear" tells tuner layers that a further adapter can join.
+class HydraLinearLayer(nn.Module, BaseTunerLayer):
     """An ``nn.Linear`` with named Hydra adapters (`hydra_kernels.adapter.Adapter`) in ``hydra_adapters``.
 
     Args:
@@ -58,22 +59,28 @@ class HydraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """h [*, N] for x [*, K]."""
-        base = self.base_layer
-        if self.disable_adapters and self.merged:
+        # Not self.base_layer: what is found through Module.__getattr__ costs host time in every forward.
+        base: Any = self._modules["base_layer"]
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        active = [] if self.disable_adapters or self.merged else self._named(self.active_adapters)
+        active = [] if self._disable_adapters or self.merged_adapters else self._named(self.active_adapters)
         if not active:
             return base(x)
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             raise ValueError("base_layer: it has hooks, which would not run; register them on the adapted layer")
+        if getattr(base.__dict__.get("_hf_hook"), "offload", False):
+            raise ValueError(
+                "base_layer: accelerate offloads it, and its weight is read here; dispatch without offload"
+            )
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
         if len(active) == 1:
-            return active[0].adapted(x, base.weight, base.bias)
+            return active[0].adapted(x, weight, bias)
         routes = sorted({(adapter.form, adapter.backend) for adapter in active})
         if len(routes) > 1:
             raise ValueError(f"form, backend: expected the same in all active adapters, got {routes}")
         mask = _joined_mask(active, x) if self.training else None
-        (form, backend), operands = routes[0], _joined(active)
-        return hydra_linear(x, base.weight, base.bias, **operands, mask=mask, form=form, backend=backend)
+        (form, backend), operands = routes[0], _joined(active, dropped=mask is not None)
+        return hydra_linear(x, weight, bias, **operands, mask=mask, form=form, backend=backend)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts adapters into the base layer's weight and bias (Eq. 11-12), beside those that are merged already.
@@ -116,9 +123,8 @@ class HydraLayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """The base layer for good. Merged, it gets a weight of its own: an embedding tied to the old one stays."""
         base = self.base_layer
-        names = self.active_adapters if adapter_names is None else adapter_names
-        names = [*self.merged_adapters, *(name for name in names if name not in self.merged_adapters)]
-        if merge and self._named(names):
+        names = [*self.merged_adapters, *check_adapters_to_merge(self, adapter_names)] if merge else []
+        if self._named(names):
             weight, bias = self._merged_parameters(names, safe_merge)
             base.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None:
@@ -130,7 +136,8 @@ class HydraLayer(nn.Module, BaseTunerLayer):
 
     def _named(self, names: Sequence[str]) -> list[Adapter]:
         """The adapters of those names that this layer has: adapters of one model need not adapt the same layers."""
-        return [self.hydra_adapters[name] for name in names if name in self.hydra_adapters]  # type: ignore[misc]
+        adapters: Any = self._modules["hydra_adapters"]._modules  # type: ignore[union-attr]
+        return [adapters[name] for name in names if name in adapters]
 
     # Not in inference mode, even where the caller is: a later backward must be able to save the merged weight.
     @torch.inference_mode(False)
@@ -154,34 +161,43 @@ class HydraLayer(nn.Module, BaseTunerLayer):
         return merged
 
 
-def _joined(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """The operands of the one adapter that acts as all of these."""
-    if len(adapters) == 1:
+def _joined(adapters: Sequence[Adapter], dropped: bool = False) -> dict[str, Any]:
+    """The operands of the one adapter that acts as all of these, 1/(1-p) in its up projections where ``dropped``."""
+    if len(adapters) == 1 and not dropped:
         return {name: getattr(adapters[0], name) for name in Adapter.ADAPTERS}
     operands: dict[str, Any] = dict.fromkeys(Adapter.ADAPTERS) | {"scale_a": 1.0, "scale_b": 1.0}
     for side, scale in (("A", "scale_a"), ("B", "scale_b")):
         parts = [a for a in adapters if getattr(a, f"{side}_down") is not None]
         if not parts:
             continue
-        scales = [getattr(a, scale) for a in parts]
-        downs, ups = ([getattr(a, f"{side}_{name}") for a in parts] for name in ("down", "up"))
-        operands[f"{side}_down"] = torch.cat(downs)
-        operands[f"{side}_up"] = torch.cat([s * up for s, up in zip(scales, ups, strict=True)], dim=1)
-        if any(a.adapter_bias for a in parts):
-            biases = [getattr(a, f"{side}_down_bias") for a in parts]
-            zeros = [down.new_zeros(len(down)) if b is None else b for b, down in zip(biases, downs, strict=True)]
-            operands[f"{side}_down_bias"] = torch.cat(zeros)
-            up_biases = [
-                s * b for a, s in zip(parts, scales, strict=True) if (b := getattr(a, f"{side}_up_bias")) is not None
-            ]
-            operands[f"{side}_up_bias"] = torch.stack(up_biases).sum(0)
+        downs, ups, down_biases, up_biases = [], [], [], []
+        for adapter in parts:
+            down, up, down_bias, up_bias = (
+                _wide(getattr(adapter, f"{side}_{name}")) for name in ("down", "up", "down_bias", "up_bias")
+            )
+            s, keep = getattr(adapter, scale), 1 - adapter.dropout if dropped else 1.0
+            downs.append(down)
+            ups.append(s / keep * up)
+            down_biases.append(down.new_zeros(len(down)) if down_bias is None else down_bias)
+            up_biases += [] if up_bias is None else [s * up_bias]
+        operands |= {f"{side}_down": torch.cat(downs), f"{side}_up": torch.cat(ups, dim=1)}
+        if up_biases:
+            operands |= {
+                f"{side}_down_bias": torch.cat(down_biases),
+                f"{side}_up_bias": sum(up_biases[1:], up_biases[0]),
+            }
     return operands
 
 
 def _joined_mask(adapters: Sequence[Adapter], x: Tensor) -> Tensor | None:
-    """The scaled dropout mask [M, sum of r_a + sum of r_b] of these adapters over x [*, K], None where none drops."""
+    """The dropout mask [M, sum of r_a + sum of r_b] over x [*, K], of zeros and ones; None where no adapter drops."""
     if not any(adapter.dropout for adapter in adapters):
         return None
     M = x.shape[:-1].numel()
     ranks = [(a.r_a, 1 - a.dropout) for a in adapters] + [(a.r_b, 1 - a.dropout) for a in adapters]
-    return torch.cat([x.new_empty(M, r).bernoulli_(keep).div_(keep) for r, keep in ranks], dim=1)
+    return torch.cat([x.new_empty(M, r).bernoulli_(keep) for r, keep in ranks], dim=1)
+
+
+def _wide(t: Any) -> Any:
+    """In float32 or better, so that scales are not rounded with it."""
+    return None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))

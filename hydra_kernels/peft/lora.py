@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .config import HydraConfig
-from .layer import HydraLayer
+from .layer import HydraLinearLayer
 
 # lora_B acts on lora_A's output, with a bias where lora_bias was set.
 NAMES = {".lora_A.weight": "A_down", ".lora_B.weight": "A_up", ".lora_B.bias": "A_up_bias"}
@@ -51,7 +51,7 @@ def from_lora(
 
     Raises:
         ValueError: naming what the checkpoint has and Hydra has not (DoRA, Conv1D, embeddings, an initialisation that
-            changes the base, ...), or what does not fit the model, whose layers are then unchanged.
+            changes the base, ...), or what does not fit the model, which is then unchanged.
     """
     lora = PeftConfig.from_pretrained(path)
     weights = load_peft_weights(path, device="cpu")
@@ -76,9 +76,13 @@ def from_lora(
         scale_pattern={_exactly(name): [scale, scale_b] for name, scale in scales.items() if scale != scale_a},
         **options,
     )
+    stored = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in weights}
+    before = {name: t.clone() for name, t in model.state_dict().items() if name in stored}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
     adapted = get_peft_model(model, config, adapter_name=adapter_name)
     try:
-        layers = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, HydraLayer)}
+        modules = adapted.get_base_model().named_modules(remove_duplicate=False)
+        layers = {name for name, module in modules if isinstance(module, HydraLinearLayer)}
         if layers != ranks.keys():
             raise ValueError(
                 f"target_modules names other layers than are in the file: {sorted(layers ^ ranks.keys())[:5]}"
@@ -87,7 +91,9 @@ def from_lora(
         if unexpected:
             raise ValueError(f"{', '.join(unexpected[:5])} is not in the model")
     except (ValueError, RuntimeError, KeyError) as error:
-        adapted.unload()
+        adapted.unload().load_state_dict(before, strict=False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
         raise ValueError(f"path: the LoRA of {path} does not fit the model: {error}") from error
     return adapted if is_trainable else adapted.eval()
 

@@ -1,7 +1,9 @@
-"""HydraModel: puts HydraLayers into a model, once every target has been checked."""
+"""HydraModel: puts HydraLinearLayers into a model, once every target has been checked."""
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -9,12 +11,13 @@ from typing import Any, cast
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..model import check_targets
 from .config import HydraConfig
-from .layer import HydraLayer
+from .layer import HydraLinearLayer
 
 
 class HydraModel(BaseTuner):
@@ -26,17 +29,30 @@ class HydraModel(BaseTuner):
     """
 
     prefix = "hydra_"
-    tuner_layer_cls = HydraLayer
+    tuner_layer_cls = HydraLinearLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         _maybe_include_all_linear_layers(peft_config, model)
-        within: tuple[str, ...] = ()
+        targets, within = [], None
         for name, module in model.named_modules():
-            if isinstance(module, HydraLayer):
-                within += (f"{name}.",)
-            elif name and not name.startswith(within) and self._check_target_module_exists(peft_config, name):
+            if within is not None and name.startswith(within):
+                continue
+            found = name and self._check_target_module_exists(peft_config, name)
+            if isinstance(module, HydraLinearLayer):
+                within = f"{name}."
+            elif found:
                 self._check(peft_config, model, name)
+            targets += [name] if found else []
+        for key in cast(HydraConfig, peft_config).scale_pattern:
+            if not any(get_pattern_key([key], name) == key for name in targets):
+                warnings.warn(f"scale_pattern: {key!r} matches no adapted layer", RuntimeWarning, stacklevel=2)
+        places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    places[child].append((parent, name))
+        self._shared = {child: found for child, found in places.items() if len(found) > 1}
 
     def _check(self, peft_config: PeftConfig, model: nn.Module, name: str) -> None:
         check_targets("target_modules", model, [name], Adapter, cast(HydraConfig, peft_config).options(name))
@@ -52,20 +68,44 @@ class HydraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         options = cast(HydraConfig, peft_config).options(current_key)
-        if isinstance(target, HydraLayer):
+        if isinstance(target, HydraLinearLayer):
             target.add_adapter(adapter_name, options, peft_config.inference_mode)
             return
         self._check(peft_config, self.model, current_key)
-        layer = HydraLayer(cast(nn.Linear, target), adapter_name, options, peft_config.inference_mode)
+        layer = HydraLinearLayer(cast(nn.Linear, target), adapter_name, options, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # In every place: PEFT visits a shared module once. Nor is child.weight copied, which a head need not have.
-        for module in list(self.model.modules()):
-            for name in [name for name, other in module._modules.items() if other is child]:
-                setattr(module, name, new_module)
+        places = self._shared.pop(child, [(parent, child_name)])
+        for module, name in places:
+            setattr(module, name, new_module)
+        if len(places) > 1:
+            self._shared[new_module] = places
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's. Raises ValueError where adapted layers share one weight, which would get the adapters of all."""
+        weights = [m.base_layer.weight for m in self.model.modules() if isinstance(m, HydraLinearLayer)]
+        if len({id(weight) for weight in weights}) < len(weights):
+            raise ValueError(
+                "merge_adapter: adapted layers share one weight, which would get the adapters of all; "
+                "merge_and_unload gives each a weight of its own"
+            )
+        super().merge_adapter(adapter_names, safe_merge)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        # While adapters are merged the base layer's bias is not the one that was trained.
+        for name, module in model.named_modules():
+            key = f"{name}.base_layer.bias"
+            if isinstance(module, HydraLinearLayer) and module.unmerged_bias is not None and key in found:
+                found[key] = module.unmerged_bias
+        return found
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
