@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10; scikit-learn's digits by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=10, help="of the final runs (default: 10)")
-    parser.add_argument("--search-seeds", type=int, default=3, help="of each learning rate (default: 3)")
+    parser.add_argument("--search-seeds", type=int, default=8, help="of each learning rate (default: 8)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the result (default: out)")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model and two seeds: does it run at all")
     options = parser.parse_args(arguments)
