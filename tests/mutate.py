@@ -136,8 +136,9 @@ def main() -> int:
         if any(map(is_compiled, chosen)) and not build_native(folder):
             print("the compiled part does not compile without any mutation")
             return 1
-        for tests in sorted({m.tests for m in chosen}):
-            if run_tests(folder, shlex.split(tests)) != 0:
+        sound = sorted({m.tests for m in chosen})
+        for tests, status in zip(sound, pool.map(lambda t: run_tests(folder, shlex.split(t)), sound), strict=True):
+            if status != 0:
                 print(f"the tests fail without any mutation: {tests}")
                 return 1
         for mutation, said in zip(chosen, pool.map(partial(verdict, objects=objects), chosen), strict=True):
