@@ -22,7 +22,7 @@ from .cuda_on_host.library import cuda_headers
 
 ROOT = Path(__file__).parent.parent
 FILE = "tests/test_cuda_kernels.py"
-SOURCES = ("csrc/cuda", "tests/cuda_on_host", "tests/__init__.py", "tests/conftest.py", FILE, "pyproject.toml")
+SOURCES = ("csrc/cuda", "tests", "pyproject.toml")
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 # Several tiles, parts and blocks; the second has rows of 16-byte lines.
 QUICK = [
