@@ -294,10 +294,10 @@ def _check_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, cast_to: torch
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
     if weight.requires_grad:
-        raise ValueError(
-            "weight: it requires grad, but W0 is frozen and its gradient is never computed; "
-            "call weight.requires_grad_(False), or train it through F.linear"
-        )
+        remedy = "call weight.requires_grad_(False), or train it through F.linear"
+        if not weight.is_leaf:
+            remedy = "it is part of a parameter that trains, as FSDP1 makes it: use FSDP2 (fully_shard), or detach it"
+        raise ValueError(f"weight: it requires grad, but W0 is frozen and its gradient is never computed; {remedy}")
     N, K = weight.shape
     dtypes = _CAST if cast_to else (weight.dtype,)
     if weight.dtype not in (_CAST if cast_to else DTYPES):

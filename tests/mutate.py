@@ -45,8 +45,9 @@ def read() -> list[Mutation]:
     return [Mutation(n, g["file"], *texts, g["tests"]) for g in groups for n, texts in g["mutations"].items()]
 
 
-def run_tests(folder: Path, tests: list[str]) -> int:
-    """pytest's exit status for the sources in folder, in a process of its own with the libraries imported."""
+def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
+    """pytest's exit status for the sources in folder, in a process of its own with the libraries imported, and what it
+    printed."""
     process = SERVER.Process(target=_run_pytest, args=(folder, tests))
     process.start()
     process.join(TIMEOUT)
@@ -54,7 +55,12 @@ def run_tests(folder: Path, tests: list[str]) -> int:
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
     # What hangs and what crashes is caught too.
-    return TESTS_FAILED if process.exitcode < 0 else process.exitcode
+    status = TESTS_FAILED if process.exitcode < 0 else process.exitcode
+    return status, _output(folder, process.pid).read_text(errors="replace")
+
+
+def _output(folder: Path, process: int) -> Path:
+    return folder / f"output-{process}.txt"
 
 
 def _run_pytest(folder: Path, tests: list[str]) -> None:
@@ -65,9 +71,9 @@ def _run_pytest(folder: Path, tests: list[str]) -> None:
         del sys.modules[name]
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
     sys.dont_write_bytecode = True
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), sys.stdout.fileno())
-        os.dup2(nothing.fileno(), sys.stderr.fileno())
+    with _output(folder, os.getpid()).open("w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
     import pytest
 
     # Plain assertions: plugins that are imported already can't be rewritten, and nobody reads the messages.
@@ -110,7 +116,7 @@ def verdict(mutation: Mutation, objects: Path) -> str:
         path.write_text(text.replace(mutation.old, mutation.new))
         if is_compiled(mutation) and not build_native(folder):
             return "BROKEN: it does not compile"
-        status = run_tests(folder, shlex.split(mutation.tests))
+        status, _ = run_tests(folder, shlex.split(mutation.tests))
     return {0: "SURVIVED", TESTS_FAILED: "caught"}.get(status, f"BROKEN: pytest ended with status {status}")
 
 
@@ -137,9 +143,10 @@ def main() -> int:
             print("the compiled part does not compile without any mutation")
             return 1
         sound = sorted({m.tests for m in chosen})
-        for tests, status in zip(sound, pool.map(lambda t: run_tests(folder, shlex.split(t)), sound), strict=True):
+        runs = pool.map(lambda tests: run_tests(folder, shlex.split(tests)), sound)
+        for tests, (status, output) in zip(sound, runs, strict=True):
             if status != 0:
-                print(f"the tests fail without any mutation: {tests}")
+                print(f"the tests fail without any mutation: {tests}\n{output[-6000:]}")
                 return 1
         for mutation, said in zip(chosen, pool.map(partial(verdict, objects=objects), chosen), strict=True):
             missed += said != "caught"

@@ -23,7 +23,7 @@ from torch import nn
 import hydra_kernels as hk
 
 M, WIDTH, R = 1024, 32, 16
-FILE_EVERY = 120  # steps: safetensors 0.8 itself keeps two small objects for each tensor that it reads
+FILE_EVERY = 240  # steps: safetensors 0.8 itself keeps two small objects for each tensor that it reads
 BOTTLENECK = M * R * 4  # bytes of one [M, R] tensor
 RANKS = {"hydra": {"r_a": R // 2, "r_b": R // 2}, "lora": {"r": R}, "seqlora": {"r": R}}
 

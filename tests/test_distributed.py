@@ -141,3 +141,9 @@ def test_a_sharded_layer_says_where_to_merge_instead(groups):
         assert said["branches"].startswith(
             "weight: expected a plain tensor, got a DTensor; under FSDP2 call the module"
         )
+
+
+def test_fsdp1_is_refused(groups):
+    for said in groups.run(2, checkpoints.under_fsdp1, Spec()):
+        assert said.startswith("weight: it requires grad, but W0 is frozen")
+        assert "it is part of a parameter that trains, as FSDP1 makes it: use FSDP2 (fully_shard)" in said

@@ -85,7 +85,7 @@ def grown_memory(steps: int) -> None:
 
 def test_memory_is_flat_and_a_leak_would_show():
     """In a process of its own: other tests leave caches that come and go."""
-    found = answer(python("from tests.test_reliability import grown_memory; grown_memory(240)"))
+    found = answer(python("from tests.test_reliability import grown_memory; grown_memory(960)"))
     assert found == {"clean": [], "planted": ["resident", "blocks", "tensors"]}
 
 

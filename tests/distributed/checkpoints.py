@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import hydra_kernels as hk
 from tests.oracle import Tensors
@@ -93,3 +94,9 @@ def refusals(spec: Spec) -> dict[str, str]:
         "branches": lambda: layer.branches(torch.ones(1, layer.in_features, dtype=spec.dtype)),
     }
     return {name: said(call) for name, call in calls.items()}
+
+
+def under_fsdp1(spec: Spec) -> str:
+    """What a network says under the FSDP of old, which joins frozen and trainable parameters."""
+    net = FullyShardedDataParallel(build(spec), device_id=torch.device("cpu"), use_orig_params=True)
+    return said(lambda: net(mine(spec)[0]))
