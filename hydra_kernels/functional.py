@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .sharding import is_sharded
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts: all but float64
 _ADAPTER_DTYPES = {dtype: (dtype, torch.float32) if dtype in LOW_PRECISION else (dtype,) for dtype in DTYPES}
+_OPERANDS = ("x", *Operands._fields[:-1])  # all but mask_scale
 _A = ("A_down", "A_up", "A_down_bias", "A_up_bias", "scale_a")
 _B = ("B_down", "B_up", "B_down_bias", "B_up_bias", "scale_b")
 
@@ -77,50 +79,26 @@ def hydra_linear(
     """
     check_route(form, backend)
     check_dropout("dropout_p", dropout_p)
+    operands = (
+        *(x, weight, bias, A_down, A_up, B_down, B_up),
+        *(A_down_bias, A_up_bias, B_down_bias, B_up_bias, mask, scale_a, scale_b),
+    )
     cast_to, sizes, native, follower = None, None, None, None
     if not torch.compiler.is_compiling() and not _in_a_dual_level():
         native = extension.load()
     if native is not None:
-        sizes = native.sizes(
-            *(x, weight, bias, A_down, A_up, B_down, B_up),
-            *(A_down_bias, A_up_bias, B_down_bias, B_up_bias, mask, scale_a, scale_b),
-        )
+        sizes = native.sizes(*operands)
     if sizes is None:
         native = None
         if not isinstance(x, Tensor) and has_torch_function((x,)):
             # A stand-in for a tensor, such as torch.fx traces with, says itself what a call is.
-            return handle_torch_function(
-                hydra_linear,
-                (x,),
-                x,
-                weight,
-                bias,
-                A_down,
-                A_up,
-                B_down,
-                B_up,
-                A_down_bias=A_down_bias,
-                A_up_bias=A_up_bias,
-                B_down_bias=B_down_bias,
-                B_up_bias=B_up_bias,
-                scale_a=scale_a,
-                scale_b=scale_b,
-                dropout_p=dropout_p,
-                training=training,
-                mask=mask,
-                form=form,
-                backend=backend,
-            )
+            options = _options(operands, dropout_p, training)
+            return handle_torch_function(hydra_linear, (x,), *operands[:7], **options, form=form, backend=backend)
         if not torch.compiler.is_compiling():
-            operands = (x, weight, bias, A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias)
-            _refuse_sharded(*operands, mask, scale_a, scale_b)
-        biases = (A_down_bias, A_up_bias), (B_down_bias, B_up_bias)
+            _refuse_sharded(operands)
         cast_to = _autocast_dtype(x)
-        sizes = _check(x, weight, bias, (A_down, A_up), (B_down, B_up), *biases, mask, scale_a, scale_b, cast_to)
-        follower = _follower(
-            *(x, weight, bias, A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias),
-            *(mask, scale_a, scale_b),
-        )
+        sizes = _check(*operands, cast_to)
+        follower = _follower(operands)
         if backend == "auto" and follower is not None:
             backend = "reference"
     (M, K, N, r_a, r_b), device, dtype = sizes, x.device, cast_to or x.dtype
@@ -128,24 +106,7 @@ def hydra_linear(
     if A_down is None and B_down is None:
         return F.linear(x, weight, bias)
     if backend == "reference":
-        return reference.hydra_linear(
-            x,
-            weight,
-            bias,
-            A_down,
-            A_up,
-            B_down,
-            B_up,
-            A_down_bias=A_down_bias,
-            A_up_bias=A_up_bias,
-            B_down_bias=B_down_bias,
-            B_up_bias=B_up_bias,
-            scale_a=scale_a,
-            scale_b=scale_b,
-            dropout_p=dropout_p,
-            training=training,
-            mask=mask,
-        )
+        return reference.hydra_linear(*operands[:7], **_options(operands, dropout_p, training))
 
     if follower == "torch.export":
         # A form chosen by M would be a bound on a batch that may be dynamic.
@@ -171,27 +132,31 @@ def hydra_linear(
         mask_scale = 1 / (1 - dropout_p)
     # A scale of an absent branch acts on nothing and gets no gradient.
     scale_a, scale_b = 1.0 if A_down is None else scale_a, 1.0 if B_down is None else scale_b
-    adapters = (A_down, A_up, B_down, B_up, A_down_bias, A_up_bias, B_down_bias, B_up_bias)
+    op = Operands(weight, bias, *operands[3:11], mask, scale_a, scale_b, mask_scale)
     flat = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     if native is not None and choice.backend == "native":
-        op = Operands(weight, bias, *adapters, mask, scale_a, scale_b, mask_scale)
         h = native.apply(flat, op, choice.form)
     elif cast_to is None:
-        h = _run(flat, Operands(weight, bias, *adapters, mask, scale_a, scale_b, mask_scale), choice)
+        h = _run(flat, op, choice)
     else:
         with torch.autocast(device.type, enabled=False):
             bias = None if bias is None else bias.to(dtype)
             mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
-            op = Operands(weight.to(dtype), bias, *adapters, mask, scale_a, scale_b, mask_scale)
-            h = _run(flat.to(dtype), op, choice)
+            h = _run(flat.to(dtype), op._replace(weight=weight.to(dtype), bias=bias, mask=mask), choice)
     return h if x.dim() == 2 else h.view(*x.shape[:-1], N)
+
+
+def _options(operands: tuple[Any, ...], dropout_p: float, training: bool) -> dict[str, Any]:
+    """The keyword arguments of a call, but those that say who serves it."""
+    options = dict(zip(_OPERANDS[7:], operands[7:], strict=True))
+    return {**options, "dropout_p": dropout_p, "training": training}
 
 
 def _in_a_dual_level() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _follower(*operands: object) -> str | None:
+def _follower(operands: tuple[object, ...]) -> str | None:
     """What looks on and can follow plain operators alone: past a kernel it would lose the operands in silence."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func"
@@ -218,9 +183,8 @@ def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
     return HydraFunction.apply(choice, x, *op)
 
 
-def _refuse_sharded(*operands: object) -> None:
-    names = ("x", *Operands._fields)
-    for name, t in zip(names, operands, strict=False):
+def _refuse_sharded(operands: tuple[object, ...]) -> None:
+    for name, t in zip(_OPERANDS, operands, strict=True):
         if is_sharded(t):
             raise TypeError(
                 f"{name}: expected a plain tensor, got a DTensor; under FSDP2 call the module, which then sees whole "
@@ -264,10 +228,14 @@ def _check(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    A: tuple[Tensor | None, Tensor | None],
-    B: tuple[Tensor | None, Tensor | None],
-    A_biases: tuple[Tensor | None, Tensor | None],
-    B_biases: tuple[Tensor | None, Tensor | None],
+    A_down: Tensor | None,
+    A_up: Tensor | None,
+    B_down: Tensor | None,
+    B_up: Tensor | None,
+    A_down_bias: Tensor | None,
+    A_up_bias: Tensor | None,
+    B_down_bias: Tensor | None,
+    B_up_bias: Tensor | None,
     mask: Tensor | None,
     scale_a: float | Tensor,
     scale_b: float | Tensor,
@@ -277,8 +245,8 @@ def _check(
     M, K, N = _check_frozen(x, weight, bias, cast_to)
     device, dtype = x.device, cast_to or x.dtype
     dtypes = _CAST if cast_to else _ADAPTER_DTYPES[dtype]
-    r_a = _check_branch(_A, *A, *A_biases, scale_a, K, N, dtypes, device)
-    r_b = _check_branch(_B, *B, *B_biases, scale_b, N, N, dtypes, device)
+    r_a = _check_branch(_A, A_down, A_up, A_down_bias, A_up_bias, scale_a, K, N, dtypes, device)
+    r_b = _check_branch(_B, B_down, B_up, B_down_bias, B_up_bias, scale_b, N, N, dtypes, device)
     if mask is not None:
         _check_tensor("mask", mask, (M, r_a + r_b), _CAST if cast_to else (dtype,), device)
         if mask.requires_grad:
