@@ -126,14 +126,18 @@ def compile_native(mode: str, target: Path) -> dict[str, object]:
         nvcc, nvcc_flags, targets = nvcc_tools()
         said = run([nvcc, "--version"]).splitlines()
         compilers["nvcc"] = next((line for line in said if "release" in line), said[-1])
+        major = compilers["nvcc"].partition("release ")[2].partition(".")[0]
+        if torch.version.cuda and torch.version.cuda.partition(".")[0] != major:  # a driver need not serve both
+            raise ExecError(f"nvcc is of another CUDA than torch's {torch.version.cuda}: {compilers['nvcc']}")
         command.append("-DHYDRA_WITH_CUDA")
-        link = [nvcc, "-shared", "-cudart=static", "-nodlink", "-Xcompiler=-fopenmp"]
+        host = [f"-ccbin={compiler[-1]}"] if os.environ.get("CXX") else []  # the last word: not ccache
+        link = [nvcc, *host, "-shared", "-cudart=static", "-nodlink", "-Xcompiler=-fopenmp"]
         cu = sorted(CSRC.glob("cuda/*.cu"))
         if not cu:
             raise ExecError("csrc/cuda holds no .cu file")
         threads = f"--threads={max(1, jobs // len(cu))}"  # the architectures of one file beside each other
         headers = [path for path in sorted(CSRC.glob("cuda/*")) if path.suffix in (".h", ".cuh")]
-        units += [(source, [nvcc, threads, *nvcc_flags], headers) for source in cu]
+        units += [(source, [nvcc, *host, threads, *nvcc_flags], headers) for source in cu]
     units += [(source, command, sorted(CSRC.rglob("*.h"))) for source in cpp]
 
     def compiled(unit: tuple[Path, list[str], list[Path]]) -> str:

@@ -32,6 +32,18 @@ def why_not(mode: str = "cpp") -> str | None:
     return f"the compiled part has no CUDA kernels: {_first_line(found.record['why_not'][mode])}"
 
 
+def why_not_on(capability: tuple[int, int]) -> str | None:
+    """Why the CUDA kernels do not run on such a device: no code for its major version, no PTX that is no newer."""
+    device, targets = 10 * capability[0] + capability[1], record()["architectures"]
+    for kind, number in (target.split("_") for target in targets):
+        version, suffix = int(number.rstrip("af")), number.lstrip("0123456789")
+        same_major = version // 10 == capability[0] or (kind == "compute" and not suffix)
+        if version == device or (version < device and suffix != "a" and same_major):
+            return None
+    at = f"{capability[0]}.{capability[1]}"
+    return f"its kernels were built for {', '.join(targets)}, not for compute capability {at}; {REBUILD}"
+
+
 def record() -> dict[str, Any]:
     """What setup.py says it built; empty where it says nothing."""
     return _found().record

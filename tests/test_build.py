@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hydra_kernels import extension
 
@@ -96,7 +97,14 @@ def mini(tmp_path, monkeypatch):
         return [Path(command[command.index("-c") + 1]).name for command in commands if "-c" in command]
 
     return SimpleNamespace(
-        builder=builder, root=tmp_path, folder=folder, name=name, build=build, compiled=compiled, loaded=loaded
+        builder=builder,
+        root=tmp_path,
+        folder=folder,
+        name=name,
+        build=build,
+        commands=commands,
+        compiled=compiled,
+        loaded=loaded,
     )
 
 
@@ -225,6 +233,39 @@ def test_architectures_are_those_of_torchs_variable(mini, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(mini.builder.ExecError, match="names 'Hopper': expected numbers"):
         mini.builder.nvcc_tools()
+
+
+@compiles
+def test_the_compiled_code_decides_on_which_devices_it_runs(mini, monkeypatch):
+    devices = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+    for wanted, expected in {
+        "8.0": devices[1:4],
+        "8.6+PTX": devices[2:],
+        "9.0a 10.0a+PTX": [(9, 0), (10, 0)],
+        "10.0f 8.6": [(8, 6), (8, 9), (10, 0), (10, 3)],
+        "12.0": devices[-2:],
+    }.items():
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+        mini.build("cuda")
+        extension = importlib.reload(mini.loaded())
+        said = {device: extension.why_not_on(device) for device in devices}
+        assert [device for device in devices if said[device] is None] == expected
+    assert said[(9, 0)].startswith("its kernels were built for sm_120, not for compute capability 9.0; rebuild it")
+
+
+@compiles
+def test_nvcc_is_of_torchs_cuda_and_uses_the_compiler_that_was_asked_for(mini, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(
+        mini.builder.ExecError, match=r"another CUDA than torch's 12\.8: Cuda compilation tools, release 99"
+    ):
+        mini.build("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    monkeypatch.setenv("CXX", shutil.which("c++"))
+    mini.build("cuda")
+    of_nvcc = [command for command in mini.commands if command[0].endswith("nvcc") and "-o" in command]
+    assert len(of_nvcc) == 2
+    assert all(f"-ccbin={shutil.which('c++')}" in command for command in of_nvcc)
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")

@@ -21,6 +21,8 @@ import torch
 from torch.utils import cpp_extension
 
 import hydra_kernels as hk
+from hydra_kernels import extension
+from hydra_kernels.backend import native
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.backend.native import _bits
 
@@ -179,3 +181,18 @@ def test_a_layer_without_features_is_refused():
     x, up = torch.randn(5, 0), torch.randn(3, 2)
     with pytest.raises(RuntimeError, match="no layer without features"):
         on_host().forward(x, Operands(torch.randn(3, 0), None, torch.randn(2, 0), up, None, None), 0)
+
+
+def test_a_card_that_the_compiled_code_is_not_for_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(extension, "why_not", lambda mode="cpp": None)
+    monkeypatch.setattr(extension, "record", lambda: {"architectures": ["sm_90", "compute_90"]})
+    for capability, said in {
+        (7, 5): "this GPU has 7.5",
+        (8, 6): "were built for sm_90, compute_90, not for compute capability 8.6",
+        (9, 0): None,
+        (12, 0): None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        reason = native.unavailable(torch.device("cuda"))
+        assert reason is None if said is None else said in reason

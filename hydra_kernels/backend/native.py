@@ -27,7 +27,8 @@ def unavailable(device: torch.device) -> str | None:
         return extension.why_not()
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it has kernels for CPUs and NVIDIA GPUs, not for {device.type}"
-    return extension.why_not("cuda") or too_old(torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    return extension.why_not("cuda") or too_old(capability) or extension.why_not_on(capability)
 
 
 def refusal(
