@@ -57,12 +57,12 @@ STAGES = (
 def run_stage(stage: Stage, settings: Settings) -> int:
     """Runs a stage here and stores its rows after each part; how many of its checks or measurements failed."""
     rows: list[Any] = []
-    failures = 0
+    failures, environment = 0, timing.environment(settings.device)
     for part in stage.run(settings):
         rows += part.rows
         failures += part.failures
         if rows:
-            timing.write_result(settings.path(stage.name), timing.environment(settings.device), rows, stage.schema)
+            timing.write_result(settings.path(stage.name), environment, rows, stage.schema)
     return failures
 
 

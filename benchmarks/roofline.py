@@ -116,12 +116,13 @@ WRITTEN = {
     "gemm forward": ("out_ptr", "p_ptr"),
     "gemm dx": ("out_ptr",),
     "reduce": (
-        *("dA_down_ptr", "dA_up_ptr", "dB_down_ptr", "dB_up_ptr", "dA_down_bias_ptr", "dA_up_bias_ptr"),
-        *("dB_down_bias_ptr", "dB_up_bias_ptr", "dscale_a_ptr", "dscale_b_ptr", "dbias_ptr"),
+        *("dA_down_ptr", "dA_up_ptr", "dB_up_ptr", "dA_down_bias_ptr", "dA_up_bias_ptr", "dB_down_bias_ptr"),
+        *("dB_up_bias_ptr", "dscale_a_ptr", "dscale_b_ptr", "dbias_ptr", "T_ptr", "z_ptr"),
     ),
+    "through_weight": ("dB_down_ptr",),
 }
 # The large operand, read again for each block of ranks.
-PASSED = {"compose": "w_ptr", "down": "x_ptr", "grad_z": "G_ptr", "grad_w": "x_ptr", "reduce": "w_ptr"}
+PASSED = {"compose": "w_ptr", "down": "x_ptr", "grad_z": "G_ptr", "grad_w": "x_ptr", "through_weight": "w_ptr"}
 
 
 def of_launch(launch: Launch) -> Kernel:
@@ -129,11 +130,7 @@ def of_launch(launch: Launch) -> Kernel:
     a, name = launch.arguments, launch.kernel.__name__.removesuffix("_kernel")
     if name == "gemm":
         name = "gemm forward" if a["FORWARD"] else "gemm dx"
-    passes = 1
-    if name == "reduce":
-        passes = triton.cdiv(a["r_b"], a["BLOCK_R"])
-    elif name in PASSED:
-        passes = launch.grid[-1]
+    passes = launch.grid[-1] if name in PASSED else 1
     tensors = {key: v.base if isinstance(v, TensorDescriptor) else v for key, v in a.items()}
     tensors = {key: v for key, v in tensors.items() if isinstance(v, Tensor)}
     if name == "compose" and a["B_down_ptr"] is None:
@@ -159,8 +156,8 @@ def _launch_operations(name: str, launch: Launch, passes: int) -> int:
         return 2 * a["M"] * a["N"] * R * passes * ((a["dZ_ptr"] is not None) + (a["dU_ptr"] is not None))
     if name == "grad_w":
         return 2 * a["M"] * a["K"] * R * passes
-    # T W0^T, T in two parts.
-    return 2 * a["N"] * a["K"] * R * passes * 2 * (a["dB_down_ptr"] is not None)
+    # T in two parts.
+    return 2 * a["N"] * a["K"] * R * passes * 2 * (name == "through_weight")
 
 
 def operands_of(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> dict[str, Tensor | None]:
@@ -213,7 +210,7 @@ def floor_step(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> list[Kernel]:
         forward._replace(operations=forward.operations + 2 * M * R * (K + N)),
         Kernel("grad_z", (), (), 2 * M * R * 2 * N),
         dx._replace(operations=dx.operations + 2 * M * R * 2 * K),
-        Kernel("reduce", W0, (), 0),
+        Kernel("through_weight", W0, (), 0),
     ]
 
 

@@ -20,6 +20,8 @@ DATA: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "choice.json
 _COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
 _EFFECTIVE_FROM: float = DATA["effective_from_M_over_N"]
 _COMPOSED_FROM_WORK: int = DATA["composed_from_multiply_adds"]
+_FEW_ROWS: float = DATA["on_a_gpu"]["kept_below_M_over_K"]
+_LARGE_WEIGHT: int = DATA["on_a_gpu"]["kept_from_weight_elements"]
 _WHY_LORA = "without a sequential branch nothing needs y0"
 _WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
 _WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
@@ -80,7 +82,9 @@ def choose(
         if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
             why = "it won where it was measured on this device"
             return Choice(winner.backend, winner.form, why, why)
-        backend, why_backend = _backend(dtype, machine, form)
+        # A smaller W0 is read twice more in less time than the further launches of the kept form take.
+        few_rows = form == "auto" and r_b > 0 and K * N >= _LARGE_WEIGHT and M < _FEW_ROWS * K
+        backend, why_backend = _backend(dtype, machine, form, few_rows)
     native_on_gpu = backend == "native" and machine.capability is not None
     if form == "auto" and (backend in COMPOSED_ONLY or native_on_gpu):
         form, why_form = "composed", "it is the only form of this backend"
@@ -100,7 +104,7 @@ def _winner(machine: Machine, key: Key, M: int) -> Measured | None:
     return best if best is not None and best.M <= 2 * M and M <= 2 * best.M else None
 
 
-def _backend(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
+def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool) -> tuple[str, str]:
     if machine.capability is None:
         return _off_gpu(dtype, machine, form)
     if dtype == torch.float64:
@@ -109,6 +113,11 @@ def _backend(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]
         return "aten", "only aten has the kept form"
     if machine.reasons["hybrid"] is not None:
         return "aten", "the Triton kernels cannot run on this device"
+    if few_rows:
+        return (
+            "aten",
+            f"M is below {_FEW_ROWS} K: composing reads a large W0 twice more, and only aten has the kept form",
+        )
     return "hybrid", "nothing was measured on this device, and hybrid is never far behind the naive layer"
 
 

@@ -153,7 +153,8 @@ def kernels_of(name: str, call: Call, capability: tuple[int, int] | None) -> lis
     dU = 4 * N * R * configs.cdiv(M, arch.grad_z(arch.half, M).BLOCK_ROWS)
     dD = 4 * R * K * arch.splits(arch.half, M, K)
     parts = 2 if low and r_b else 1
-    before, after = Kernel("C", W_b + D + U, small), Kernel("reduce", W_b + dU + dD, 2 * small if low else small)
+    before, after = Kernel("C", W_b + D + U, small), [Kernel("reduce", dU + dD + 4 * r_b * K, 0)]
+    after += [Kernel("T W0^T", W + 4 * r_b * K, 2 * small if low else small)] if r_b else []
     grad_z, grad_w = Kernel("dZ, dU", h + 2 * Z + U + dU, 2 * over_N), Kernel("dD", x + Z + dD, over_K)
     if name == "frozen":
         return [Kernel("h", x + W + h, gemm), Kernel("dx", h + W + x, gemm)]
@@ -161,12 +162,12 @@ def kernels_of(name: str, call: Call, capability: tuple[int, int] | None) -> lis
         # Every column of programs sums its own Z over K, in ranks padded to a power of two.
         again = configs.cdiv(N, arch.half.gemm.BLOCK_N) * 2 * M * K * configs.rank_block(R) * parts
         forward = Kernel("h", x + W + h + Z + parts * D + U, gemm + over_N + again)
-        return [before, forward, grad_z, Kernel("dx", h + W + x + Z + D, gemm + over_K), grad_w, after]
+        return [before, forward, grad_z, Kernel("dx", h + W + x + Z + D, gemm + over_K), grad_w, *after]
     h_frozen, h_more = Kernel("h", x + W + h, gemm), Kernel("h += Z U^T", 2 * h + Z + U, over_N)
     dx_less, dx_frozen = Kernel("dx = dZ D", x + Z + D, over_K), Kernel("dx", h + W + 2 * x, gemm)
     if name == "hybrid":
         down = Kernel("Z", x + Z + parts * D, parts * over_K)
-        return [before, down, h_frozen, h_more, grad_z, dx_less, dx_frozen, grad_w, after]
+        return [before, down, h_frozen, h_more, grad_z, dx_less, dx_frozen, grad_w, *after]
     dU_alone, dZ_alone = Kernel("dU", h + Z + U, over_N), Kernel("dZ", h + Z + U, over_N)
     if name == "aten composed":
         T = [Kernel("T W0^T", W, small)] if r_b else []

@@ -27,8 +27,9 @@ CANDIDATES = (
 )
 # Beyond twice the naive layer's error, in epsilons: what is left where the naive layer happens to be exact.
 _SLACK = {torch.float64: 64, torch.float32: 2, torch.float16: 1, torch.bfloat16: 1}
+_TF32_SLACK = 2**-9  # Triton's products truncate operands to tf32, cuBLAS's round them to nearest
 _COLD_BYTES = 64 << 20  # on a CPU; on a GPU twice its L2
-_SLEEP_CYCLES = 1_000_000  # about half a millisecond: longer than Python needs for a step
+_SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than Python needs for a step
 
 
 class Tuned(NamedTuple):
@@ -139,6 +140,8 @@ def _jobs(
 
 def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> Tuned:
     r_a, r_b = shape[3:]
+    tf32 = dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    slack = _TF32_SLACK if tf32 else _SLACK[dtype] * torch.finfo(dtype).eps
     t, G = _operands(shape, dtype, device)
     exact = _step(reference.hydra_linear, {k: v if v is None else v.double() for k, v in t.items()}, G.double())
     naive = _errors(_step(reference.hydra_linear, t, G), exact)
@@ -154,7 +157,7 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
             return hydra_linear(x, *tensors, form=form, backend=backend)  # type: ignore[arg-type]
 
         try:
-            wrong = _wrong(_errors(_step(run, t, G), exact), naive, dtype)
+            wrong = _wrong(_errors(_step(run, t, G), exact), naive, slack)
         except Exception as error:  # a compiler's or a driver's: the other candidates must be measured all the same
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if wrong is not None:
@@ -166,7 +169,6 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
         raise RuntimeError(f"tune: nothing computes {shape} in {dtype} on {device} rightly: {failed}")
     us = _times(steps, device, rounds)
     backend, form = min(us, key=lambda name: us[name]).split()
-    tf32 = dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return Tuned(
         *shape,
         dtype="tf32" if tf32 else str(dtype).removeprefix("torch."),
@@ -221,10 +223,7 @@ def _errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> list[tuple[float,
     return pairs
 
 
-def _wrong(
-    errors: Sequence[tuple[float, float]], naive: Sequence[tuple[float, float]], dtype: torch.dtype
-) -> str | None:
-    slack = _SLACK[dtype] * torch.finfo(dtype).eps
+def _wrong(errors: Sequence[tuple[float, float]], naive: Sequence[tuple[float, float]], slack: float) -> str | None:
     for place, (mine, theirs) in enumerate(zip(errors, naive, strict=True)):
         for error, allowed in zip(mine, theirs, strict=True):
             if not error <= 2 * allowed + slack:  # NaN fails too
@@ -243,10 +242,10 @@ def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds:
         for name in draw.sample(list(steps), len(steps)):
             flush.zero_()
             if cuda:
-                # While it sleeps the host enqueues the step, whose time on the GPU is what counts.
-                torch.cuda._sleep(_SLEEP_CYCLES)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 with torch.cuda.device(device):
+                    # While it sleeps the host enqueues the step, whose time on the GPU is what counts.
+                    torch.cuda._sleep(_SLEEP_CYCLES)
                     start.record()
                     steps[name]()
                     end.record()

@@ -55,6 +55,17 @@ def test_what_the_user_fixed_stays_fixed():
     assert chosen(8192, 64, 64, 8, 0, BF16, H100, form="kept") == ("hybrid", "composed")
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_few_rows_of_a_large_weight_are_kept_on_a_gpu(dtype):
+    assert chosen(819, 4096, 4096, 8, 8, dtype, H100) == ("aten", "kept")
+    assert chosen(820, 4096, 4096, 8, 8, dtype, H100) == ("hybrid", "composed")
+    assert chosen(1, 4096, 1024, 0, 8, dtype, H100) == ("aten", "kept")
+    assert chosen(1, 4095, 1024, 0, 8, dtype, H100) == ("hybrid", "composed")
+    assert chosen(1, 4096, 4096, 8, 0, dtype, H100) == ("hybrid", "composed")
+    assert chosen(1, 4096, 4096, 8, 8, dtype, H100, form="composed") == ("hybrid", "composed")
+    assert "M is below 0.2 K" in choose(1, 4096, 4096, 8, 8, dtype, H100).why_backend
+
+
 @pytest.mark.parametrize(
     ("machine", "dtype", "backend", "why"),
     [

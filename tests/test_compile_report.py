@@ -16,7 +16,7 @@ from benchmarks import compile_report, timing
 from benchmarks.compile_report import MULTIPROCESSORS, VARIANTS, Binary, Compilation, CompileRow
 from benchmarks.methods import Ranks
 
-FUSED = ["compose", "gemm forward", "grad_z", "gemm dx", "grad_w", "reduce", "down"]
+FUSED = ["compose", "gemm forward", "grad_z", "gemm dx", "grad_w", "reduce", "through_weight", "down"]
 MATRIX_OPCODE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 ALIGNED = [name for name, variant in VARIANTS.items() if variant.aligned]
@@ -44,8 +44,12 @@ def missing(rows: list[dict[str, Any]]) -> list[str]:
         about = f"{row['kernel']}, {row['variant']}, {row['arch']}, R = {row['R']}"
         if not row["kernel"].startswith("gemm"):
             # In the skinny kernels Triton may prefer the older matrix instructions.
-            if row["instructions"].keys().isdisjoint(("HMMA", MATRIX_OPCODE[arch])):
+            if row["kernel"] != "reduce" and row["instructions"].keys().isdisjoint(("HMMA", MATRIX_OPCODE[arch])):
                 found.append(f"{about}: no matrix instruction in {row['instructions']}")
+            # With 16 ranks Triton 3.6 finds no layout in shared memory for both products of G, but on sm_90 and sm_100.
+            loads_twice = row["kernel"] == "grad_z" and row["config"]["BLOCK_R"] == 16 and arch not in (90, 100)
+            if row["kernel"] != "reduce" and not loads_twice and "LDGSTS" not in row["instructions"]:
+                found.append(f"{about}: loads that wait for each other")
             continue
         if row["config"]["BLOCK_M"] < 128 or row["config"]["BLOCK_N"] < 128:
             found.append(f"{about}: small tiles {row['config']}")
@@ -124,7 +128,8 @@ def divisible(job: Compilation) -> set[str]:
 @pytest.mark.parametrize("ranks", [Ranks(8, 8), Ranks(16, 0), Ranks(0, 16)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_launch_of_a_step_is_there(ranks, variant):
-    assert list(jobs(80, "bf16", ranks, variant)) == FUSED
+    expected = [name for name in FUSED if ranks.r_b or name != "through_weight"]
+    assert list(jobs(80, "bf16", ranks, variant)) == expected
 
 
 def test_a_launch_is_specialized_as_by_tritons_launcher():
@@ -138,11 +143,11 @@ def test_a_launch_is_specialized_as_by_tritons_launcher():
     assert constants["stride_xk"] == 1
     assert constants["bias_ptr"] is None
     assert constants["BLOCK_M"] == 128
-    assert {"x", "w", "M", "stride_xm"} <= divisible(dx)
+    assert {"x", "w", "N", "stride_xm"} <= divisible(dx)
     assert made["gemm forward"].signature["mask_ptr"] == "*u8"
     assert made["grad_z"].signature["scale_a"] == "*bf16"
     assert jobs(80, "bf16", Ranks(8, 8), "plain")["grad_z"].signature["scale_a"] == "fp32"
-    assert made["reduce"].options["maxnreg"] == 255
+    assert jobs(80, "fp32", Ranks(8, 8), "plain")["down"].options["maxnreg"] == 255
 
 
 def test_unaligned_rows_give_no_divisibility():
@@ -158,14 +163,14 @@ def test_descriptors_carry_their_blocks():
 def test_what_two_variants_share_is_one_compilation():
     plain, options = (jobs(90, "bf16", Ranks(8, 8), variant) for variant in ("plain", "options"))
     same = [name for name in FUSED if repr(plain[name]) == repr(options[name])]
-    assert same == ["gemm dx", "grad_w"]
+    assert same == ["gemm dx", "grad_w", "through_weight"]
 
 
 def test_the_precision_of_fp32_products_is_chosen_and_put_back():
     before = torch.backends.cuda.matmul.fp32_precision
     tf32, fp32 = (compile_report.launches(90, dtype, Ranks(8, 8), VARIANTS["plain"]) for dtype in ("tf32", "fp32"))
-    assert {launch.arguments["PRECISION"] for launch in tf32} == {"tf32"}
-    assert {launch.arguments["PRECISION"] for launch in fp32} == {"ieee"}
+    assert {launch.arguments.get("PRECISION", "sums") for launch in tf32} == {"tf32", "sums"}
+    assert {launch.arguments.get("PRECISION", "sums") for launch in fp32} == {"ieee", "sums"}
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 

@@ -172,7 +172,7 @@ def test_without_a_gpu_only_the_dry_run_starts(capsys):
 @pytest.mark.parametrize("dry", [True, False])
 def test_every_kernel_and_backend_is_checked(dry):
     groups = doctor.groups(dry)
-    kernels = ("compose", "down", "gemm-forward", "gemm-dx", "grad_z", "grad_w", "reduce")
+    kernels = ("compose", "down", "gemm-forward", "gemm-dx", "grad_z", "grad_w", "reduce", "through_weight")
     alone = {check.split()[0] for group, found in groups.items() if group.startswith("kernel") for check in found}
     assert alone == set(kernels)
     for backend in ("aten", "hybrid", "triton"):

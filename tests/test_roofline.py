@@ -73,8 +73,9 @@ def test_the_floor_with_a_gap_for_its_three_launches_more(shape, expected):
 def test_ours_is_what_is_launched():
     rows = by_method(FC2)
     names = {method: [kernel[0] for kernel in rows[method]["kernels"]] for method in ("triton", "hybrid")}
-    assert names["triton"] == ["compose", "gemm forward", "grad_z", "gemm dx", "grad_w", "reduce"]
-    assert names["hybrid"] == ["compose", "down", "addmm", "addmm_", "grad_z", "mm", "addmm_", "grad_w", "reduce"]
+    after = ["grad_w", "reduce", "through_weight"]
+    assert names["triton"] == ["compose", "gemm forward", "grad_z", "gemm dx", *after]
+    assert names["hybrid"] == ["compose", "down", "addmm", "addmm_", "grad_z", "mm", "addmm_", *after]
     M, K, N = FC2
     R, r_b = 16, 8
     kernels = {kernel[0]: kernel for kernel in rows["triton"]["kernels"]}
@@ -85,6 +86,9 @@ def test_ours_is_what_is_launched():
     P, S = M // 64, 3  # blocks of rows: the tall ones would be too few for the GPU
     assert kernels["grad_z"][1] == (M * N + N * R + 2 * M * R) * 2 + (P * N * R + P * R) * 4
     assert kernels["grad_w"][1] == (M * K + M * R) * 2 + S * R * K * 4
+    written = R * K // 2 + N * R
+    assert kernels["reduce"][1] == (P * N * R + P * R + S * R * K + r_b * K + r_b) * 4 + written * 2
+    assert kernels["through_weight"][1] == (r_b * K + r_b) * 4 + (N * K + N + r_b * N) * 2
 
 
 def test_a_pass_is_repeated_for_further_blocks_of_ranks():

@@ -2,9 +2,9 @@
 
 forward     compose: D, C's rounding rest, d, U, u    triton: gemm          hybrid: down, then two GEMMs of cuBLAS
 backward    grad_z: dZ, partial dU, sums over rows    triton: gemm for dx   hybrid: two GEMMs of cuBLAS
-            grad_w: partial dD                        reduce: every other gradient
+            grad_w: partial dD                        reduce, through_weight: every other gradient
 
-So 2 + 4 launches on the fused path where every gradient is wanted, and fewer where not.
+So 2 + 5 launches on the fused path where every gradient is wanted, and fewer where not.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def forward(
 ) -> tuple[Tensor, Operands, Saved]:
     op = contiguous(op)
     precision = _precision(x.dtype)
-    tiles = arch.tiles(x.dtype, precision, [x, op.weight])
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
+    h = x.new_empty(M, N) if fused else None
+    tiles = arch.tiles(x.dtype, precision, [t for t in (x, op.weight, h) if t is not None])
     up_bias = op.A_up_bias is not None or op.B_up_bias is not None
     down_bias = op.A_down_bias is not None or op.B_down_bias is not None or (op.bias is not None and op.r_b > 0)
     D, U = x.new_empty(R, K), x.new_empty(N, R)
@@ -46,8 +47,7 @@ def forward(
 
     saves_Z = not needs.isdisjoint(("A_up", "B_up", "scale_a", "scale_b"))
     Z = x.new_empty(M, R) if saves_Z or not fused else None
-    if fused:
-        h = x.new_empty(M, N)
+    if h is not None:
         run(gemm.forward(x, op.weight, u, D, rest, d, U, op.mask, op.mask_scale, h, Z, tiles.gemm, precision))
     else:
         run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, tiles.down, precision))
@@ -115,10 +115,12 @@ def backward(
     if partials.dD is not None:
         run(skinny.grad_w(x, dZ, partials.dD, tiles.grad_w, precision))
     if grads:
-        bias = op.bias if "B_down" in needs else None
-        shape = (N, 0 if x is None else x.shape[1], r_a, r_b)
-        weight = op.weight if "B_down" in needs else None
-        run(reduce.reduce(partials, P, weight, bias, op.B_down, scales, shape, grads, tiles.reduce, precision))
+        through_W0, K = "B_down" in needs, 0 if x is None else x.shape[1]
+        T, z_b = partial(through_W0, r_b, K), partial(through_W0 and op.bias is not None, r_b)
+        shape, B_down = (N, K, r_a, r_b), op.B_down if "bias" in needs else None
+        run(reduce.reduce(partials, P, B_down, scales, shape, grads, T, z_b, tiles.reduce))
+        if T is not None:
+            run(reduce.through_weight(T, z_b, op.weight, op.bias, grads["B_down"], tiles.reduce, precision))
     return grads | dx
 
 

@@ -92,8 +92,11 @@ class Architecture(NamedTuple):
 
 
 def aligned(t: Tensor) -> bool:
-    """Fewer than 2^31 rows of 16-byte lines, as wide loads and the tensor memory accelerator want them."""
-    lines = t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
+    """Fewer than 2^31 rows of 16-byte lines, as wide loads and the tensor memory accelerator want them.
+
+    Of a stride Triton's compiler knows only whether 16 elements divide it.
+    """
+    lines = t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
     return lines and t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.shape[0] < 2**31
 
 
@@ -115,11 +118,11 @@ _HALF = Tiles(
     grad_z=Skinny(128, 32, 8, 3),
     grad_z_few=Skinny(64, 32, 4, 4),
     grad_w=Skinny(128, 64, 4, 3),
-    reduce=Reduce(16, 64, 256, 16, 4, 3, max_registers=255),
+    reduce=Reduce(16, 128, 256, 16, 4, 4, max_registers=255),
 )
 # Elements of 4 bytes: half as many columns to a line, and grad_z's tall tile would spill at R = 64.
 _TF32 = _HALF._replace(
-    gemm=Gemm(128, 128, 16, 8, 3),
+    gemm=Gemm(128, 128, 16, 8, 3, max_registers=255),
     compose=Skinny(64, 32, 4, 3),
     down=Skinny(64, 32, 4, 3),
     grad_z=_SMALL.grad_z,
@@ -130,7 +133,14 @@ _TF32 = _HALF._replace(
 # 164 KiB of shared memory on each of 108 multiprocessors.
 SM80 = Architecture("sm_80", _HALF, _TF32, _SMALL, programs=108)
 # 100 KiB of shared memory: one stage less.
-SM86 = Architecture("sm_86", _HALF._replace(gemm=Gemm(128, 128, 32, 8, 3)), _TF32, _SMALL, programs=128)
+_TWO_STAGES = _HALF.reduce._replace(num_stages=2)
+SM86 = Architecture(
+    "sm_86",
+    _HALF._replace(gemm=Gemm(128, 128, 32, 8, 3), reduce=_TWO_STAGES),
+    _TF32._replace(reduce=_TWO_STAGES),
+    _SMALL,
+    programs=128,
+)
 # wgmma wants two warpgroups on 128 x 256, loaded by the tensor memory accelerator; 227 KiB of shared memory.
 SM90 = Architecture(
     "sm_90",

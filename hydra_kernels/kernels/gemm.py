@@ -22,7 +22,8 @@ from .language import dot, rounded
 from .launch import Launch
 
 
-@triton.jit
+# The number of rows must not decide what is compiled: a last short batch would wait for it.
+@triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x,  # [M, K]: a pointer, or a tensor descriptor
     w,  # W0, likewise; rows are N in the forward and K for dx
@@ -79,6 +80,9 @@ def gemm_kernel(
         if rest_ptr is not None:
             rest_ptrs = rest_ptr + (offs_r - r_a)[None, :] * K + offs_k[:, None]
             mask_rest = mask_r & (offs_r >= r_a)
+            if DESCRIPTORS:
+                # Not into p: asynchronous products into one accumulator wait for each other, and for all in flight.
+                p_rest = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -99,11 +103,16 @@ def gemm_kernel(
             p = dot(x_tile, tl.load(down_ptrs + k, mask=mask_k[:, None] & mask_r[None, :], other=0.0), p, PRECISION)
             if rest_ptr is not None:
                 rest = tl.load(rest_ptrs + k, mask=mask_k[:, None] & mask_rest[None, :], other=0.0)
-                p = dot(x_tile, rest, p, PRECISION)
+                if DESCRIPTORS:
+                    p_rest = dot(x_tile, rest, p_rest, PRECISION)
+                else:
+                    p = dot(x_tile, rest, p, PRECISION)
 
     dtype = out_ptr.dtype.element_ty
     inside, tile = mask_m[:, None] & mask_r[None, :], rows[:, None] * R + offs_r[None, :]
     if FORWARD:
+        if DESCRIPTORS and rest_ptr is not None:
+            p += p_rest
         if d_ptr is not None:
             p += tl.load(d_ptr + offs_r, mask=mask_r, other=0.0)[None, :]
         if mask_ptr is not None:

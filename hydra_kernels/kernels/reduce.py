@@ -1,4 +1,4 @@
-"""The last kernel of a backward: partial sums, in a fixed order, into gradients, and dB_down = T W0^T + sum dZ_b b0^T.
+"""The last kernels of a backward: `reduce` sums partial sums into gradients, `through_weight` makes dB_down of them.
 
 From grad_z, over P blocks of rows:   dU [P, N, R], g = sum_m G [P, N], z = sum_m dZ [P, R], scales [P, R + 2]
 From grad_w, over S splits of rows:   dD [S, R, K]; its last r_b rows are T
@@ -6,7 +6,8 @@ From grad_w, over S splits of rows:   dD [S, R, K]; its last r_b rows are T
     dA_up = s_a dU_a    dA_down = dD_a    da_u = s_a g    da_d = z_a    ds_a from scales    (b likewise)
     db0 = g + z_b B_down                  dB_down = T W0^T + z_b b0^T, T in two parts where products round it
 
-One launch: a program's number tells its job, the longest jobs first. Every sum runs in the same order each time.
+`reduce` is one launch for all that it sums, T [r_b, K] and z_b [r_b] for `through_weight` too: a program's number tells
+its job. Every sum runs in the same order each time.
 """
 
 from __future__ import annotations
@@ -35,46 +36,6 @@ def sum_of_partials(ptr, P, size, offs, mask, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def through_weight(
-    dD_ptr, z_sums_ptr, w_ptr, bias_ptr, dB_down_ptr,
-    pid, P, N, K, r_a, r_b, stride_wn, stride_wk,
-    S, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """dB_down [r_b, N] at one block of columns and ranks."""
-    R, blocks_n = r_a + r_b, tl.cdiv(N, BLOCK_N)
-    offs_n = (pid % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_r = (pid // blocks_n).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_n, mask_r = offs_n < N, offs_r < r_b
-    dtype = w_ptr.dtype.element_ty
-    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-        mask_k = offs_k < K
-        T = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        for s in range(0, S):
-            T_ptrs = dD_ptr + (s * R + r_a + offs_r)[:, None] * K + offs_k[None, :]
-            T += tl.load(T_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-        w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
-        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        if dtype == tl.float16:
-            # T is a sum over all rows and may pass 65504; tf32 has fp32's range and holds float16 exactly.
-            hi = leading(T, tl.float32, "tf32")
-            acc = dot(hi, w.to(tl.float32), acc, "tf32")
-            acc = dot(T - hi, w.to(tl.float32), acc, "tf32")
-        else:
-            hi = leading(T, dtype, PRECISION)
-            acc = dot(hi, w, acc, PRECISION)
-            if dtype != tl.float32 or PRECISION == "tf32":
-                acc = dot(leading(T - hi.to(tl.float32), dtype, PRECISION), w, acc, PRECISION)
-    if bias_ptr is not None:
-        z = sum_of_partials(z_sums_ptr, P, R, r_a + offs_r, mask_r, BLOCK_P)
-        b0 = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        acc += z[:, None] * b0[None, :]
-    store(dB_down_ptr + offs_r[:, None] * N + offs_n[None, :], acc, mask_r[:, None] & mask_n[None, :])
-
-
-@triton.jit
 def up_gradients(
     dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid, P, N, r_a, r_b,
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -89,6 +50,20 @@ def up_gradients(
         store(dA_up_ptr + n * r_a + r, scalar(scale_a, LOADED_A) * dU, inside & (r < r_a))
     if dB_up_ptr is not None:
         store(dB_up_ptr + n * r_b + r - r_a, scalar(scale_b, LOADED_B) * dU, inside & (r >= r_a))
+
+
+@triton.jit
+def down_gradients(
+    dD_ptr, dA_down_ptr, T_ptr, pid, S, K, r_a, r_b, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dA_down [r_a, K] and T [r_b, K] at one block of the R K elements of dD."""
+    offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    of_a, size = tl.full((1,), r_a, tl.int64) * K, tl.full((1,), r_a + r_b, tl.int64) * K
+    dD = sum_of_partials(dD_ptr, S, size, offs, offs < size, BLOCK_P)
+    if dA_down_ptr is not None:
+        store(dA_down_ptr + offs, dD, offs < of_a)
+    if T_ptr is not None:
+        tl.store(T_ptr + offs - of_a, dD, mask=(offs >= of_a) & (offs < size))
 
 
 @triton.jit
@@ -120,12 +95,12 @@ def gradients_of_columns(
 
 @triton.jit
 def gradients_of_ranks(
-    z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, dscale_a_ptr, dscale_b_ptr,
+    z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, z_ptr, dscale_a_ptr, dscale_b_ptr,
     P, r_a, r_b, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """da_d [r_a], db_d [r_b], ds_a and ds_b."""
+    """da_d [r_a], db_d and z_b [r_b], ds_a and ds_b."""
     R = r_a + r_b
-    if dA_down_bias_ptr is not None or dB_down_bias_ptr is not None:
+    if dA_down_bias_ptr is not None or dB_down_bias_ptr is not None or z_ptr is not None:
         for r in range(0, R, BLOCK_R):
             offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
             z = sum_of_partials(z_sums_ptr, P, R, offs_r, offs_r < R, BLOCK_P)
@@ -133,6 +108,8 @@ def gradients_of_ranks(
                 store(dA_down_bias_ptr + offs_r, z, offs_r < r_a)
             if dB_down_bias_ptr is not None:
                 store(dB_down_bias_ptr + offs_r - r_a, z, (offs_r >= r_a) & (offs_r < R))
+            if z_ptr is not None:
+                tl.store(z_ptr + offs_r - r_a, z, mask=(offs_r >= r_a) & (offs_r < R))
     if scales_ptr is not None:
         ds_a = tl.zeros((BLOCK_R,), tl.float32)
         ds_b = tl.zeros((BLOCK_R,), tl.float32)
@@ -149,21 +126,18 @@ def gradients_of_ranks(
 
 
 # The number of rows must not decide what is compiled: a last short batch would wait for it.
-@triton.jit(do_not_specialize=["P", "S", "end_weight", "end_up", "end_down", "end_columns"])
+@triton.jit(do_not_specialize=["P", "S", "end_up", "end_down", "end_columns"])
 def reduce_kernel(
     dU_ptr,  # partial sums, None where nothing needs them
     g_ptr,
     z_sums_ptr,
     scales_ptr,
     dD_ptr,
-    w_ptr,  # W0 [N, K] with strides
-    bias_ptr,  # b0 [N], or None
     B_down_ptr,  # [r_b, N], or None
     scale_a,
     scale_b,
     dA_down_ptr,  # gradients, None where not wanted
     dA_up_ptr,
-    dB_down_ptr,
     dB_up_ptr,
     dA_down_bias_ptr,
     dA_up_bias_ptr,
@@ -172,8 +146,9 @@ def reduce_kernel(
     dscale_a_ptr,
     dscale_b_ptr,
     dbias_ptr,
-    end_weight,  # the first program number after each job
-    end_up,
+    T_ptr,  # [r_b, K] fp32, or None
+    z_ptr,  # [r_b] fp32, or None
+    end_up,  # the first program number after each job
     end_down,
     end_columns,
     P,
@@ -181,38 +156,23 @@ def reduce_kernel(
     K,
     r_a,
     r_b,
-    stride_wn,
-    stride_wk,
+    S,
     LOADED_A: tl.constexpr,  # whether scale_a is a pointer
     LOADED_B: tl.constexpr,
-    S,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    if pid < end_weight:
-        if dB_down_ptr is not None:
-            through_weight(
-                dD_ptr, z_sums_ptr, w_ptr, bias_ptr, dB_down_ptr, pid, P, N, K, r_a, r_b, stride_wn, stride_wk,
-                S, PRECISION, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_P,
-            )  # fmt: skip
-    elif pid < end_up:
+    if pid < end_up:
         if dU_ptr is not None:
             up_gradients(
-                dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid - end_weight, P, N, r_a, r_b,
+                dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid, P, N, r_a, r_b,
                 LOADED_A, LOADED_B, BLOCK_E, BLOCK_P,
             )  # fmt: skip
     elif pid < end_down:
-        if dA_down_ptr is not None:
-            offs = (pid - end_up).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-            inside = offs < tl.full((1,), r_a, tl.int64) * K
-            size = tl.full((1,), r_a + r_b, tl.int64) * K
-            dA_down = sum_of_partials(dD_ptr, S, size, offs, inside, BLOCK_P)
-            store(dA_down_ptr + offs, dA_down, inside)
+        if dD_ptr is not None:
+            down_gradients(dD_ptr, dA_down_ptr, T_ptr, pid - end_up, S, K, r_a, r_b, BLOCK_E, BLOCK_P)
     elif pid < end_columns:
         if g_ptr is not None:
             gradients_of_columns(
@@ -221,9 +181,55 @@ def reduce_kernel(
             )  # fmt: skip
     else:
         gradients_of_ranks(
-            z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, dscale_a_ptr, dscale_b_ptr,
+            z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, z_ptr, dscale_a_ptr, dscale_b_ptr,
             P, r_a, r_b, BLOCK_R, BLOCK_P,
         )  # fmt: skip
+
+
+@triton.jit
+def through_weight_kernel(
+    T_ptr,  # [r_b, K] fp32
+    z_ptr,  # [r_b] fp32, or None
+    w_ptr,  # W0 [N, K] with strides
+    bias_ptr,  # b0 [N]
+    dB_down_ptr,  # [r_b, N], written
+    N,
+    K,
+    r_b,
+    stride_wn,
+    stride_wk,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n, mask_r = offs_n < N, offs_r < r_b
+    dtype = w_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
+        mask_k = offs_k < K
+        T_ptrs = T_ptr + offs_r[:, None] * K + offs_k[None, :]
+        T = tl.load(T_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+        w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
+        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        if dtype == tl.float16:
+            # T is a sum over all rows and may pass 65504; tf32 has fp32's range and holds float16 exactly.
+            hi = leading(T, tl.float32, "tf32")
+            acc = dot(hi, w.to(tl.float32), acc, "tf32")
+            acc = dot(T - hi, w.to(tl.float32), acc, "tf32")
+        else:
+            hi = leading(T, dtype, PRECISION)
+            acc = dot(hi, w, acc, PRECISION)
+            if dtype != tl.float32 or PRECISION == "tf32":
+                acc = dot(leading(T - hi.to(tl.float32), dtype, PRECISION), w, acc, PRECISION)
+    if z_ptr is not None:
+        z = tl.load(z_ptr + offs_r, mask=mask_r, other=0.0)
+        b0 = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        acc += z[:, None] * b0[None, :]
+    store(dB_down_ptr + offs_r[:, None] * N + offs_n[None, :], acc, mask_r[:, None] & mask_n[None, :])
 
 
 # Every gradient it writes; dx is the GEMM's.
@@ -246,40 +252,57 @@ class Partials(NamedTuple):
 def reduce(
     partials: Partials,
     P: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
     B_down: Tensor | None,
     scales: tuple[float | Tensor, float | Tensor],
     shape: tuple[int, int, int, int],
     grads: dict[str, Tensor],
+    T: Tensor | None,
+    z_b: Tensor | None,
     config: Reduce,
-    precision: str,
 ) -> Launch:
-    """Fills grads, named as operands, from P partial sums; shape is (N, K, r_a, r_b)."""
+    """Fills grads, named as operands, but B_down, and T [r_b, K] and z_b [r_b] where they are not None, from P partial
+    sums; shape is (N, K, r_a, r_b)."""
     N, K, r_a, r_b = shape
-    block_r = rank_block(r_b)
+    wanted = {**grads, "T": T, "z_b": z_b}
 
     def programs(names: tuple[str, ...], size: int, block: int) -> int:
-        return cdiv(size, block) if any(name in grads for name in names) else 0
+        return cdiv(size, block) if any(wanted.get(name) is not None for name in names) else 0
 
     counts = (
-        programs(("B_down",), N, config.BLOCK_N) * cdiv(r_b, block_r),
         programs(("A_up", "B_up"), N * (r_a + r_b), config.BLOCK_E),
-        programs(("A_down",), r_a * K, config.BLOCK_E),
+        programs(("A_down", "T"), (r_a if T is None else r_a + r_b) * K, config.BLOCK_E),
         programs(("bias", "A_up_bias", "B_up_bias"), N, config.BLOCK_E),
-        programs(("A_down_bias", "B_down_bias", "scale_a", "scale_b"), 1, 1),
+        programs(("A_down_bias", "B_down_bias", "z_b", "scale_a", "scale_b"), 1, 1),
     )
     ends = list(accumulate(counts))
     arguments = {
         **{"dU_ptr": partials.dU, "g_ptr": partials.g, "z_sums_ptr": partials.z_sums, "scales_ptr": partials.scales},
-        **{"dD_ptr": partials.dD, "w_ptr": weight, "bias_ptr": bias, "B_down_ptr": B_down},
+        **{"dD_ptr": partials.dD, "B_down_ptr": B_down},
         **scale_arguments(scales),
-        **{f"d{name}_ptr": grads.get(name) for name in GRADIENTS},
-        **dict(zip(("end_weight", "end_up", "end_down", "end_columns"), ends, strict=False)),
+        **{f"d{name}_ptr": grads.get(name) for name in GRADIENTS if name != "B_down"},
+        **{"T_ptr": T, "z_ptr": z_b},
+        **dict(zip(("end_up", "end_down", "end_columns"), ends, strict=False)),
         **{"P": P, "S": 0 if partials.dD is None else len(partials.dD)},
         **{"N": N, "K": K, "r_a": r_a, "r_b": r_b},
-        **dict(zip(("stride_wn", "stride_wk"), (0, 0) if weight is None else weight.stride(), strict=True)),
-        **{"PRECISION": precision, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "BLOCK_R": block_r},
-        **{"BLOCK_E": config.BLOCK_E, "BLOCK_P": config.BLOCK_P},
+        **{"BLOCK_R": rank_block(r_b), "BLOCK_E": config.BLOCK_E, "BLOCK_P": config.BLOCK_P},
     }
     return Launch.of(reduce_kernel, (ends[-1],), arguments, config)
+
+
+def through_weight(
+    T: Tensor,
+    z_b: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dB_down: Tensor,
+    config: Reduce,
+    precision: str,
+) -> Launch:
+    """dB_down [r_b, N] for what `reduce` wrote and weight [N, K]; z_b is None where bias is."""
+    (r_b, K), N, block_r = T.shape, weight.shape[0], rank_block(len(T))
+    arguments = {
+        **{"T_ptr": T, "z_ptr": z_b, "w_ptr": weight, "bias_ptr": bias, "dB_down_ptr": dB_down},
+        **{"N": N, "K": K, "r_b": r_b, "stride_wn": weight.stride(0), "stride_wk": weight.stride(1)},
+        **{"PRECISION": precision, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "BLOCK_R": block_r},
+    }
+    return Launch.of(through_weight_kernel, (cdiv(N, config.BLOCK_N), cdiv(r_b, block_r)), arguments, config)
