@@ -163,6 +163,7 @@ Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& sav
   };
   if (needs.any(BIAS)) grads[BIAS] = at::empty({N}, c.options);
   const bool through_W0 = needs.any(B_DOWN);
+  const at::Tensor T = c.floats(through_W0, {c.r_b, K});
   const at::Tensor dB = c.floats(through_W0, {through_W0 ? hydra_reduce_splits(N, K) : 0, N, c.r_b});
   const HydraReduceArguments reduce{
       pointer(dU) ? output<float>(dU) : nullptr, output<float>(g), output<float>(z_sums), output<float>(scales),
@@ -170,7 +171,7 @@ Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& sav
       through_W0 ? pointer(c.bias) : nullptr, pointer(c.B_down), pointer(c.s_a), pointer(c.s_b), like(A_DOWN, c.A_down),
       like(A_UP, c.A_up), like(B_DOWN, c.B_down), like(B_UP, c.B_up), like(A_DOWN_BIAS, c.a_d), like(A_UP_BIAS, c.a_u),
       like(B_DOWN_BIAS, c.b_d), like(B_UP_BIAS, c.b_u), like(SCALE_A, c.s_a), like(SCALE_B, c.s_b), output(grads[BIAS]),
-      output<float>(dB), P, P_z, Q, S, N, K, c.weight.defined() ? c.weight.stride(0) : 0, c.r_a, c.r_b, c.scale_a,
+      output<float>(T), output<float>(dB), P, P_z, Q, S, N, K, c.weight.defined() ? c.weight.stride(0) : 0, c.r_a, c.r_b, c.scale_a,
       c.scale_b, c.type, c.adapter_type};
   check(hydra_reduce(&reduce, c.stream), "reduce");
   const auto in_dtype_of = [&](Gradient gradient, const at::Tensor& operand) {

@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(THREADS, 1) compose_kernel(HydraComposeArgumen
   columns_of_rows<float, RANKS, false>(
       Matrix<T>(p.w_ptr, p.N, p.K, p.stride_wn), first, smaller(first + rows_of_split, p.N),
       blockIdx.x * static_cast<int64_t>(COLUMNS<float>), p.r_b, p.C_ptr + split * p.r_b * p.K,
-      [&](int64_t n, int r) { return r < p.r_b ? rounded<T>(load<T>(p.B_down_ptr, r * p.N + n, wide)) : 0.0f; });
+      [&](int64_t n, int r) { return bits_of<T>(p.B_down_ptr, r * p.N + n, wide, r < p.r_b); },
+      [=](uint32_t bits) { return rounded<T>(value_of<T>(bits, wide)); });
 }
 
 template <typename T>

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(THREADS, 1) grad_w_kernel(HydraGradWArguments 
   columns_of_rows<T, RANKS, true>(
       Matrix<T>(p.x_ptr, p.M, p.K, p.stride_xm), first, smaller(first + rows_of_split, p.M),
       blockIdx.x * static_cast<int64_t>(COLUMNS<T>), p.R, p.dD_ptr + split * p.R * p.K,
-      [&](int64_t m, int r) { return r < p.R ? dZ[m * p.R + r] : T(0.0f); });
+      [&](int64_t m, int r) { return r < p.R ? dZ[m * p.R + r] : T(0.0f); }, Same());
 }
 
 }  // namespace

@@ -36,11 +36,15 @@ __global__ void __launch_bounds__(THREADS, 1) grad_z_kernel(HydraGradZArguments 
 
   const auto up_from = [&](int64_t n) {
     return [&, n](int r, int i) {
-      T up = T(0.0f);
-      if (n + i < N && r < p.r_a) assign(up, load<T>(p.A_up_ptr, (n + i) * p.r_a + r, wide));
-      if (n + i < N && r >= p.r_a && r < R) assign(up, load<T>(p.B_up_ptr, (n + i) * p.r_b + r - p.r_a, wide));
-      return up;
+      const bool of_a = r < p.r_a;
+      const int64_t at = of_a ? (n + i) * p.r_a + r : (n + i) * p.r_b + r - p.r_a;
+      return bits_of<T>(of_a ? p.A_up_ptr : p.B_up_ptr, at, wide, n + i < N && r < R);
     };
+  };
+  const auto as_T = [=](uint32_t bits) {
+    T up;
+    assign(up, value_of<T>(bits, wide));
+    return up;
   };
   share.load(G, row, first);
   if (p.dU_ptr != nullptr) {
@@ -48,7 +52,7 @@ __global__ void __launch_bounds__(THREADS, 1) grad_z_kernel(HydraGradZArguments 
       fill<RANKS, ROWS>(Z_tiles + tile * RANKS * ROW_STRIDE<T>, ROW_STRIDE<T>, [&](int r, int i) {
         const int64_t m = row + tile * ROWS + i;
         return r < R && m < p.M ? static_cast<const T*>(p.Z_ptr)[m * R + r] : T(0.0f);
-      });
+      }, Same());
     }
   }
   for (int64_t n = first; n < last; n += WIDTH) {
@@ -59,7 +63,7 @@ __global__ void __launch_bounds__(THREADS, 1) grad_z_kernel(HydraGradZArguments 
       if (tile >= tiles) break;
       __syncthreads();
       share.store(G_tile);
-      if (tile == 0 && p.dz_ptr != nullptr) fill<RANKS, WIDTH>(up_tile, STRIDE<T>, up_from(n));
+      if (tile == 0 && p.dz_ptr != nullptr) fill<RANKS, WIDTH>(up_tile, STRIDE<T>, up_from(n), as_T);
       __syncthreads();
       if (tile + 1 < tiles) share.load(G, row + (tile + 1) * ROWS, n);
       else if (n + WIDTH < last) share.load(G, row, n + WIDTH);

@@ -136,6 +136,7 @@ struct HydraReduceArguments {
   void* dscale_a_ptr;
   void* dscale_b_ptr;
   void* dbias_ptr;  // db0 [N], of type
+  float* T_ptr;     // workspace [r_b, K]; null where dB_down is
   float* dB_ptr;    // workspace [hydra_reduce_splits(N, K), N, r_b]; null where dB_down is
   int64_t P;        // of grad_z: hydra_grad_z_partials(M, R, type); 0 where M = 0, which gives gradients of 0
   int64_t P_z;      // hydra_grad_z_sums(M); 0 where M = 0

@@ -4,49 +4,15 @@
 //     dA_up = s_a dU_a    dA_down = dD_a    da_u = s_a g    da_d = z_a    ds_a from scales and up_bias    (b likewise)
 //     db0 = g + z_b B_down                  dB_down = T W0^T + z_b b0^T, T in fp32
 //
-// A block's number tells its job; those of T W0^T, which sum over a part of the columns, come first. A second launch
-// sums the parts.
+// A launch for all sums, whose blocks' numbers tell their jobs; then T W0^T, each block at 64 rows of W0 and a part of
+// the columns; then the sums of those parts.
 #include "tiles.cuh"
 
 namespace {
 
 struct Ends {  // the first block after each job of the first launch
-  int64_t weight, up, down, columns;
+  int64_t up, down, columns;
 };
-
-// [N, r_b]: one of the parts of (T W0^T)^T, at 64 rows of W0.
-template <typename T, int RANKS>
-__device__ void through_weight(const HydraReduceArguments& p, int64_t row, int64_t split, int64_t columns_of_split) {
-  constexpr int WIDTH = COLUMNS<float>;
-  SHARED_ARRAY(float, w_tile, ROWS * STRIDE<float>);
-  SHARED_ARRAY(float, T_tile, RANKS * STRIDE<float>);
-  const int64_t first = split * columns_of_split, last = smaller(first + columns_of_split, p.K);
-  const int R = p.r_a + p.r_b, warp = threadIdx.x / 32;
-  const Matrix<T> w(p.w_ptr, p.N, p.K, p.stride_wn);
-  Share<T, float> share_w;
-  Other<float, RANKS, WIDTH, false> share_T;
-  float dB[RANKS / 8][4] = {};
-  const auto load = [&](int64_t k) {
-    share_w.load(w, row, k);
-    share_T.load([&](int r, int i) {
-      if (r >= p.r_b || k + i >= p.K) return 0.0f;
-      return sum_of_partials(p.dD_ptr, p.S, R * p.K, (p.r_a + r) * p.K + k + i);
-    });
-  };
-  load(first);
-  for (int64_t k = first; k < last; k += WIDTH) {
-    __syncthreads();
-    share_w.store(w_tile);
-    share_T.store(T_tile, STRIDE<float>);
-    __syncthreads();
-    if (k + WIDTH < last) load(k + WIDTH);
-    product<false, WIDTH>(dB, w_tile + warp * 16 * STRIDE<float>, T_tile, STRIDE<float>);
-  }
-  each_output(dB, [&](int i, int r, float v) {
-    const int64_t n = row + warp * 16 + i;
-    if (n < p.N && r < p.r_b) p.dB_ptr[(split * p.N + n) * p.r_b + r] = v;
-  });
-}
 
 template <typename T>
 __device__ void element_of_dU(const HydraReduceArguments& p, int64_t i, float scale_a, float scale_b) {
@@ -56,6 +22,15 @@ __device__ void element_of_dU(const HydraReduceArguments& p, int64_t i, float sc
   const float dU = sum_of_partials(p.dU_ptr, p.P, p.N * R, i);
   if (r < p.r_a && p.dA_up_ptr != nullptr) store<T>(p.dA_up_ptr, n * p.r_a + r, scale_a * dU, wide);
   if (r >= p.r_a && p.dB_up_ptr != nullptr) store<T>(p.dB_up_ptr, n * p.r_b + r - p.r_a, scale_b * dU, wide);
+}
+
+// dA_down and T are rows of dD.
+template <typename T>
+__device__ void element_of_dD(const HydraReduceArguments& p, int64_t i) {
+  const int64_t of_a = p.r_a * p.K;
+  const float dD = sum_of_partials(p.dD_ptr, p.S, (p.r_a + p.r_b) * p.K, i);
+  if (i >= of_a) p.T_ptr[i - of_a] = dD;
+  else if (p.dA_down_ptr != nullptr) store<T>(p.dA_down_ptr, i, dD, p.adapter_type == HYDRA_FLOAT32);
 }
 
 // Column r of P_z rows of R sums, by the whole block.
@@ -93,29 +68,29 @@ template <typename T>
 __device__ void gradient_of_scale(const HydraReduceArguments& p, bool of_a) {
   void* to = of_a ? p.dscale_a_ptr : p.dscale_b_ptr;
   if (to == nullptr) return;
-  const int64_t R = p.r_a + p.r_b, first = of_a ? 0 : p.r_a, ranks = of_a ? p.r_a : p.r_b;
+  const int R = p.r_a + p.r_b, first = of_a ? 0 : p.r_a, end = of_a ? p.r_a : R;
   float sum = 0.0f;
-  for (int64_t i = threadIdx.x; i < p.P_z * ranks; i += THREADS) sum += p.scales_ptr[i / ranks * R + first + i % ranks];
+  for (int64_t i = threadIdx.x; i < p.P_z; i += THREADS) {
+#pragma unroll 4
+    for (int r = first; r < end; ++r) sum += p.scales_ptr[i * R + r];
+  }
   for (int64_t i = threadIdx.x; i < p.P * p.Q; i += THREADS) sum += p.up_bias_ptr[2 * i + (of_a ? 0 : 1)];
   sum = block_sum(sum);
   if (threadIdx.x == 0) store<T>(to, 0, sum, p.adapter_type == HYDRA_FLOAT32);
 }
 
-template <typename T, int RANKS>
-__global__ void __launch_bounds__(THREADS, 1) reduce_kernel(
-    HydraReduceArguments p, Ends ends, int64_t columns_of_split) {
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 1) reduce_kernel(HydraReduceArguments p, Ends ends) {
   const bool wide = p.adapter_type == HYDRA_FLOAT32;
   const float scale_a = scale_of<T>(p.scale_a_ptr, p.scale_a, wide);
   const float scale_b = scale_of<T>(p.scale_b_ptr, p.scale_b, wide);
-  const int64_t block = blockIdx.x, blocks_n = cdiv(p.N, ROWS), R = p.r_a + p.r_b;
+  const int64_t block = blockIdx.x, R = p.r_a + p.r_b;
   const auto element = [](int64_t job) { return job * THREADS + threadIdx.x; };
-  if (block < ends.weight) {
-    through_weight<T, RANKS>(p, block % blocks_n * ROWS, block / blocks_n, columns_of_split);
-  } else if (block < ends.up) {
-    if (const int64_t i = element(block - ends.weight); i < p.N * R) element_of_dU<T>(p, i, scale_a, scale_b);
+  if (block < ends.up) {
+    if (const int64_t i = element(block); i < p.N * R) element_of_dU<T>(p, i, scale_a, scale_b);
   } else if (block < ends.down) {
-    const int64_t i = element(block - ends.up);
-    if (i < p.r_a * p.K) store<T>(p.dA_down_ptr, i, sum_of_partials(p.dD_ptr, p.S, R * p.K, i), wide);
+    const int64_t i = element(block - ends.up), end = (p.T_ptr != nullptr ? R : p.r_a) * p.K;
+    if (i < end) element_of_dD<T>(p, i);
   } else if (block < ends.columns) {
     gradients_of_columns<T>(p, element(block - ends.down), scale_a, scale_b);
   } else if (block < ends.columns + R) {
@@ -123,6 +98,38 @@ __global__ void __launch_bounds__(THREADS, 1) reduce_kernel(
   } else {
     gradient_of_scale<T>(p, block == ends.columns + R);
   }
+}
+
+// dB [splits, N, r_b]: the parts of (T W0^T)^T.
+template <typename T, int RANKS>
+__global__ void __launch_bounds__(THREADS, 1) through_weight_kernel(HydraReduceArguments p, int64_t columns_of_split) {
+  constexpr int WIDTH = COLUMNS<float>;
+  SHARED_ARRAY(float, w_tile, ROWS * STRIDE<float>);
+  SHARED_ARRAY(float, T_tile, RANKS * STRIDE<float>);
+  const int64_t row = blockIdx.x * static_cast<int64_t>(ROWS), split = blockIdx.y;
+  const int64_t first = split * columns_of_split, last = smaller(first + columns_of_split, p.K);
+  const int warp = threadIdx.x / 32;
+  const Matrix<T> w(p.w_ptr, p.N, p.K, p.stride_wn);
+  Share<T, float> share_w;
+  Other<float, RANKS, WIDTH, false> share_T;
+  float dB[RANKS / 8][4] = {};
+  const auto load = [&](int64_t k) {
+    share_w.load(w, row, k);
+    share_T.load([&](int r, int i) { return r < p.r_b && k + i < p.K ? p.T_ptr[r * p.K + k + i] : 0.0f; });
+  };
+  load(first);
+  for (int64_t k = first; k < last; k += WIDTH) {
+    __syncthreads();
+    share_w.store(w_tile);
+    share_T.store(T_tile, STRIDE<float>, Same());
+    __syncthreads();
+    if (k + WIDTH < last) load(k + WIDTH);
+    product<false, WIDTH>(dB, w_tile + warp * 16 * STRIDE<float>, T_tile, STRIDE<float>);
+  }
+  each_output(dB, [&](int i, int r, float v) {
+    const int64_t n = row + warp * 16 + i;
+    if (n < p.N && r < p.r_b) p.dB_ptr[(split * p.N + n) * p.r_b + r] = v;
+  });
 }
 
 // dB_down at one rank and 128 columns.
@@ -147,14 +154,16 @@ int hydra_reduce(const HydraReduceArguments* p, void* stream) {
     const bool ups = p->dA_up_ptr != nullptr || p->dB_up_ptr != nullptr;
     const bool columns = p->dbias_ptr != nullptr || p->dA_up_bias_ptr != nullptr || p->dB_up_bias_ptr != nullptr;
     Ends ends;
-    ends.weight = cdiv(N, ROWS) * splits;
-    ends.up = ends.weight + (ups ? cdiv(N * R, THREADS) : 0);
-    ends.down = ends.up + (p->dA_down_ptr != nullptr ? cdiv(p->r_a * p->K, THREADS) : 0);
+    ends.up = ups ? cdiv(N * R, THREADS) : 0;
+    const int64_t downs = p->T_ptr != nullptr ? R : p->dA_down_ptr != nullptr ? p->r_a : 0;
+    ends.down = ends.up + cdiv(downs * p->K, THREADS);
     ends.columns = ends.down + (columns ? cdiv(N, THREADS) : 0);
-    const int64_t columns_of_split = splits == 0 ? 0 : cdiv(cdiv(p->K, SPLIT_COLUMNS), splits) * SPLIT_COLUMNS;
-    const dim3 grid(ends.columns + R + 2);
-    const int status = launch(reduce_kernel<T, RANKS>, grid, stream, *p, ends, columns_of_split);
+    const int status = launch(reduce_kernel<T>, dim3(ends.columns + R + 2), stream, *p, ends);
     if (status != 0 || splits == 0) return status;
+    const int64_t columns_of_split = cdiv(cdiv(p->K, SPLIT_COLUMNS), splits) * SPLIT_COLUMNS;
+    const dim3 grid(cdiv(N, ROWS), splits);
+    const int second = launch(through_weight_kernel<T, RANKS>, grid, stream, *p, columns_of_split);
+    if (second != 0) return second;
     return launch(finish_kernel<T>, dim3(cdiv(N, THREADS), p->r_b), stream, *p, splits);
   });
 }

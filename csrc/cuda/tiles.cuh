@@ -62,11 +62,24 @@ __device__ float rounded(float v) {
   return to_float(t);
 }
 
-// An element of adapters, which are of T or, where wide is set, fp32.
+// The bits of an element of adapters, which are of T or, where wide is set, fp32; 0 where it is not inside. Kept as bits
+// until it is stored, a load holds back none that follows.
 template <typename T>
-__device__ float load(const void* ptr, int64_t i, bool wide) {
-  return wide ? static_cast<const float*>(ptr)[i] : to_float(static_cast<const T*>(ptr)[i]);
+__device__ uint32_t bits_of(const void* ptr, int64_t i, bool wide, bool inside = true) {
+  if (!inside) return 0;
+  return wide ? static_cast<const uint32_t*>(ptr)[i] : static_cast<const uint16_t*>(ptr)[i];
 }
+
+template <typename T>
+__device__ float value_of(uint32_t bits, bool wide) {
+  const auto half = static_cast<uint16_t>(bits);
+  return wide ? reinterpret_cast<const float&>(bits) : to_float(reinterpret_cast<const T&>(half));
+}
+template <>
+__device__ inline float value_of<float>(uint32_t bits, bool) { return reinterpret_cast<const float&>(bits); }
+
+template <typename T>
+__device__ float load(const void* ptr, int64_t i, bool wide) { return value_of<T>(bits_of<T>(ptr, i, wide), wide); }
 
 template <typename T>
 __device__ void store(void* ptr, int64_t i, float v, bool wide) {
@@ -108,9 +121,11 @@ struct Share {
       if (from.lines && k + WIDTH <= from.columns) {
         lines[step] = *reinterpret_cast<const uint4*>(ptr);
       } else {
+        T elements[WIDTH];
 #pragma unroll
-        for (int e = 0; e < WIDTH; ++e)
-          if (k + e < from.columns) reinterpret_cast<T*>(&lines[step])[e] = ptr[e];
+        for (int e = 0; e < WIDTH; ++e) elements[e] = k + e < from.columns ? ptr[e] : T(0.0f);
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) reinterpret_cast<T*>(&lines[step])[e] = elements[e];
       }
     }
   }
@@ -131,12 +146,12 @@ struct Share {
   }
 };
 
-// A thread's share of the other factor, RANKS by DEPTH: element (r, k) is element(r, k). Neighbours differ in the rank
-// where RANKS_FIRST is set, else in k: as the source is laid out.
-template <typename P, int RANKS, int DEPTH, bool RANKS_FIRST>
+// A thread's share of the other factor, RANKS by DEPTH: element (r, k) is element(r, k), converted when it is stored.
+// Neighbours differ in the rank where RANKS_FIRST is set, else in k: as the source is laid out.
+template <typename S, int RANKS, int DEPTH, bool RANKS_FIRST>
 struct Other {
   static constexpr int STEPS = RANKS * DEPTH / THREADS;
-  P held[STEPS];
+  S held[STEPS];
 
   template <typename Element>
   __device__ void load(const Element& element) {
@@ -147,22 +162,37 @@ struct Other {
     }
   }
 
-  __device__ void store(P* to, int stride) const {
+  template <typename P, typename Convert>
+  __device__ void store(P* to, int stride, const Convert& convert) const {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       const int i = threadIdx.x + step * THREADS;
-      to[RANKS_FIRST ? i % RANKS * stride + i / RANKS : i / DEPTH * stride + i % DEPTH] = held[step];
+      to[RANKS_FIRST ? i % RANKS * stride + i / RANKS : i / DEPTH * stride + i % DEPTH] = convert(held[step]);
     }
   }
 };
 
-// The same without a stop in registers, neighbours differing in the rank.
-template <int RANKS, int DEPTH, typename P, typename Element>
-__device__ void fill(P* to, int stride, const Element& element) {
-#pragma unroll 8
-  for (int i = threadIdx.x; i < RANKS * DEPTH; i += THREADS)
-    to[i % RANKS * stride + i / RANKS] = element(i % RANKS, i / RANKS);
+// The same in batches, so that few registers hold it, neighbours differing in the rank.
+template <int RANKS, int DEPTH, typename P, typename Element, typename Convert>
+__device__ void fill(P* to, int stride, const Element& element, const Convert& convert) {
+  constexpr int STEPS = RANKS * DEPTH / THREADS, BATCH = smaller(STEPS, 8);
+  decltype(element(0, 0)) held[BATCH];
+#pragma unroll 1
+  for (int first = threadIdx.x; first < RANKS * DEPTH; first += BATCH * THREADS) {
+#pragma unroll
+    for (int step = 0; step < BATCH; ++step)
+      held[step] = element((first + step * THREADS) % RANKS, (first + step * THREADS) / RANKS);
+#pragma unroll
+    for (int step = 0; step < BATCH; ++step) {
+      const int i = first + step * THREADS;
+      to[i % RANKS * stride + i / RANKS] = convert(held[step]);
+    }
+  }
 }
+
+struct Same {
+  template <typename T> __device__ T operator()(T v) const { return v; }
+};
 
 #ifndef CUDA_ON_HOST
 // c += a b for 16 x 16 a, 16 x 8 b; fragments as PTX lays out those of mma.m16n8k16.
@@ -238,28 +268,30 @@ __device__ void each_output(const float (&acc)[N][4], const Put& put) {
   }
 }
 
-// out[r, k] = sum_m x[m, k] other(m, r), for the rows [first, last) of x and one tile of columns.
-template <typename P, int RANKS, bool RANKS_FIRST, typename T, typename Element>
+// out[r, k] = sum_m x[m, k] convert(element(m, r)), for the rows [first, last) of x and one tile of columns.
+template <typename P, int RANKS, bool RANKS_FIRST, typename T, typename Element, typename Convert>
 __device__ void columns_of_rows(
-    const Matrix<T>& x, int64_t first, int64_t last, int64_t column, int ranks, float* out, const Element& element) {
+    const Matrix<T>& x, int64_t first, int64_t last, int64_t column, int ranks, float* out, const Element& element,
+    const Convert& convert) {
+  using S = decltype(element(first, 0));
   SHARED_ARRAY(P, tile, ROWS * STRIDE<P>);
   SHARED_ARRAY(P, other_tile, RANKS * ROW_STRIDE<P>);
   constexpr int N = RANKS / 8 / SHARERS<P>;
   const int warp = threadIdx.x / 32, group = warp / SHARERS<P>, first_rank = warp % SHARERS<P> * N * 8;
   const auto of_rows = [&](int64_t row) {
-    return [&element, row, last](int r, int i) { return row + i < last ? element(row + i, r) : P(0.0f); };
+    return [&element, row, last](int r, int i) { return row + i < last ? element(row + i, r) : S(0.0f); };
   };
   Matrix<T> inside = x;
   inside.rows = last;
   Share<T, P> share;
-  Other<P, RANKS, ROWS, RANKS_FIRST> other;
+  Other<S, RANKS, ROWS, RANKS_FIRST> other;
   float acc[N][4] = {};
   share.load(inside, first, column);
   other.load(of_rows(first));
   for (int64_t row = first; row < last; row += ROWS) {
     __syncthreads();
     share.store(tile);
-    other.store(other_tile, ROW_STRIDE<P>);
+    other.store(other_tile, ROW_STRIDE<P>, convert);
     __syncthreads();
     if (row + ROWS < last) {
       share.load(inside, row + ROWS, column);

@@ -255,6 +255,7 @@ def run_reduce(case: Case, made: dict[str, Framed], wanted: tuple[str, ...] | No
         name: poisoned(*shapes[name], dtype=case.dtype if name == "dbias" else case.adapter_dtype) for name in wanted
     }
     if "dB_down" in wanted:
+        outputs["T"] = poisoned(case.r_b, case.K)
         outputs["dB"] = poisoned(count("reduce_splits", case.N, case.K), case.N, case.r_b)
     names = {source for name in wanted for source in SOURCES_OF[name]} | {"scale_a", "scale_b"}
     numbers = values(case, "N", "K", "stride_wn", "r_a", "r_b", "scale_a", "scale_b", "type", "adapter_type")
