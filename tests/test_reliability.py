@@ -105,11 +105,17 @@ def kill_saves(folder: str, kills: int) -> None:
     duration = (time.monotonic() - start) / 10
     draw, seen, unfinished = random.Random(0), [0, 0], 0
     for _ in range(kills):
+        ready, started = os.pipe()
+        order = draw.sample(versions, 2)
         child = os.fork()
         if child == 0:
+            os.write(started, b".")
             while True:
-                for version in versions:
+                for version in order:
                     hk.save_adapters(version, path)
+        os.read(ready, 1)
+        os.close(ready)
+        os.close(started)
         time.sleep(draw.uniform(0.5, 4) * duration)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -128,8 +134,8 @@ def test_a_killed_save_leaves_one_of_the_two_versions(tmp_path):
     code = "import sys; from tests.test_reliability import kill_saves; kill_saves(sys.argv[1], int(sys.argv[2]))"
     found = answer(python(code, tmp_path, 200))
     assert sum(found["seen"]) == 200
-    assert min(found["seen"]) > 20, "the kills land where they should on both versions"
-    assert found["unfinished"] > 40, "the kills land inside the writing"
+    assert min(found["seen"]) > 20, "both versions are found"
+    assert found["unfinished"] > 20, "the kills land inside the writing"
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
