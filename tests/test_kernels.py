@@ -26,7 +26,7 @@ from hydra_kernels.kernels import configs, reduce
 from hydra_kernels.kernels import launch as launch_module
 from hydra_kernels.kernels.launch import Launch
 
-from .cases import PLAIN, Case, operands
+from .cases import PLAIN, ROUNDING, Case, operands
 from .oracle import Tensors, differentiate, errors, hydra, violations
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -303,6 +303,21 @@ def test_tf32_keeps_what_its_products_would_round():
     # dx takes D without C's rest, so it alone sees tf32's rounding.
     assert errors(got.pop("x"), true.pop("x"))[0] < 2**-11
     assert not violations(got, naive, true, F32)
+
+
+@pytest.mark.parametrize("case", ROUNDING, ids=str)
+def test_pointers_keep_what_rounding_takes_from_C(case):
+    """The matrix loads these cases through descriptors, which not every architecture has."""
+    t, G = operands(case, BF16)
+    launches: list[Launch] = []
+    arch = configs.INTERPRETER._replace(half=configs.INTERPRETER.small)
+    got = step(t, G, lambda launch: (launches.append(launch), launch.run()), arch=arch)
+    assert launches[1].arguments["DESCRIPTORS"] is False
+    assert launches[1].arguments["rest_ptr"] is not None
+    wanted = set(t) - {"weight"}
+    true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)
+    naive = differentiate(lambda t: hk.reference.hydra_linear(**complete(t)), t, G, wanted)
+    assert not violations(got, naive, true, BF16)
 
 
 def composed(t: Tensors, G: Tensor) -> Launch:
