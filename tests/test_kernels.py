@@ -340,6 +340,25 @@ def test_bfloat16_is_rounded_to_nearest_even():
     assert torch.equal(D.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize(("N", "descriptors"), [(80, True), (72, False)])
+def test_the_rows_of_h_decide_too(N, descriptors):
+    assert launched(ALL, case=replace(ALIGNED, N=N))[1].arguments["DESCRIPTORS"] is descriptors
+
+
+def test_a_number_of_rows_compiles_nothing_anew():
+    """Asked of a process that compiles: interpreted kernels have no parameters to specialize."""
+    code = """
+from hydra_kernels.kernels import gemm, reduce, skinny
+kernels = (gemm.gemm_kernel, skinny.down_kernel, skinny.grad_z_kernel, skinny.grad_w_kernel, reduce.reduce_kernel)
+for kernel in kernels:
+    print(*(p.name for p in kernel.params if p.name in ("M", "P", "S") and not p.do_not_specialize), end="")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
 def test_tiles_of_a_capability():
     assert configs.of((9, 0)).name == "sm_90"
     assert configs.of((8, 9)).name == "sm_86"
@@ -354,6 +373,8 @@ def test_tiles_follow_from_the_operands():
     assert configs.SM90.tiles(BF16, "ieee", [x, x]) is configs.SM90.half
     assert configs.SM90.tiles(BF16, "ieee", [x, x[:, 1:]]) is configs.SM90.small
     assert configs.SM90.tiles(BF16, "ieee", [x, x.t()]) is configs.SM90.small
+    eights = torch.empty(4, 24, dtype=BF16)  # rows of 48 bytes: whole lines, but no 16 elements
+    assert configs.SM90.tiles(BF16, "ieee", [x, eights]) is configs.SM90.small
     assert configs.SM90.tiles(F32, "tf32", [x.float()]) is configs.SM90.tf32
     assert configs.SM90.tiles(F32, "ieee", [x.float()]) is configs.SM90.small
     half = configs.SM90.half
