@@ -163,7 +163,7 @@ def check_kernels_and_backends(settings: Settings) -> Iterator[Part]:
     """The stage `doctor`."""
     cores = len(os.sched_getaffinity(0))
     # Compilers keep a core each busy, the GPU has memory for more than these.
-    jobs = min(8, cores)
+    jobs = min(16, cores)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     environment |= {"TRITON_INTERPRET": "1"} if settings.dry else {}
