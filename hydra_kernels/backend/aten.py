@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .interface import CPU, LOW_PRECISION, Operands, Saved
-from .operators import accumulate_
+from .operators import accumulate_, add_
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -88,7 +88,7 @@ def _sum_of_products(x: Tensor, op: Operands, Z: Tensor, U: Tensor) -> Tensor:
     if op.bias is not None and x.dtype in LOW_PRECISION:
         # b0 may cancel W0 x, so the two must meet before anything is rounded, as in the naive layer.
         h = accumulate_(F.linear(x, op.weight, op.bias), Z, U.t())
-        return h if u is None else h.add_(u)
+        return h if u is None else add_(h, u)
     b = _sum(op.bias, u)
     # The low-rank part first: the GEMM adds to it before rounding, so small updates survive low precision.
     if b is not None and x.device.type == "cpu":
@@ -141,9 +141,7 @@ def _kept_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Sav
         Z_a = _mask_(F.linear(x, _to(op.A_down, dtype), _to(op.A_down_bias, dtype)), op, 0, op.r_a)
         accumulate_(h, Z_a, _to(_scaled(op.scale_a, op.A_up), dtype).t())
     u = _up_bias(op, dtype)
-    if u is not None:
-        h += u
-    return h, (
+    return h if u is None else add_(h, u), (
         x if "A_down" in needs else None,
         Z_a if not needs.isdisjoint(_FROM_DU_A) else None,
         Z_b if not needs.isdisjoint(_FROM_DU_B) else None,

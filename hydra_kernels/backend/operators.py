@@ -34,10 +34,16 @@ def accumulate_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return out.addmm_(left, right)
 
 
+def add_(out: Tensor, v: Tensor) -> Tensor:
+    """out + v, in out's place but under torch.compile: torch 2.11 would drop every gradient of a call that does so."""
+    return out + v if torch.compiler.is_compiling() else out.add_(v)
+
+
 def forward(x: Tensor, op: Operands, needs: Set[str], backend: str, form: str) -> tuple[Tensor, Operands, Saved]:
     """The backend's forward as one operator."""
-    h, *left = torch.ops.hydra_kernels.forward(x, *_packed(op), _joined(needs), backend, form)
-    with_x, *others = _are_saved(form, op, needs)
+    # A list, which torch 2.11 does not trace `h, *left` to be.
+    left = list(torch.ops.hydra_kernels.forward(x, *_packed(op), _joined(needs), backend, form))
+    h, (with_x, *others) = left.pop(0), _are_saved(form, op, needs)
     return h, op, (x if with_x else None, *(left.pop(0) if saved else None for saved in others))
 
 
