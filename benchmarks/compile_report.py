@@ -184,7 +184,7 @@ def products_of_fp32(precision: str) -> Iterator[None]:
 
 
 def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Launch]:
-    """Every launch of a step of the fused backend with all gradients, and what the hybrid one launches instead."""
+    """Every launch of a step of the fused backend with all gradients; the hybrid one launches nothing else."""
     torch_dtype, precision = DTYPES[dtype]
     tiles = configs.of(divmod(arch, 10))
     x, G, op = operands(torch_dtype, ranks, variant)
@@ -194,14 +194,17 @@ def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Laun
     with products_of_fp32(precision):
         _, kept, saved = gpu_steps.forward(x, op, needs, True, tiles, found.append)
         gpu_steps.backward(G, kept, saved, needs, True, tiles, found.append)
-        hybrid: list[Launch] = []
-        gpu_steps.forward(x, op, needs, False, tiles, hybrid.append)
-    return found + [launch for launch in hybrid if launch.kernel.__name__ == "down_kernel"]
+    return found
 
 
 def name_of(launch: Launch) -> str:
-    name = launch.kernel.__name__.removesuffix("_kernel")
-    return f"{name} {'forward' if launch.arguments['FORWARD'] else 'dx'}" if name == "gemm" else name
+    name, a = launch.kernel.__name__.removesuffix("_kernel"), launch.arguments
+    if name == "gemm":
+        return f"{name} {'forward' if a['FORWARD'] else 'dx'}"
+    if name == "sum_rows":
+        # C's is the one over transposed adapters; of the others the wider is dD, here where K is the larger.
+        return f"{name} {'C' if a['stride_yr'] != 1 else 'dU' if a['K'] == N else 'dD'}"
+    return name
 
 
 def config_of(launch: Launch) -> dict[str, int]:

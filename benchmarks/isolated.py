@@ -167,6 +167,8 @@ def check_kernels_and_backends(settings: Settings) -> Iterator[Part]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     environment |= {"TRITON_INTERPRET": "1"} if settings.dry else {}
+    # Inductor's workers outlive their process and hold its output open, which Python 3.12.3 waits for.
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
     def command(group: str, checks: Sequence[str]) -> list[str]:
         dry = ["--dry"] if settings.dry else []

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend.interface import COMPOSED_ONLY, LOW_PRECISION
+from .backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK
 
 FORMS = ("auto", "composed", "kept", "effective")
 DATA: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "choice.json").read_text(encoding="utf-8"))
@@ -22,6 +22,7 @@ _EFFECTIVE_FROM: float = DATA["effective_from_M_over_N"]
 _COMPOSED_FROM_WORK: int = DATA["composed_from_multiply_adds"]
 _FEW_ROWS: float = DATA["on_a_gpu"]["kept_below_M_over_K"]
 _LARGE_WEIGHT: int = DATA["on_a_gpu"]["kept_from_weight_elements"]
+_SMALL_WORK: int = DATA["on_a_gpu"]["native_below_multiply_adds"]
 _WHY_LORA = "without a sequential branch nothing needs y0"
 _WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
 _WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
@@ -84,7 +85,8 @@ def choose(
             return Choice(winner.backend, winner.form, why, why)
         # A smaller W0 is read twice more in less time than the further launches of the kept form take.
         few_rows = form == "auto" and r_b > 0 and K * N >= _LARGE_WEIGHT and M < _FEW_ROWS * K
-        backend, why_backend = _backend(dtype, machine, form, few_rows)
+        small = M * K * N < _SMALL_WORK and r_a + r_b <= MAX_NATIVE_RANK
+        backend, why_backend = _backend(dtype, machine, form, few_rows, small)
     native_on_gpu = backend == "native" and machine.capability is not None
     if form == "auto" and (backend in COMPOSED_ONLY or native_on_gpu):
         form, why_form = "composed", "it is the only form of this backend"
@@ -104,7 +106,7 @@ def _winner(machine: Machine, key: Key, M: int) -> Measured | None:
     return best if best is not None and best.M <= 2 * M and M <= 2 * best.M else None
 
 
-def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool) -> tuple[str, str]:
+def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, small: bool) -> tuple[str, str]:
     if machine.capability is None:
         return _off_gpu(dtype, machine, form)
     if dtype == torch.float64:
@@ -118,7 +120,11 @@ def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool) ->
             "aten",
             f"M is below {_FEW_ROWS} K: composing reads a large W0 twice more, and only aten has the kept form",
         )
-    return "hybrid", "nothing was measured on this device, and hybrid is never far behind the naive layer"
+    if dtype == torch.float32:
+        return "aten", "in fp32 ATen's own products are faster than the Triton kernels (an H200)"
+    if small and machine.reasons["native"] is None:
+        return "native", "the host would take longer to launch Triton kernels than the GPU to run them (an H200)"
+    return "hybrid", "it was the fastest where the GPU's time counts (an H200), or never far behind"
 
 
 def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:

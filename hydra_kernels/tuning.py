@@ -29,7 +29,7 @@ CANDIDATES = (
 _SLACK = {torch.float64: 64, torch.float32: 2, torch.float16: 1, torch.bfloat16: 1}
 _TF32_SLACK = 2**-9  # Triton's products truncate operands to tf32, cuBLAS's round them to nearest
 _COLD_BYTES = 64 << 20  # on a CPU; on a GPU twice its L2
-_SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than Python needs for a step
+_STEPS_IN_A_ROW = 4  # of which the last is timed: by then the host is ahead of the GPU, if it can be
 
 
 class Tuned(NamedTuple):
@@ -63,8 +63,8 @@ def tune(
 
     A candidate counts only where its output and every gradient are right: at most twice the error of the naive layer in
     the same dtype, against float64. A step (forward and backward with every gradient) is timed in shuffled rounds, with
-    a cold L2; on a GPU without the time that the host takes to enqueue it. From the next call on the choice of this
-    process changes too; a compiled function keeps its own.
+    a cold L2; on a GPU as eager steps follow one another, so that the host's time counts where it is the longer one.
+    From the next call on the choice of this process changes too; a compiled function keeps its own.
 
     Args:
         model_or_shapes: a model, whose Hydra, LoRA and SeqLoRA layers are tuned with their own dtype and device, or
@@ -240,18 +240,18 @@ def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds:
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name in draw.sample(list(steps), len(steps)):
-            flush.zero_()
             if cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 with torch.cuda.device(device):
-                    # While it sleeps the host enqueues the step, whose time on the GPU is what counts.
-                    torch.cuda._sleep(_SLEEP_CYCLES)
-                    start.record()
-                    steps[name]()
-                    end.record()
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    for _ in range(_STEPS_IN_A_ROW):
+                        flush.zero_()
+                        start.record()
+                        steps[name]()
+                        end.record()
                 end.synchronize()
                 samples[name].append(start.elapsed_time(end) * 1e3)
             else:
+                flush.zero_()
                 began = time.perf_counter()
                 steps[name]()
                 samples[name].append((time.perf_counter() - began) * 1e6)

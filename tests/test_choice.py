@@ -9,7 +9,8 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 RUNS = dict.fromkeys(("aten", "native", "hybrid", "triton"))
 NATIVE = Machine("a processor", None, RUNS | {"hybrid": "no GPU", "triton": "no GPU"}, [])
 CPU = NATIVE._replace(reasons={**NATIVE.reasons, "native": "not built"})
-H100 = Machine("a card", (9, 0), RUNS, [])
+BUILT = Machine("a card", (9, 0), RUNS, [])
+H100 = BUILT._replace(reasons=RUNS | {"native": "not built"})
 
 
 def chosen(*arguments, **options) -> tuple[str, str]:
@@ -55,7 +56,7 @@ def test_what_the_user_fixed_stays_fixed():
     assert chosen(8192, 64, 64, 8, 0, BF16, H100, form="kept") == ("hybrid", "composed")
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_few_rows_of_a_large_weight_are_kept_on_a_gpu(dtype):
     assert chosen(819, 4096, 4096, 8, 8, dtype, H100) == ("aten", "kept")
     assert chosen(820, 4096, 4096, 8, 8, dtype, H100) == ("hybrid", "composed")
@@ -69,8 +70,9 @@ def test_few_rows_of_a_large_weight_are_kept_on_a_gpu(dtype):
 @pytest.mark.parametrize(
     ("machine", "dtype", "backend", "why"),
     [
-        (H100, BF16, "hybrid", "nothing was measured"),
-        (H100, F32, "hybrid", "nothing was measured"),
+        (H100, BF16, "hybrid", "the GPU's time counts"),
+        (BUILT, BF16, "hybrid", "the GPU's time counts"),
+        (BUILT, F32, "aten", "in fp32"),
         (H100, F64, "aten", "no float64"),
         (H100._replace(reasons=RUNS | {"hybrid": "too old"}), BF16, "aten", "cannot run on this device"),
         (CPU, F32, "aten", "not built"),
@@ -85,6 +87,15 @@ def test_backend_without_a_measurement(machine, dtype, backend, why):
     assert why in choice.why_backend
 
 
+def test_small_layers_on_a_gpu_are_the_compiled_parts():
+    fewest = 50_000_000_000 // (3072 * 768) + 1
+    assert chosen(fewest - 1, 3072, 768, 8, 8, BF16, BUILT) == ("native", "composed")
+    assert chosen(fewest, 3072, 768, 8, 8, BF16, BUILT) == ("hybrid", "composed")
+    assert chosen(6400, 3072, 768, 32, 33, BF16, BUILT) == ("hybrid", "composed")  # more ranks than it takes
+    assert chosen(6400, 3072, 768, 8, 8, BF16, H100) == ("hybrid", "composed")
+    assert chosen(256, 4096, 4096, 8, 8, BF16, BUILT) == ("aten", "kept")
+
+
 def test_a_measurement_wins_within_a_factor_of_two_of_its_rows():
     rows = [Measured(16, "aten", "kept"), Measured(100, "triton", "composed"), Measured(1000, "hybrid", "composed")]
     card = H100._replace(measured=[((64, 64, 8, 8, BF16), rows)])
@@ -96,8 +107,8 @@ def test_a_measurement_wins_within_a_factor_of_two_of_its_rows():
     )
     assert [choose(M, 64, 64, 8, 8, BF16, near).backend for M in (119, 120)] == ["aten", "triton"]  # 120^2 = 100 * 144
     assert choose(100, 64, 64, 8, 9, BF16, card).backend == "hybrid"
-    assert choose(100, 64, 64, 8, 8, F32, card).backend == "hybrid"
+    assert choose(100, 64, 64, 8, 8, torch.float16, card).backend == "hybrid"
     assert chosen(16, 64, 64, 8, 8, BF16, card, form="composed") == ("hybrid", "composed")
     assert chosen(16, 64, 64, 8, 8, BF16, card, backend="triton") == ("triton", "composed")
-    gone = card._replace(reasons=RUNS | {"triton": "not installed"})
+    gone = card._replace(reasons=card.reasons | {"triton": "not installed"})
     assert choose(100, 64, 64, 8, 8, BF16, gone).backend == "hybrid"

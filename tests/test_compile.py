@@ -186,6 +186,20 @@ def test_accumulate_passes_opcheck():
     opcheck(torch.ops.hydra_kernels.accumulate_.default, (torch.randn(5, 4), torch.randn(5, 3), torch.randn(4, 3).t()))
 
 
+def test_up_biases_are_not_added_in_place_where_torch_traces():
+    """Where a traced autograd function changes its output in place, torch 2.11 drops every gradient of it."""
+    traced = []
+
+    def backend(module, inputs):
+        traced.append(module.print_readable(print_output=False))
+        return module.forward
+
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, adapter_bias=True, backend="aten"))
+    torch.compile(layer, fullgraph=True, backend=backend)(rows(5))
+    assert "accumulate_" in traced[0]
+    assert ".add_(" not in traced[0] and "iadd" not in traced[0]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_accumulating_copies_nothing_under_inductor(tmp_path, monkeypatch):
     """What inductor makes of a functional addmm is a copy of its first operand, a pass over [M, N]."""

@@ -172,7 +172,8 @@ def test_without_a_gpu_only_the_dry_run_starts(capsys):
 @pytest.mark.parametrize("dry", [True, False])
 def test_every_kernel_and_backend_is_checked(dry):
     groups = doctor.groups(dry)
-    kernels = ("compose", "down", "gemm-forward", "gemm-dx", "grad_z", "grad_w", "reduce", "through_weight")
+    kernels = ("compose", "down", "gemm-forward", "gemm-dx", "grad_z", "sum_rows", "reduce")
+    kernels += ("through_weight", "finish")
     alone = {check.split()[0] for group, found in groups.items() if group.startswith("kernel") for check in found}
     assert alone == set(kernels)
     for backend in ("aten", "hybrid", "triton"):
@@ -180,11 +181,11 @@ def test_every_kernel_and_backend_is_checked(dry):
         assert all(
             name in checks for name in (*FORMATS, "same bits", "stream", "CUDA graph", "no sync", "torch.compile")
         )
-    assert len(groups) <= 27
+    assert len(groups) <= 28
 
 
 def test_the_doctors_own_process_prints_a_row_a_check(capsys):
-    checks = [check for check in doctor.groups(True)["kernels"] if check.startswith("grad_w")]
+    checks = [check for check in doctor.groups(True)["kernels"] if check.startswith("sum_rows")]
     assert doctor.main(["--dry", "kernels", *checks]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["check"] for row in rows] == checks
@@ -209,11 +210,11 @@ def test_what_is_scaled_or_not_a_number_fails(factor, status):
     assert (finding.error is None) == (factor != factor)
 
 
-@pytest.mark.parametrize("broken", ["grad_w", "reduce"])
+@pytest.mark.parametrize("broken", ["sum_rows", "reduce"])
 def test_a_broken_kernel_is_named(broken, monkeypatch):
     """A launch that runs nothing leaves its outputs blank: its own check fails, and no other."""
     run = Launch.run
     monkeypatch.setattr(Launch, "run", lambda self: None if self.kernel.__name__ == f"{broken}_kernel" else run(self))
-    for kernel in ("grad_w", "reduce"):
+    for kernel in ("sum_rows", "reduce"):
         check = next(c for name, c in doctor.groups(True)["kernels"].items() if name.startswith(kernel))
         assert check().status == ("fail" if kernel == broken else "pass")

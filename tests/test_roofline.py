@@ -73,22 +73,31 @@ def test_the_floor_with_a_gap_for_its_three_launches_more(shape, expected):
 def test_ours_is_what_is_launched():
     rows = by_method(FC2)
     names = {method: [kernel[0] for kernel in rows[method]["kernels"]] for method in ("triton", "hybrid")}
-    after = ["grad_w", "reduce", "through_weight"]
-    assert names["triton"] == ["compose", "gemm forward", "grad_z", "gemm dx", *after]
-    assert names["hybrid"] == ["compose", "down", "addmm", "addmm_", "grad_z", "mm", "addmm_", *after]
+    before = ["sum_rows", "compose", "down"]
+    after = ["cat", "grad_z", "sum_rows", "gemm dx", "sum_rows", "reduce", "through_weight", "finish"]
+    assert names["triton"] == [*before, "gemm forward", *after]
+    assert names["hybrid"] == [*before, "addmm", "addmm_", *after]
     M, K, N = FC2
     R, r_b = 16, 8
-    kernels = {kernel[0]: kernel for kernel in rows["triton"]["kernels"]}
-    # b0, c in fp32; rows of D, the rest of C.
+    moved = [kernel[1] for kernel in rows["triton"]["kernels"]]
+    of_C, compose, down, h, _, grad_z, dU, dx, dD, reduce, through_weight, finish = moved
+    S, Q, T, P = 6, 22, 6, M // 64  # partial sums of C, of dU, of dD, and blocks of rows of grad_z
+    parts = 4 * S * r_b * (K + 1)
+    assert of_C == 2 * (N * K + r_b * N + N) + parts
+    # D, the rest of C, U; d and u in fp32.
     composed = (R * K + r_b * K + N * R) * 2 + (R + N) * 4
-    assert kernels["compose"][1] == (N * K + N + R * K // 2 + r_b * N + N * R) * 2 + composed
-    assert kernels["gemm forward"][1] == (M * K + N * K + M * N + M * R) * 2 + composed
-    P, S = M // 64, 3  # blocks of rows: the tall ones would be too few for the GPU
-    assert kernels["grad_z"][1] == (M * N + N * R + 2 * M * R) * 2 + (P * N * R + P * R) * 4
-    assert kernels["grad_w"][1] == (M * K + M * R) * 2 + S * R * K * 4
+    assert compose == parts + 2 * (N + (R - r_b) * K + N * R) + composed
+    assert down == 2 * (M * K + M * R + R * K + r_b * K) + 4 * R
+    assert h == 2 * (M * K + N * K + M * N + M * R + N * R) + 4 * N
+    assert grad_z == 2 * (M * N + N * R + M * R) + 4 * P * R
+    assert dU == 2 * (M * N + M * R) + 4 * Q * R * N
+    assert dx == 2 * (M * N + N * K + M * K + M * R + R * K)
+    assert dD == 2 * (M * K + M * R) + 4 * T * R * K
     written = R * K // 2 + N * R
-    assert kernels["reduce"][1] == (P * N * R + P * R + S * R * K + r_b * K + r_b) * 4 + written * 2
-    assert kernels["through_weight"][1] == (r_b * K + r_b) * 4 + (N * K + N + r_b * N) * 2
+    assert reduce == (Q * R * N + P * R + T * R * K + r_b * K + r_b) * 4 + written * 2
+    products = 4 * 22 * r_b * N
+    assert through_weight == 4 * r_b * K + 2 * N * K + products
+    assert finish == products + 4 * r_b + 2 * (N + r_b * N)
 
 
 def test_a_pass_is_repeated_for_further_blocks_of_ranks():

@@ -207,7 +207,7 @@ def test_explain_answers_for_any_machine(capability, dtype, capsys):
     choice = hk.explain(8192, 4096, 4096, 8, 8, dtype, capability)
     text = capsys.readouterr().out
     on_gpu = capability not in ("cpu", (7, 5), None)
-    expected = "hybrid" if on_gpu and dtype != torch.float64 else "aten"
+    expected = "hybrid" if on_gpu and dtype == BF16 else "aten"
     if capability in ("cpu", None) and dtype != BF16 and native_runs():
         expected = "native"
     assert choice.backend == expected

@@ -15,6 +15,7 @@ from torch import Tensor
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
 COMPOSED_ONLY = ("hybrid", "triton")
+MAX_NATIVE_RANK = 64  # of native's kernels on a GPU
 
 
 class Operands(NamedTuple):

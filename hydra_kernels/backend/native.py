@@ -15,10 +15,9 @@ from torch import Tensor
 from .. import extension
 from . import operators
 from .gpu import KERNEL_DTYPES, too_old
-from .interface import CPU, Operands, Saved
+from .interface import CPU, MAX_NATIVE_RANK, Operands, Saved
 
 _CPU_DTYPES = (torch.float32, torch.float64)
-_MAX_RANK_ON_GPU = 64
 _GRADIENTS = ("x", *Operands._fields[:-1])
 
 
@@ -39,8 +38,8 @@ def refusal(
         return f"its kernels have no {dtype}"
     if on_gpu and form != "composed":
         return "on a GPU it has the composed form only"
-    if on_gpu and r_a + r_b > _MAX_RANK_ON_GPU:
-        return f"its GPU kernels take ranks up to {_MAX_RANK_ON_GPU}, and r_a + r_b is {r_a + r_b}"
+    if on_gpu and r_a + r_b > MAX_NATIVE_RANK:
+        return f"its GPU kernels take ranks up to {MAX_NATIVE_RANK}, and r_a + r_b is {r_a + r_b}"
     if form == "effective" and masked:
         return "an effective weight leaves no place for dropout"
     return None
