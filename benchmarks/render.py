@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-README, LEARNING = "README.md", "docs/learning.md"
+README, LEARNING, GPU = "README.md", "docs/learning.md", "docs/gpu.md"
 
 
 class Block(NamedTuple):
@@ -92,7 +92,8 @@ BLOCKS = (
     Block("measured:learn", "learn", LearnRow, learn_block, learn_chart, page=LEARNING),
     Block("measured:rounding", "rounding", RoundingRow, rounding_block, rounding_chart, page=LEARNING),
     Block("measured:subspaces", "subspaces", SubspaceRow, subspace_block, subspace_chart, page=LEARNING),
-    Block("measured:layer", "layer", LayerRow, layer_block, layer_chart),
+    Block("measured:layer", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cpu"),
+    Block("measured:gpu", "layer", LayerRow, layer_block, layer_chart, GPU, lambda row: row["device"] == "cuda"),
     Block("measured:host", "host", HostRow, host_block),
     Block("predicted:roofline", "predicted", RooflineRow, roofline_block),
 )

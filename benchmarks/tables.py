@@ -83,14 +83,18 @@ def environment_note(environment: Environment) -> str:
 
 
 def groups(rows: Sequence[Row], by: Sequence[str], same: Sequence[str]) -> list[list[Row]]:
-    """The rows equal in ``by``, in the order of the file; equal in ``same`` too, of a further run: a new group."""
+    """The rows equal in ``by``, in the order of the file. One equal in ``same`` too is of a further run, and begins a
+    new group, to which what follows belongs.
+    """
     found: dict[tuple[str, ...], list[Row]] = {}
     seen: Counter[tuple[str, ...]] = Counter()
+    latest: Counter[tuple[str, ...]] = Counter()
     for row in rows:
         run = tuple(str(row[key]) for key in by)
         cell = (*run, *(str(row[key]) for key in same))
-        found.setdefault((*run, str(seen[cell])), []).append(row)
-        seen[cell] += 1
+        latest[run] = max(latest[run], seen[cell])
+        found.setdefault((*run, str(latest[run])), []).append(row)
+        seen[cell] = latest[run] + 1
     return list(found.values())
 
 

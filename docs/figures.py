@@ -128,15 +128,17 @@ def forms() -> Figure:
 
 def passes() -> Figure:
     """The large tensors that each pass of the composed form reads and writes."""
-    f = Figure(760, 330)
+    f = Figure(760, 410)
     columns = ("x [M, K]", "W0 [N, K]", "G or h [M, N]", "dx [M, K]")
     rows = (
-        ("compose", "C = B_down W0", (1,), ""),
-        ("forward", "Z = x D^T + d, h = x W0^T + Z U^T + b0 + u", (0, 1), "2"),
-        ("grad_z", "dZ = G U, dU = G^T Z, sum of G", (2,), ""),
+        ("C", "C = B_down W0, then D, U, d, u", (1,), ""),
+        ("Z", "Z = x D^T + d", (0,), ""),
+        ("forward", "h = x W0^T + Z U^T + b0 + u", (0, 1), "2"),
+        ("dZ", "dZ = G U, sum of G", (2,), ""),
+        ("dU", "dU = G^T Z", (2,), ""),
         ("dx", "dx = G W0 + dZ D", (1, 2), "3"),
-        ("grad_w", "dD = dZ^T x, sum of dZ", (0,), ""),
-        ("compose", "dB_down = T W0^T + (sum of dZ_b) b0^T", (1,), ""),
+        ("dD", "dD = dZ^T x, sum of dZ", (0,), ""),
+        ("dB_down", "T W0^T + (sum of dZ_b) b0^T", (1,), ""),
     )
     for j, title in enumerate(columns):
         f.text(450 + 90 * j, 30, title, "middle", size=SMALL)
@@ -147,7 +149,7 @@ def passes() -> Figure:
         for j in range(4):
             word, fill = ("read", FROZEN) if j in reads else ("written", SAVED) if str(j) == writes else ("", PLAIN)
             f.box(415 + 90 * j, y, 70, 28, word, fill)
-    f.text(20, 315, "The frozen layer's step alone: x and W0 read, h written; G and W0 read, dx written.", size=SMALL)
+    f.text(20, 395, "The frozen layer's step alone: x and W0 read, h written; G and W0 read, dx written.", size=SMALL)
     return f
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import render, render_layer, roofline, timing
+from benchmarks import render, render_layer, roofline, tables, timing
 from benchmarks.methods import Ranks
 from benchmarks.render_roofline import RooflineRow
 from benchmarks.rows import LayerRow, Table4Row
@@ -125,12 +125,14 @@ def predicted() -> list[RooflineRow]:
 
 
 def test_every_dtype_and_mode_has_a_table_and_notes_of_its_own(place):
-    place.mark("measured:layer")
+    place.mark("measured:layer", "measured:gpu")
     compiled = layer_rows(mode="compile", ours=0.97)
     graph = layer_rows((SMALL, FC2), **GPU, ours=0.6)
     files = {"layer-cpu-fp32.json": (layer_rows(), LayerRow), "layer-cpu-fp32-compile.json": (compiled, LayerRow)}
     assert place({**files, "layer-gpu.json": (layer_rows(**{**GPU, "mode": "eager"}) + graph, LayerRow)}) == 0
-    text = place.readme.read_text(encoding="utf-8")
+    # What a GPU measured has a page of its own.
+    cpu, gpu = (place.readme.parent / page for page in ("README.md", "docs/gpu.md"))
+    text = "".join(page.read_text(encoding="utf-8") for page in (cpu, gpu))
     headings = [line for line in text.splitlines() if line.startswith("**")]
     assert headings == [
         "**fp32, eager, ours: aten; A Card**",
@@ -154,17 +156,26 @@ def test_every_dtype_and_mode_has_a_table_and_notes_of_its_own(place):
 
 def test_a_group_alone_needs_no_heading_and_backends_are_told_apart(place):
     place.mark("measured:layer")
-    assert place({"layer-gpu.json": (layer_rows(), LayerRow)}) == 0
+    assert place({"layer-cpu.json": (layer_rows(), LayerRow)}) == 0
     assert "**" not in place.readme.read_text(encoding="utf-8")
+    place.mark("measured:layer", "measured:gpu")
     both = layer_rows(**GPU, ours=0.7)
     for row in both:
         row["backend"] = row["backend"] and "hybrid"
     assert place({"layer-gpu.json": (layer_rows(**GPU, ours=0.6) + both, LayerRow)}) == 0
-    text = place.readme.read_text(encoding="utf-8")
+    text = (place.readme.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
     first, second = text.split("**bf16, graph, ours: hybrid; A Card**")
     assert "**bf16, graph, ours: aten; A Card**" in first
     assert ("0.600" in first, "0.700" in first) == (True, False)
     assert ("0.600" in second, "0.700" in second) == (False, True)
+
+
+def test_what_only_a_further_run_measured_stays_with_it():
+    """A rival that the first run left out must not be compared with the first run's rows."""
+    first = [{"mode": "graph", "method": name} for name in ("frozen", "ours")]
+    further = [{"mode": "graph", "method": name} for name in ("frozen", "ours", "compiled")]
+    found = tables.groups([*first, *further], by=["mode"], same=["method"])
+    assert [[row["method"] for row in group] for group in found] == [["frozen", "ours"], ["frozen", "ours", "compiled"]]
 
 
 def test_table_4_is_grouped_by_dtype_and_mode(place):
