@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hydra_kernels.kernels import configs, gemm, reduce, skinny
+from hydra_kernels.kernels import compose, configs, gemm, reduce, skinny
 from hydra_kernels.kernels.language import INTERPRETED
 from tests.cases import Case
 from tests.oracle import SLACK, Tensors, errors
@@ -151,17 +151,18 @@ def check_compose(form: Format, case: Case) -> Finding:
     shapes |= {"A_down_bias": (b.r_a,), "A_up_bias": (b.N,), "B_down_bias": (b.r_b,), "B_up_bias": (b.N,)}
     t = {name: b.normal(*shape) for name, shape in shapes.items()}
     D, U, rest = b.blank(b.R, b.K), b.blank(b.N, b.R), b.blank(b.r_b, b.K) if low else None
-    d, u = b.blank(b.R, dtype=F32), b.blank(b.N, dtype=F32)
-    config = b.tiles(b.weight).compose
-    skinny.compose(b.weight, bias, t, SCALES, D, rest, d, U, u, True, config, b.precision).run()
+    d, u, S = b.blank(b.R, dtype=F32), b.blank(b.N, dtype=F32), 3
+    C_parts, b_sums = b.normal(S, b.r_b, b.K, dtype=F32), b.normal(S, b.r_b, dtype=F32)
+    config = b.tiles(b.weight).reduce
+    compose.compose(bias, t, SCALES, C_parts, b_sums, D, rest, d, U, u, True, config, b.precision).run()
 
     def formula(to, rounded) -> Tensors:
         a = {name: to(v) for name, v in t.items()}
         return {
             "A_down": a["A_down"],
-            "C": a["B_down"] @ to(b.weight),
+            "C": to(C_parts).sum(0),
             "U": torch.cat([SCALES[0] * a["A_up"], SCALES[1] * a["B_up"]], 1),
-            "d": torch.cat([a["A_down_bias"], a["B_down"] @ to(bias) + a["B_down_bias"]]),
+            "d": torch.cat([a["A_down_bias"], to(b_sums).sum(0) + a["B_down_bias"]]),
             "u": to(bias) + SCALES[0] * a["A_up_bias"] + SCALES[1] * a["B_up_bias"],
         }
 
@@ -180,36 +181,30 @@ def check_down(form: Format, case: Case) -> Finding:
 
 def check_gemm_forward(form: Format, case: Case) -> Finding:
     b = Bench(form, case)
-    x, D, rest, U = b.normal(b.M, b.K), b.normal(b.R, b.K, std=b.K**-0.5), b.rest(), b.normal(b.N, b.R)
-    d, u, mask = b.normal(b.R, dtype=F32), b.normal(b.N, dtype=F32), b.mask()
-    h, Z, config = b.blank(b.M, b.N), b.blank(b.M, b.R), b.tiles(x, b.weight).gemm
-    gemm.forward(x, b.weight, u, D, rest, d, U, mask, MASK_SCALE, h, Z, config, b.precision).run()
-
-    def formula(to, rounded) -> Tensors:
-        Z = bottleneck(x, D, rest, d, mask, to)
-        return {"Z": Z, "h": to(x) @ to(b.weight).t() + rounded(Z) @ to(U).t() + to(u)}
-
-    return b.judge({"h": h, "Z": Z}, formula)
+    x, Z, U, u = b.normal(b.M, b.K), b.normal(b.M, b.R), b.normal(b.N, b.R), b.normal(b.N, dtype=F32)
+    h, processors = b.blank(b.M, b.N), b.architecture.multiprocessors
+    gemm.forward(x, b.weight, u, Z, U, h, b.tiles(x, b.weight, h).gemm, processors, b.precision).run()
+    return b.judge({"h": h}, lambda to, rounded: {"h": to(x) @ to(b.weight).t() + to(Z) @ to(U).t() + to(u)})
 
 
 def check_gemm_dx(form: Format, case: Case) -> Finding:
     b = Bench(form, case)
     G, dZ, D, dx = b.normal(b.M, b.N), b.normal(b.M, b.R), b.normal(b.R, b.K), b.blank(b.M, b.K)
-    gemm.dx(G, b.weight, dZ, D, dx, b.tiles(G, b.weight).gemm, b.precision).run()
+    config, processors = b.tiles(G, b.weight, dx).gemm, b.architecture.multiprocessors
+    gemm.dx(G, b.weight, dZ, D, dx, config, processors, b.precision).run()
     return b.judge({"dx": dx}, lambda to, rounded: {"dx": to(G) @ to(b.weight) + to(dZ) @ to(D)})
 
 
 def check_grad_z(form: Format, case: Case) -> Finding:
     b = Bench(form, case)
     G, Z, mask, up = b.normal(b.M, b.N), b.normal(b.M, b.R), b.mask(), b.normal(b.N, b.R, std=b.N**-0.5)
-    ups = up[:, : b.r_a].contiguous(), up[:, b.r_a :].contiguous()
     up_biases = b.normal(b.N), b.normal(b.N)
-    config = b.architecture.grad_z(b.tiles(G, b.weight), b.M)
+    config = b.tiles(G, b.weight).grad_z
     P = triton.cdiv(b.M, config.BLOCK_ROWS)
-    out = {"dU": b.blank(P, b.N, b.R, dtype=F32), "sum G": b.blank(P, b.N, dtype=F32)}
-    out |= {"sum dZ": b.blank(P, b.R, dtype=F32), "scales": b.blank(P, b.R + 2, dtype=F32)}
-    dZ = b.blank(b.M, b.R)
-    skinny.grad_z(G, ups, up_biases, SCALES, Z, mask, MASK_SCALE, dZ, *out.values(), config, b.precision).run()
+    out = {"sum G": b.blank(P, b.N, dtype=F32), "sum dZ": b.blank(P, b.R, dtype=F32)}
+    out |= {"scales": b.blank(P, b.R + 2, dtype=F32)}
+    dZ, rows = b.blank(b.M, b.R), up.t().contiguous()
+    skinny.grad_z(G, rows, b.r_a, up_biases, SCALES, Z, mask, MASK_SCALE, dZ, *out.values(), config, b.precision).run()
 
     def blocks(v: Tensor) -> Tensor:
         return torch.cat([v, v.new_zeros(P * config.BLOCK_ROWS - b.M, v.shape[1])]).view(P, config.BLOCK_ROWS, -1)
@@ -220,7 +215,6 @@ def check_grad_z(form: Format, case: Case) -> Finding:
         of_biases = [(sums @ to(bias))[:, None] for bias in up_biases]
         return {
             "dZ": product * scales * to(mask) * MASK_SCALE,
-            "dU": blocks(to(G)).transpose(1, 2) @ blocks(to(Z)),
             "sum G": sums,
             "sum dZ": blocks(to(dZ)).sum(1),  # of the dZ it wrote
             "scales": torch.cat([blocks(product * to(Z)).sum(1), *of_biases], 1),
@@ -229,24 +223,30 @@ def check_grad_z(form: Format, case: Case) -> Finding:
     return b.judge({"dZ": dZ, **out}, formula)
 
 
-def check_grad_w(form: Format, case: Case) -> Finding:
+def check_sum_rows(form: Format, case: Case) -> Finding:
     b = Bench(form, case)
-    x, dZ = b.normal(b.M, b.K), b.normal(b.M, b.R)
+    x, y, v = b.normal(b.M, b.K), b.normal(b.R, b.M).t(), b.normal(b.M)
     tiles = b.tiles(x, b.weight)
-    dD = b.blank(b.architecture.splits(tiles, b.M, b.K), b.R, b.K, dtype=F32)
-    launch = skinny.grad_w(x, dZ, dD, tiles.grad_w, b.precision)
+    S = b.architecture.splits(tiles, b.M, b.K)
+    out, v_sums = b.blank(S, b.R, b.K, dtype=F32), b.blank(S, b.R, dtype=F32)
+    launch = skinny.sum_rows(x, y, out, tiles.sum_rows, b.precision, v, v_sums)
     launch.run()
     rows_of_split = launch.arguments["rows_of_split"]
-    splits = [slice(s * rows_of_split, (s + 1) * rows_of_split) for s in range(len(dD))]
-    return b.judge(
-        {"dD": dD}, lambda to, rounded: {"dD": torch.stack([to(dZ[rows]).t() @ to(x[rows]) for rows in splits])}
-    )
+    splits = [slice(s * rows_of_split, (s + 1) * rows_of_split) for s in range(S)]
+
+    def formula(to, rounded) -> Tensors:
+        return {
+            "y^T x": torch.stack([to(y[rows]).t() @ to(x[rows]) for rows in splits]),
+            "v^T y": torch.stack([to(v[rows]) @ to(y[rows]) for rows in splits]),
+        }
+
+    return b.judge({"y^T x": out, "v^T y": v_sums}, formula)
 
 
 def check_reduce(form: Format, case: Case) -> Finding:
-    b, P, S = Bench(form, case), 19, 3
+    b, P, Q, S = Bench(form, case), 19, 5, 3
     new, N, r_a = partial(b.normal, dtype=F32), b.N, b.r_a
-    partials = reduce.Partials(new(P, N, b.R), new(P, N), new(P, b.R), new(P, b.R + 2), new(S, b.R, b.K))
+    partials = reduce.Partials(new(Q, b.R, N), new(P, N), new(P, b.R), new(P, b.R + 2), new(S, b.R, b.K))
     B_down = b.normal(b.r_b, N)
     shapes = {"A_down": (r_a, b.K), "A_up": (N, r_a), "B_up": (N, b.r_b), "bias": (N,)}
     shapes |= {"A_down_bias": (r_a,), "A_up_bias": (N,), "B_down_bias": (b.r_b,), "B_up_bias": (N,)}
@@ -259,7 +259,7 @@ def check_reduce(form: Format, case: Case) -> Finding:
         dU, g, z, scales, dD = (to(p).sum(0) for p in partials)
         s_a, s_b = SCALES
         return {
-            **{"A_up": s_a * dU[:, :r_a], "B_up": s_b * dU[:, r_a:], "A_up_bias": s_a * g, "B_up_bias": s_b * g},
+            **{"A_up": s_a * dU[:r_a].t(), "B_up": s_b * dU[r_a:].t(), "A_up_bias": s_a * g, "B_up_bias": s_b * g},
             **{"A_down": dD[:r_a], "T": dD[r_a:], "z_b": z[r_a:]},
             **{"A_down_bias": z[:r_a], "B_down_bias": z[r_a:], "bias": g + z[r_a:] @ to(B_down)},
             **{"scale_a": scales[:r_a].sum() + scales[b.R], "scale_b": scales[r_a : b.R].sum() + scales[b.R + 1]},
@@ -270,18 +270,28 @@ def check_reduce(form: Format, case: Case) -> Finding:
 
 def check_through_weight(form: Format, case: Case) -> Finding:
     b = Bench(form, case)
-    T, z_b, bias = b.normal(b.r_b, b.K, dtype=F32), b.normal(b.r_b, dtype=F32), b.normal(b.N)
-    dB_down, config = b.blank(b.r_b, b.N), b.tiles(b.weight).reduce
-    reduce.through_weight(T, z_b, b.weight, bias, dB_down, config, b.precision).run()
+    T, tiles = b.normal(b.r_b, b.K, dtype=F32), b.tiles(b.weight)
+    products = b.blank(b.architecture.splits_of_columns(tiles, b.N, b.K), b.r_b, b.N, dtype=F32)
+    reduce.through_weight(T, b.weight, products, tiles.through, b.precision).run()
+    # Rounded as dB_down will be, which `finish` makes of them.
+    got = products.sum(0).to(b.dtype)
+    return b.judge({"T W0^T": got}, lambda to, rounded: {"T W0^T": to(T) @ to(b.weight).t()})
+
+
+def check_finish(form: Format, case: Case) -> Finding:
+    b = Bench(form, case)
+    products, z_b, bias = b.normal(3, b.r_b, b.N, dtype=F32), b.normal(b.r_b, dtype=F32), b.normal(b.N)
+    dB_down = b.blank(b.r_b, b.N)
+    reduce.finish(products, z_b, bias, dB_down, b.tiles(b.weight).reduce).run()
 
     def formula(to, rounded) -> Tensors:
-        return {"dB_down": to(T) @ to(b.weight).t() + torch.outer(to(z_b), to(bias))}
+        return {"dB_down": to(products).sum(0) + torch.outer(to(z_b), to(bias))}
 
     return b.judge({"dB_down": dB_down}, formula)
 
 
 KERNELS = {
     **{"compose": check_compose, "down": check_down, "gemm-forward": check_gemm_forward, "gemm-dx": check_gemm_dx},
-    **{"grad_z": check_grad_z, "grad_w": check_grad_w, "reduce": check_reduce},
-    "through_weight": check_through_weight,
+    **{"grad_z": check_grad_z, "sum_rows": check_sum_rows, "reduce": check_reduce},
+    **{"through_weight": check_through_weight, "finish": check_finish},
 }

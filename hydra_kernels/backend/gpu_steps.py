@@ -1,10 +1,11 @@
 """A forward and a backward of the composed form (see `aten`) as a sequence of kernels.
 
-forward     compose: D, C's rounding rest, d, U, u    triton: gemm          hybrid: down, then two GEMMs of cuBLAS
-backward    grad_z: dZ, partial dU, sums over rows    triton: gemm for dx   hybrid: two GEMMs of cuBLAS
-            grad_w: partial dD                        reduce, through_weight: every other gradient
+forward     sum_rows: C    compose: D, C's rounding rest, d, U, u    down: Z    triton: gemm    hybrid: cuBLAS, twice
+backward    grad_z: dZ, sums over rows    sum_rows: dU    gemm: dx    sum_rows: dD
+            reduce: every other gradient but dB_down      through_weight, finish: dB_down
 
-So 2 + 5 launches on the fused path where every gradient is wanted, and fewer where not.
+So 4 + 7 launches on the fused path where every gradient is wanted, and fewer where not. Where no GEMM kernel of ours
+was measured to be worth it (`_fuses_dx`), hybrid leaves dx to two GEMMs of cuBLAS.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable, Set
 import torch
 from torch import Tensor
 
-from ..kernels import gemm, reduce, skinny
-from ..kernels.configs import Architecture, cdiv, of
+from ..kernels import compose, gemm, reduce, skinny
+from ..kernels.configs import MAX_RANK_BLOCK, Architecture, Tiles, cdiv, of
 from ..kernels.language import INTERPRETED
 from ..kernels.launch import Launch
 from .interface import LOW_PRECISION, Operands, Saved
@@ -43,18 +44,25 @@ def forward(
     adapters = {name: getattr(op, name) for name in _ADAPTERS}
     scales = op.scale_a, op.scale_b
     with_bias = fused and op.bias is not None
-    run(skinny.compose(op.weight, op.bias, adapters, scales, D, rest, d, U, u, with_bias, tiles.compose, precision))
+    C = b_sums = None
+    if op.B_down is not None:
+        S, B_down = arch.splits(tiles, N, K), op.B_down.to(x.dtype)
+        C = x.new_empty(S, op.r_b, K, dtype=torch.float32)
+        b_sums = None if op.bias is None else x.new_empty(S, op.r_b, dtype=torch.float32)
+        run(skinny.sum_rows(op.weight, B_down.t(), C, tiles.sum_rows, precision, op.bias, b_sums))
+    run(compose.compose(
+        op.bias, adapters, scales, C, b_sums, D, rest, d, U, u, with_bias, tiles.reduce, precision
+    ))  # fmt: skip
 
-    saves_Z = not needs.isdisjoint(("A_up", "B_up", "scale_a", "scale_b"))
-    Z = x.new_empty(M, R) if saves_Z or not fused else None
+    Z = x.new_empty(M, R)
+    run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, tiles.down, precision))
     if h is not None:
-        run(gemm.forward(x, op.weight, u, D, rest, d, U, op.mask, op.mask_scale, h, Z, tiles.gemm, precision))
+        run(gemm.forward(x, op.weight, u, Z, U, h, tiles.gemm, arch.multiprocessors, precision))
     else:
-        run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, tiles.down, precision))
         h = _around_cublas(x, op.weight, op.bias, Z, U, u)
     saved = (
         x if "A_down" in needs or "B_down" in needs else None,
-        Z if saves_Z else None,
+        Z if not needs.isdisjoint(("A_up", "B_up", "scale_a", "scale_b")) else None,
         D if "x" in needs else None,
     )
     return h, _for_backward(op, needs), saved
@@ -76,7 +84,8 @@ def backward(
 ) -> dict[str, Tensor]:
     x, Z, D = saved
     precision = _precision(G.dtype)
-    tiles = arch.tiles(G.dtype, precision, [t for t in (G, x, op.weight) if t is not None])
+    dx = {"x": G.new_empty(len(G), D.shape[1])} if "x" in needs else {}
+    tiles = arch.tiles(G.dtype, precision, [t for t in (G, x, op.weight, *dx.values()) if t is not None])
     (M, N), r_a, r_b, scales = G.shape, op.r_a, op.r_b, (op.scale_a, op.scale_b)
     R = r_a + r_b
     grads = {name: torch.empty_like(getattr(op, name)) for name in reduce.GRADIENTS if name in needs and name != "bias"}
@@ -86,14 +95,13 @@ def backward(
     def partial(wanted: bool, *shape: int) -> Tensor | None:
         return G.new_empty(shape, dtype=torch.float32) if wanted else None
 
-    config = arch.grad_z(tiles, M)
-    P, S = cdiv(M, config.BLOCK_ROWS), 0 if x is None else arch.splits(tiles, M, x.shape[1])
+    P, S = cdiv(M, tiles.grad_z.BLOCK_ROWS), 0 if x is None else arch.splits(tiles, M, x.shape[1])
     of_scales = "scale_a" in needs or "scale_b" in needs
     z_sums = not needs.isdisjoint(("A_down_bias", "B_down_bias")) or (
         r_b > 0 and ("bias" in needs or ("B_down" in needs and op.bias is not None))
     )
     partials = reduce.Partials(
-        dU=partial("A_up" in needs or "B_up" in needs, P, N, R),
+        dU=partial("A_up" in needs or "B_up" in needs, arch.splits(tiles, M, N), R, N),
         g=partial(not needs.isdisjoint(("bias", "A_up_bias", "B_up_bias")), P, N),
         z_sums=partial(z_sums, P, R),
         scales=partial(of_scales, P, R + 2),
@@ -101,32 +109,45 @@ def backward(
     )
     dZ = G.new_empty(M, R) if z_sums or x is not None or "x" in needs else None
     up_biases = (op.A_up_bias if "scale_a" in needs else None, op.B_up_bias if "scale_b" in needs else None)
-    run(skinny.grad_z(
-        G, (op.A_up, op.B_up), up_biases, scales, Z, op.mask, op.mask_scale,
-        dZ, partials.dU, partials.g, partials.z_sums, partials.scales, config, precision,
-    ))  # fmt: skip
-    dx = {}
+    if dZ is not None or of_scales or partials.g is not None:
+        run(skinny.grad_z(
+            G, _stacked_up(op, G.dtype), r_a, up_biases, scales, Z if of_scales else None, op.mask, op.mask_scale,
+            dZ, partials.g, partials.z_sums, partials.scales, tiles.grad_z, precision,
+        ))  # fmt: skip
+    if partials.dU is not None:
+        run(skinny.sum_rows(G, Z, partials.dU, tiles.sum_rows, precision))
     if "x" in needs:
-        if fused:
-            dx["x"] = G.new_empty(M, D.shape[1])
-            run(gemm.dx(G, op.weight, dZ, D, dx["x"], tiles.gemm, precision))
+        if fused or _fuses_dx(tiles, R):
+            run(gemm.dx(G, op.weight, dZ, D, dx["x"], tiles.gemm, arch.multiprocessors, precision))
         else:
-            dx["x"] = (dZ @ D).addmm_(G, op.weight)
+            torch.mm(dZ, D, out=dx["x"]).addmm_(G, op.weight)
     if partials.dD is not None:
-        run(skinny.grad_w(x, dZ, partials.dD, tiles.grad_w, precision))
+        run(skinny.sum_rows(x, dZ, partials.dD, tiles.sum_rows, precision))
     if grads:
         through_W0, K = "B_down" in needs, 0 if x is None else x.shape[1]
         T, z_b = partial(through_W0, r_b, K), partial(through_W0 and op.bias is not None, r_b)
         shape, B_down = (N, K, r_a, r_b), op.B_down if "bias" in needs else None
         run(reduce.reduce(partials, P, B_down, scales, shape, grads, T, z_b, tiles.reduce))
         if T is not None:
-            run(reduce.through_weight(T, z_b, op.weight, op.bias, grads["B_down"], tiles.reduce, precision))
+            products = T.new_empty(arch.splits_of_columns(tiles, N, K), r_b, N)
+            run(reduce.through_weight(T, op.weight, products, tiles.through, precision))
+            run(reduce.finish(products, z_b, op.bias, grads["B_down"], tiles.reduce))
     return grads | dx
 
 
 def _for_backward(op: Operands, needs: Set[str]) -> Operands:
     through_W0 = "B_down" in needs
     return op._replace(weight=op.weight if through_W0 or "x" in needs else None, bias=op.bias if through_W0 else None)
+
+
+def _stacked_up(op: Operands, dtype: torch.dtype) -> Tensor:
+    """[A_up, B_up]^T [R, N], whose rows wide loads take at any rank."""
+    return torch.cat([up.t().to(dtype) for up in (op.A_up, op.B_up) if up is not None]).contiguous()
+
+
+def _fuses_dx(tiles: Tiles, R: int) -> bool:
+    """Whether dx + dZ D in one kernel beats cuBLAS and a second pass over dx: measured on an H200, 3 % to 25 %."""
+    return tiles.gemm.descriptors and R <= MAX_RANK_BLOCK
 
 
 def contiguous(op: Operands) -> Operands:

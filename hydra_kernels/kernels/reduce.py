@@ -1,13 +1,14 @@
-"""The last kernels of a backward: `reduce` sums partial sums into gradients, `through_weight` makes dB_down of them.
+"""The last kernels of a backward: `reduce` sums partial sums into gradients; dB_down takes two more, a pass over W0.
 
-From grad_z, over P blocks of rows:   dU [P, N, R], g = sum_m G [P, N], z = sum_m dZ [P, R], scales [P, R + 2]
-From grad_w, over S splits of rows:   dD [S, R, K]; its last r_b rows are T
+From grad_z, over P blocks of rows:   g = sum_m G [P, N], z = sum_m dZ [P, R], scales [P, R + 2]
+From sum_rows, over splits of rows:   dU^T [Q, R, N], and dD [S, R, K], whose last r_b rows are T
 
     dA_up = s_a dU_a    dA_down = dD_a    da_u = s_a g    da_d = z_a    ds_a from scales    (b likewise)
     db0 = g + z_b B_down                  dB_down = T W0^T + z_b b0^T, T in two parts where products round it
 
-`reduce` is one launch for all that it sums, T [r_b, K] and z_b [r_b] for `through_weight` too: a program's number tells
-its job. Every sum runs in the same order each time.
+`reduce` is one launch for all that it sums, T [r_b, K] and z_b [r_b] too: a program's number tells its job. Then
+`through_weight` leaves T W0^T in partial sums over ranges of K, so that a small W0 has enough programs, and `finish`
+adds them. Every sum runs in the same order each time.
 """
 
 from __future__ import annotations
@@ -19,33 +20,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Reduce, cdiv, rank_block
-from .language import dot, leading, scalar, store
+from .configs import Reduce, Skinny, cdiv, rank_block
+from .language import dot, leading, scalar, store, sum_of_partials
 from .launch import Launch, scale_arguments
 
 
 @triton.jit
-def sum_of_partials(ptr, P, size, offs, mask, BLOCK_P: tl.constexpr):
-    """The elements at offs of P arrays of this size, summed over the arrays."""
-    total = tl.zeros((offs.shape[0],), tl.float32)
-    for p in range(0, P, BLOCK_P):
-        offs_p = p + tl.arange(0, BLOCK_P).to(tl.int64)
-        inside = (offs_p < P)[:, None] & mask[None, :]
-        total += tl.sum(tl.load(ptr + offs_p[:, None] * size + offs[None, :], mask=inside, other=0.0), 0)
-    return total
-
-
-@triton.jit
 def up_gradients(
-    dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid, P, N, r_a, r_b,
+    dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid, Q, N, r_a, r_b,
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dA_up [N, r_a] and dB_up [N, r_b] at one block of the N R elements of dU."""
-    R = r_a + r_b
-    offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-    inside = offs < tl.full((1,), R, tl.int64) * N
-    dU = sum_of_partials(dU_ptr, P, tl.full((1,), R, tl.int64) * N, offs, inside, BLOCK_P)
-    n, r = offs // R, offs % R
+    """dA_up [N, r_a] and dB_up [N, r_b] at one block of the R N elements of dU^T."""
+    offs, size = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), tl.full((1,), r_a + r_b, tl.int64) * N
+    inside = offs < size
+    dU = sum_of_partials(dU_ptr, Q, size, offs, inside, BLOCK_P)
+    r, n = offs // N, offs % N
     if dA_up_ptr is not None:
         store(dA_up_ptr + n * r_a + r, scalar(scale_a, LOADED_A) * dU, inside & (r < r_a))
     if dB_up_ptr is not None:
@@ -126,7 +115,7 @@ def gradients_of_ranks(
 
 
 # The number of rows must not decide what is compiled: a last short batch would wait for it.
-@triton.jit(do_not_specialize=["P", "S", "end_up", "end_down", "end_columns"])
+@triton.jit(do_not_specialize=["P", "Q", "S", "end_up", "end_down", "end_columns"])
 def reduce_kernel(
     dU_ptr,  # partial sums, None where nothing needs them
     g_ptr,
@@ -156,6 +145,7 @@ def reduce_kernel(
     K,
     r_a,
     r_b,
+    Q,
     S,
     LOADED_A: tl.constexpr,  # whether scale_a is a pointer
     LOADED_B: tl.constexpr,
@@ -167,7 +157,7 @@ def reduce_kernel(
     if pid < end_up:
         if dU_ptr is not None:
             up_gradients(
-                dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid, P, N, r_a, r_b,
+                dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid, Q, N, r_a, r_b,
                 LOADED_A, LOADED_B, BLOCK_E, BLOCK_P,
             )  # fmt: skip
     elif pid < end_down:
@@ -189,13 +179,12 @@ def reduce_kernel(
 @triton.jit
 def through_weight_kernel(
     T_ptr,  # [r_b, K] fp32
-    z_ptr,  # [r_b] fp32, or None
     w_ptr,  # W0 [N, K] with strides
-    bias_ptr,  # b0 [N]
-    dB_down_ptr,  # [r_b, N], written
+    partials_ptr,  # [splits, r_b, N] fp32, written
     N,
     K,
     r_b,
+    columns_of_split,  # whole blocks
     stride_wn,
     stride_wk,
     PRECISION: tl.constexpr,
@@ -204,12 +193,13 @@ def through_weight_kernel(
     BLOCK_R: tl.constexpr,
 ):
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1).to(tl.int64)
+    offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_n, mask_r = offs_n < N, offs_r < r_b
     dtype = w_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
+    for k in range(0, columns_of_split, BLOCK_K):
+        offs_k = split * columns_of_split + k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         T_ptrs = T_ptr + offs_r[:, None] * K + offs_k[None, :]
         T = tl.load(T_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
@@ -225,11 +215,29 @@ def through_weight_kernel(
             acc = dot(hi, w, acc, PRECISION)
             if dtype != tl.float32 or PRECISION == "tf32":
                 acc = dot(leading(T - hi.to(tl.float32), dtype, PRECISION), w, acc, PRECISION)
+    partials_ptrs = partials_ptr + (split * r_b + offs_r)[:, None] * N + offs_n[None, :]
+    tl.store(partials_ptrs, acc, mask=mask_r[:, None] & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def finish_kernel(
+    partials_ptr,  # [splits, r_b, N] fp32
+    z_ptr,  # [r_b] fp32, or None
+    bias_ptr,  # b0 [N]
+    dB_down_ptr,  # [r_b, N], written
+    splits,
+    N,
+    r_b,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    offs, size = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), tl.full((1,), r_b, tl.int64) * N
+    inside = offs < size
+    dB_down = sum_of_partials(partials_ptr, splits, size, offs, inside, BLOCK_P)
     if z_ptr is not None:
-        z = tl.load(z_ptr + offs_r, mask=mask_r, other=0.0)
-        b0 = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        acc += z[:, None] * b0[None, :]
-    store(dB_down_ptr + offs_r[:, None] * N + offs_n[None, :], acc, mask_r[:, None] & mask_n[None, :])
+        b0 = tl.load(bias_ptr + offs % N, mask=inside, other=0.0).to(tl.float32)
+        dB_down += tl.load(z_ptr + offs // N, mask=inside, other=0.0) * b0
+    store(dB_down_ptr + offs, dB_down, inside)
 
 
 # Every gradient it writes; dx is the GEMM's.
@@ -240,9 +248,9 @@ GRADIENTS = (
 
 
 class Partials(NamedTuple):
-    """What `grad_z` and `grad_w` leave, in fp32; None where nothing needs it."""
+    """What `grad_z` and `sum_rows` leave, in fp32; None where nothing needs it."""
 
-    dU: Tensor | None  # [P, N, R]
+    dU: Tensor | None  # [Q, R, N]: transposed
     g: Tensor | None  # [P, N]
     z_sums: Tensor | None  # [P, R]
     scales: Tensor | None  # [P, R + 2]
@@ -282,27 +290,35 @@ def reduce(
         **{f"d{name}_ptr": grads.get(name) for name in GRADIENTS if name != "B_down"},
         **{"T_ptr": T, "z_ptr": z_b},
         **dict(zip(("end_up", "end_down", "end_columns"), ends, strict=False)),
-        **{"P": P, "S": 0 if partials.dD is None else len(partials.dD)},
+        **{"P": P, "Q": _length(partials.dU), "S": _length(partials.dD)},
         **{"N": N, "K": K, "r_a": r_a, "r_b": r_b},
         **{"BLOCK_R": rank_block(r_b), "BLOCK_E": config.BLOCK_E, "BLOCK_P": config.BLOCK_P},
     }
     return Launch.of(reduce_kernel, (ends[-1],), arguments, config)
 
 
-def through_weight(
-    T: Tensor,
-    z_b: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dB_down: Tensor,
-    config: Reduce,
-    precision: str,
-) -> Launch:
-    """dB_down [r_b, N] for what `reduce` wrote and weight [N, K]; z_b is None where bias is."""
-    (r_b, K), N, block_r = T.shape, weight.shape[0], rank_block(len(T))
+def _length(t: Tensor | None) -> int:
+    return 0 if t is None else len(t)
+
+
+def through_weight(T: Tensor, weight: Tensor, partials: Tensor, config: Skinny, precision: str) -> Launch:
+    """Partial sums [splits, r_b, N] of T W0^T for T [r_b, K] and weight [N, K]."""
+    (r_b, K), N, (splits, _, _) = T.shape, weight.shape[0], partials.shape
     arguments = {
-        **{"T_ptr": T, "z_ptr": z_b, "w_ptr": weight, "bias_ptr": bias, "dB_down_ptr": dB_down},
-        **{"N": N, "K": K, "r_b": r_b, "stride_wn": weight.stride(0), "stride_wk": weight.stride(1)},
-        **{"PRECISION": precision, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "BLOCK_R": block_r},
+        **{"T_ptr": T, "w_ptr": weight, "partials_ptr": partials, "N": N, "K": K, "r_b": r_b},
+        **{"columns_of_split": cdiv(cdiv(K, splits), config.BLOCK_COLUMNS) * config.BLOCK_COLUMNS},
+        **{"stride_wn": weight.stride(0), "stride_wk": weight.stride(1), "PRECISION": precision},
+        **{"BLOCK_N": config.BLOCK_ROWS, "BLOCK_K": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(r_b)},
     }
-    return Launch.of(through_weight_kernel, (cdiv(N, config.BLOCK_N), cdiv(r_b, block_r)), arguments, config)
+    grid = (cdiv(N, config.BLOCK_ROWS), splits, cdiv(r_b, rank_block(r_b)))
+    return Launch.of(through_weight_kernel, grid, arguments, config)
+
+
+def finish(partials: Tensor, z_b: Tensor | None, bias: Tensor | None, dB_down: Tensor, config: Reduce) -> Launch:
+    """dB_down [r_b, N] for what `through_weight` and `reduce` wrote; z_b is None where bias is."""
+    splits, r_b, N = partials.shape
+    arguments = {
+        **{"partials_ptr": partials, "z_ptr": z_b, "bias_ptr": bias, "dB_down_ptr": dB_down},
+        **{"splits": splits, "N": N, "r_b": r_b, "BLOCK_E": config.BLOCK_E, "BLOCK_P": config.BLOCK_P},
+    }
+    return Launch.of(finish_kernel, (cdiv(r_b * N, config.BLOCK_E),), arguments, config)
