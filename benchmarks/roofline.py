@@ -111,18 +111,19 @@ def _product_operations(name: str, args: Sequence[Any]) -> int:
 WRITTEN = {
     "compose": ("D_ptr", "rest_ptr", "d_ptr", "U_ptr", "u_ptr"),
     "down": ("Z_ptr",),
-    "grad_z": ("dZ_ptr", "dU_ptr", "g_ptr", "z_sums_ptr", "scales_ptr"),
-    "grad_w": ("dD_ptr",),
-    "gemm forward": ("out_ptr", "p_ptr"),
-    "gemm dx": ("out_ptr",),
+    "grad_z": ("dZ_ptr", "g_ptr", "z_sums_ptr", "scales_ptr"),
+    "sum_rows": ("out_ptr", "v_sums_ptr"),
+    "gemm forward": ("out",),
+    "gemm dx": ("out",),
     "reduce": (
         *("dA_down_ptr", "dA_up_ptr", "dB_up_ptr", "dA_down_bias_ptr", "dA_up_bias_ptr", "dB_down_bias_ptr"),
         *("dB_up_bias_ptr", "dscale_a_ptr", "dscale_b_ptr", "dbias_ptr", "T_ptr", "z_ptr"),
     ),
-    "through_weight": ("dB_down_ptr",),
+    "through_weight": ("partials_ptr",),
+    "finish": ("dB_down_ptr",),
 }
 # The large operand, read again for each block of ranks.
-PASSED = {"compose": "w_ptr", "down": "x_ptr", "grad_z": "G_ptr", "grad_w": "x_ptr", "through_weight": "w_ptr"}
+PASSED = {"down": "x_ptr", "grad_z": "G_ptr", "sum_rows": "x_ptr", "through_weight": "w_ptr"}
 
 
 def of_launch(launch: Launch) -> Kernel:
@@ -133,8 +134,6 @@ def of_launch(launch: Launch) -> Kernel:
     passes = launch.grid[-1] if name in PASSED else 1
     tensors = {key: v.base if isinstance(v, TensorDescriptor) else v for key, v in a.items()}
     tensors = {key: v for key, v in tensors.items() if isinstance(v, Tensor)}
-    if name == "compose" and a["B_down_ptr"] is None:
-        del tensors["w_ptr"]  # without a sequential branch it is handed over, but not read
     reads = [(t, passes if key == PASSED.get(name) else 1) for key, t in tensors.items() if key not in WRITTEN[name]]
     writes = [t for key, t in tensors.items() if key in WRITTEN[name]]
     return Kernel(name, tuple(reads), tuple(writes), _launch_operations(name, launch, passes))
@@ -142,22 +141,19 @@ def of_launch(launch: Launch) -> Kernel:
 
 def _launch_operations(name: str, launch: Launch, passes: int) -> int:
     a = launch.arguments
-    R = a["BLOCK_R"]
+    R = a.get("BLOCK_R", 0)
     if name.startswith("gemm"):
         inner = triton.cdiv(a["K"], a["BLOCK_K"]) * a["BLOCK_K"]
-        # Every program sums its own Z over K, in two parts where rounding took a rest.
-        columns = a["BLOCK_N"] + (R * (1 + (a["rest_ptr"] is not None)) if a["FORWARD"] else 0)
-        return launch.grid[0] * 2 * a["BLOCK_M"] * (columns * inner + a["BLOCK_N"] * R)
-    if name == "compose":
-        return 2 * a["N"] * a["K"] * R * passes * (a["B_down_ptr"] is not None)
+        tiles = triton.cdiv(a["M"], a["BLOCK_M"]) * triton.cdiv(a["N"], a["BLOCK_N"])
+        return tiles * 2 * a["BLOCK_M"] * a["BLOCK_N"] * (inner + R)
     if name == "down":
         return 2 * a["M"] * a["K"] * R * passes * (1 + (a["rest_ptr"] is not None))
     if name == "grad_z":
-        return 2 * a["M"] * a["N"] * R * passes * ((a["dZ_ptr"] is not None) + (a["dU_ptr"] is not None))
-    if name == "grad_w":
+        return 2 * a["M"] * a["N"] * R * passes * (a["dZ_ptr"] is not None)
+    if name == "sum_rows":
         return 2 * a["M"] * a["K"] * R * passes
     # T in two parts.
-    return 2 * a["N"] * a["K"] * R * passes * 2 * (name == "through_weight")
+    return 2 * a["N"] * a["K"] * R * passes * 2 if name == "through_weight" else 0
 
 
 def operands_of(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> dict[str, Tensor | None]:
@@ -274,7 +270,7 @@ def predict(shape: Shape, ranks: Ranks, dtype: str, model: Model) -> list[Roofli
         if method == "triton" and sum(ranks) > configs.MAX_RANK_BLOCK:
             continue
         kernels = STEPS[method](shape, ranks, DTYPES[dtype])
-        times = microseconds(kernels, model, ours=method == "triton")
+        times = microseconds(kernels, model, ours=method in ("hybrid", "triton"))
         total = sum(times) + model.launch_us * len(kernels)
         rows.append(
             RooflineRow(

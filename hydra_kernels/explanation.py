@@ -133,10 +133,11 @@ def predict(call: Call, machine: Machine, card: Mapping[str, Any], efficiency: f
     bandwidth, rate = card["gigabytes"] * 1e3, card["tflops"][_rate_name(call.dtype)] * 1e6
     found = {}
     for name in names:
-        share = (efficiency or DATA["gemm_over_cublas"]) if name == "triton" else 1.0
+        share = efficiency or DATA["gemm_over_cublas"]
         kernels = kernels_of(name, call, machine.capability)
         times = [
-            max(k.bytes / bandwidth, k.operations / (rate * (share if k.name in ("h", "dx") else 1))) for k in kernels
+            max(k.bytes / bandwidth, k.operations / (rate * (share if k.name.startswith("fused") else 1)))
+            for k in kernels
         ]
         found[name] = sum(times) + card["launch_us"] * len(kernels)
     return found
@@ -148,33 +149,36 @@ def kernels_of(name: str, call: Call, capability: tuple[int, int] | None) -> lis
     R, size, low = r_a + r_b, dtype.itemsize, dtype in LOW_PRECISION
     x, h, W, Z, D, U = (size * n for n in (M * K, M * N, N * K, M * R, R * K, N * R))
     gemm, over_K, over_N, small = 2 * M * K * N, 2 * M * K * R, 2 * M * N * R, 2 * N * K * r_b
-    W_b = W if r_b else 0
     arch = configs.of(capability or (8, 6))
-    dU = 4 * N * R * configs.cdiv(M, arch.grad_z(arch.half, M).BLOCK_ROWS)
-    dD = 4 * R * K * arch.splits(arch.half, M, K)
+    C, dU, dD = (4 * n * arch.splits(arch.half, m, k) for n, m, k in ((r_b * K, N, K), (N * R, M, N), (R * K, M, K)))
+    products = 4 * r_b * N * arch.splits_of_columns(arch.half, N, K)
     parts = 2 if low and r_b else 1
-    before, after = Kernel("C", W_b + D + U, small), [Kernel("reduce", dU + dD + 4 * r_b * K, 0)]
-    after += [Kernel("T W0^T", W + 4 * r_b * K, 2 * small if low else small)] if r_b else []
-    grad_z, grad_w = Kernel("dZ, dU", h + 2 * Z + U + dU, 2 * over_N), Kernel("dD", x + Z + dD, over_K)
+    before = [Kernel("C", W + C, small)] if r_b else []
+    before += [Kernel("compose", C + parts * D + U, 0), Kernel("Z", x + Z + parts * D, parts * over_K)]
+    over_G = [Kernel("[A_up, B_up]", 2 * U, 0), Kernel("dZ", h + Z + U, over_N), Kernel("dU", h + Z + dU, over_N)]
+    over_x, after = Kernel("dD", x + Z + dD, over_K), [Kernel("reduce", dU + dD + 4 * r_b * K + D + U, 0)]
+    if r_b:
+        after += [Kernel("T W0^T", W + 4 * r_b * K + products, 2 * small if low else small)]
+        after += [Kernel("finish", products, 0)]
     if name == "frozen":
         return [Kernel("h", x + W + h, gemm), Kernel("dx", h + W + x, gemm)]
+    dx_fused = Kernel("fused dx", h + W + x + Z + D, gemm + over_K)
     if name == "triton":
-        # Every column of programs sums its own Z over K, in ranks padded to a power of two.
-        again = configs.cdiv(N, arch.half.gemm.BLOCK_N) * 2 * M * K * configs.rank_block(R) * parts
-        forward = Kernel("h", x + W + h + Z + parts * D + U, gemm + over_N + again)
-        return [before, forward, grad_z, Kernel("dx", h + W + x + Z + D, gemm + over_K), grad_w, *after]
+        return [*before, Kernel("fused h", x + W + h + Z + U, gemm + over_N), *over_G, dx_fused, over_x, *after]
     h_frozen, h_more = Kernel("h", x + W + h, gemm), Kernel("h += Z U^T", 2 * h + Z + U, over_N)
     dx_less, dx_frozen = Kernel("dx = dZ D", x + Z + D, over_K), Kernel("dx", h + W + 2 * x, gemm)
     if name == "hybrid":
-        down = Kernel("Z", x + Z + parts * D, parts * over_K)
-        return [before, down, h_frozen, h_more, grad_z, dx_less, dx_frozen, grad_w, *after]
+        fuses = low and arch.half.gemm.descriptors and R <= configs.MAX_RANK_BLOCK
+        dx = [dx_fused] if fuses else [dx_less, dx_frozen]
+        return [*before, h_frozen, h_more, *over_G, *dx, over_x, *after]
     dU_alone, dZ_alone = Kernel("dU", h + Z + U, over_N), Kernel("dZ", h + Z + U, over_N)
     if name == "aten composed":
         T = [Kernel("T W0^T", W, small)] if r_b else []
         Z_alone, more = Kernel("Z", x + Z + D, over_K), Kernel("h = Z U^T", h + Z + U, over_N)
         accumulated = Kernel("h", x + W + 2 * h, gemm)
         backward = [dU_alone, dZ_alone, dx_less, dx_frozen, Kernel("dD", x + Z + D, over_K), *T]
-        return [*([before] if r_b else []), Z_alone, more, accumulated, *backward]
+        C_alone = [Kernel("C", W + D, small)] if r_b else []
+        return [*C_alone, Z_alone, more, accumulated, *backward]
     if name.startswith("native"):
         return _native_on_a_cpu(name.removeprefix("native "), call, x, h, W, D, gemm)
     forward_b = [Kernel("Z_b", h + Z, 2 * M * N * r_b), Kernel("h = y0 + Z_b U_b^T", 2 * h + Z, 2 * M * N * r_b)]

@@ -29,7 +29,7 @@ CANDIDATES = (
 _SLACK = {torch.float64: 64, torch.float32: 2, torch.float16: 1, torch.bfloat16: 1}
 _TF32_SLACK = 2**-9  # Triton's products truncate operands to tf32, cuBLAS's round them to nearest
 _COLD_BYTES = 64 << 20  # on a CPU; on a GPU twice its L2
-_SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than Python needs for a step
+_SLEEP_CYCLES_A_SECOND = 6e9  # three times what a GPU has: it sleeps longer than the host needs to enqueue a step
 
 
 class Tuned(NamedTuple):
@@ -237,6 +237,7 @@ def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds:
     cuda, draw = device.type == "cuda", random.Random(0)
     cold = 2 * torch.cuda.get_device_properties(device).L2_cache_size if cuda else _COLD_BYTES
     flush = torch.empty(cold, dtype=torch.uint8, device=device)
+    sleep = {name: int(_SLEEP_CYCLES_A_SECOND * _host_seconds(step, device)) for name, step in steps.items() if cuda}
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name in draw.sample(list(steps), len(steps)):
@@ -245,7 +246,7 @@ def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 with torch.cuda.device(device):
                     # While it sleeps the host enqueues the step, whose time on the GPU is what counts.
-                    torch.cuda._sleep(_SLEEP_CYCLES)
+                    torch.cuda._sleep(sleep[name])
                     start.record()
                     steps[name]()
                     end.record()
@@ -256,6 +257,15 @@ def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds:
                 steps[name]()
                 samples[name].append((time.perf_counter() - began) * 1e6)
     return {name: statistics.median(taken) for name, taken in samples.items()}
+
+
+def _host_seconds(step: Callable[[], object], device: torch.device) -> float:
+    """What the host takes to enqueue a step on an idle GPU, the second time: the first compiles."""
+    for _ in range(2):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        step()
+    return time.perf_counter() - began
 
 
 def _store(tuned: Tuned) -> Path:

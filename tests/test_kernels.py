@@ -26,7 +26,7 @@ from hydra_kernels.kernels import configs, reduce
 from hydra_kernels.kernels import launch as launch_module
 from hydra_kernels.kernels.launch import Launch
 
-from .cases import PLAIN, ROUNDING, Case, operands
+from .cases import PLAIN, Case, operands
 from .oracle import Tensors, differentiate, errors, hydra, violations
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -38,13 +38,15 @@ ALL = frozenset(("x", *reduce.GRADIENTS))
 # The arguments that each kernel writes; all others it only reads.
 WRITTEN = {
     "compose_kernel": {"D_ptr", "rest_ptr", "d_ptr", "U_ptr", "u_ptr"},
-    "gemm_kernel": {"out_ptr", "p_ptr"},
+    "gemm_kernel": {"out"},
     "down_kernel": {"Z_ptr"},
-    "grad_z_kernel": {"dZ_ptr", "dU_ptr", "g_ptr", "z_sums_ptr", "scales_ptr"},
-    "grad_w_kernel": {"dD_ptr"},
+    "grad_z_kernel": {"dZ_ptr", "g_ptr", "z_sums_ptr", "scales_ptr"},
+    "sum_rows_kernel": {"out_ptr", "v_sums_ptr"},
     "reduce_kernel": {f"d{name}_ptr" for name in reduce.GRADIENTS if name != "B_down"} | {"T_ptr", "z_ptr"},
-    "through_weight_kernel": {"dB_down_ptr"},
+    "through_weight_kernel": {"partials_ptr"},
+    "finish_kernel": {"dB_down_ptr"},
 }
+FORWARD = ["sum_rows", "compose", "down", "gemm"]
 
 
 def step(
@@ -75,20 +77,26 @@ def names(launches: list[Launch]) -> list[str]:
     return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
 
 
-def test_a_step_takes_two_and_five_launches():
-    after = ["grad_w", "reduce", "through_weight"]
-    assert names(launched(ALL)) == ["compose", "gemm", "grad_z", "gemm", *after]
-    assert names(launched(ALL, fused=False)) == ["compose", "down", "grad_z", *after]  # and 4 of cuBLAS
+def test_a_step_takes_four_and_seven_launches():
+    backward = ["grad_z", "sum_rows", "gemm", "sum_rows", "reduce", "through_weight", "finish"]
+    assert names(launched(ALL, case=ALIGNED)) == [*FORWARD, *backward]
+    assert names(launched(ALL, False, ALIGNED)) == [*FORWARD[:3], *backward]  # and 2 of cuBLAS
+    assert names(launched(ALL, False)) == [*FORWARD[:3], *(name for name in backward if name != "gemm")]  # and 4
+
+
+def test_more_ranks_than_a_program_holds_leave_dx_to_cublas():
+    assert "gemm" in names(launched({"x"}, False, replace(ALIGNED, r_a=32, r_b=32)))
+    assert "gemm" not in names(launched({"x"}, False, replace(ALIGNED, r_a=32, r_b=33)))
 
 
 @pytest.mark.parametrize(
     ("wanted", "backward", "written"),
     [
         ("x", ["grad_z", "gemm"], {"dZ_ptr"}),
-        ("A_up", ["grad_z", "reduce"], {"dU_ptr"}),
-        ("B_up", ["grad_z", "reduce"], {"dU_ptr"}),
-        ("A_down", ["grad_z", "grad_w", "reduce"], {"dZ_ptr"}),
-        ("B_down", ["grad_z", "grad_w", "reduce", "through_weight"], {"dZ_ptr", "z_sums_ptr"}),
+        ("A_up", ["sum_rows", "reduce"], set()),
+        ("B_up", ["sum_rows", "reduce"], set()),
+        ("A_down", ["grad_z", "sum_rows", "reduce"], {"dZ_ptr"}),
+        ("B_down", ["grad_z", "sum_rows", "reduce", "through_weight", "finish"], {"dZ_ptr", "z_sums_ptr"}),
         ("A_down_bias", ["grad_z", "reduce"], {"dZ_ptr", "z_sums_ptr"}),
         ("B_up_bias", ["grad_z", "reduce"], {"g_ptr"}),
         ("bias", ["grad_z", "reduce"], {"dZ_ptr", "g_ptr", "z_sums_ptr"}),
@@ -97,11 +105,12 @@ def test_a_step_takes_two_and_five_launches():
 )
 def test_nothing_is_launched_or_written_for_what_needs_no_gradient(wanted, backward, written):
     launches = launched({wanted})
-    assert names(launches) == ["compose", "gemm", *backward]
-    grad_z = launches[2].arguments
-    assert {name for name in WRITTEN["grad_z_kernel"] if grad_z[name] is not None} == written
+    assert names(launches) == [*FORWARD, *backward]
+    if "grad_z" in backward:
+        grad_z = launches[len(FORWARD)].arguments
+        assert {name for name in WRITTEN["grad_z_kernel"] if grad_z[name] is not None} == written
     if "reduce" in backward:
-        arguments = launches[2 + backward.index("reduce")].arguments
+        arguments = launches[len(FORWARD) + backward.index("reduce")].arguments
         filled = {name for name in WRITTEN["reduce_kernel"] if arguments[name] is not None}
         assert filled == ({"T_ptr", "z_ptr"} if wanted == "B_down" else {f"d{wanted}_ptr"})
 
@@ -113,8 +122,9 @@ def test_strided_inputs_are_read_where_they_are(layout):
     t["mask"] = t["mask"][: len(x)]
     launches: list[Launch] = []
     step({**t, "x": x}, G, lambda launch: (launches.append(launch), launch.run()))
-    assert launches[1].arguments["x"].data_ptr() == launches[4].arguments["x_ptr"].data_ptr() == x.data_ptr()
-    assert launches[2].arguments["G_ptr"].data_ptr() == launches[3].arguments["x"].data_ptr() == G.data_ptr()
+    read = [[v.data_ptr() for v in launch.arguments.values() if isinstance(v, Tensor)] for launch in launches]
+    assert [place for place, pointers in enumerate(read) if x.data_ptr() in pointers] == [2, 3, 7]  # down, gemm, dD
+    assert [place for place, pointers in enumerate(read) if G.data_ptr() in pointers] == [4, 5, 6]  # dZ, dU, dx
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["triton", "hybrid"])
@@ -161,19 +171,20 @@ def run_guarded(at_end: bool) -> None:
 
     def run(launch: Launch) -> None:
         arguments, written = dict(launch.arguments), WRITTEN[launch.kernel.__name__]
-        if launch.kernel.__name__ == "gemm_kernel" and not arguments["FORWARD"]:
-            written = {"out_ptr"}
         for name, v in launch.arguments.items():
             if isinstance(v, TensorDescriptor):
-                arguments[name] = replace(v, base=guarded(v.base, at_end))
+                base = v.base.fill_(torch.nan) if name in written else v.base
+                arguments[name] = replace(v, base=guarded(base, at_end))
             elif isinstance(v, Tensor) and v.numel() and v.is_contiguous():
                 arguments[name] = guarded(v.fill_(torch.nan) if name in written else v, at_end)
         launch._replace(arguments=arguments).run()
         for name in written:
-            if isinstance(launch.arguments[name], Tensor) and launch.arguments[name].numel():
-                if arguments[name].isnan().any():
+            described = isinstance(launch.arguments[name], TensorDescriptor)
+            old, new = ((v.base if described else v) for v in (launch.arguments[name], arguments[name]))
+            if isinstance(old, Tensor) and old.numel():
+                if new.isnan().any():
                     raise AssertionError(f"{launch.kernel.__name__} left part of {name} unwritten")
-                launch.arguments[name].copy_(arguments[name])
+                old.copy_(new)
 
     for case in (EVERYTHING, ALIGNED, replace(EVERYTHING, r_b=0), replace(EVERYTHING, r_a=0, bias=False)):
         t, G = operands(case, F16)
@@ -256,7 +267,7 @@ def test_descriptors_are_what_aligned_operands_are_loaded_through():
         weight = torch.cat([t["weight"]] * 2, 1)[:, : v.shape[1]]
         downs = {name: t[name][:, : v.shape[1]] for name in ("A_down",)}
         step({**t, "x": v, "weight": weight, **downs}, G, lambda launch, to=launches: (to.append(launch), launch.run()))
-        assert launches[1].arguments["DESCRIPTORS"] is expected
+        assert launches[3].arguments["DESCRIPTORS"] is expected
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["triton", "hybrid"])
@@ -293,7 +304,7 @@ def test_tf32_keeps_what_its_products_would_round():
     finally:
         torch.backends.cuda.matmul.fp32_precision = setting
     assert {launch.arguments["PRECISION"] for launch in launches if "PRECISION" in launch.arguments} == {"tf32"}
-    D, rest = launches[0].arguments["D_ptr"], launches[0].arguments["rest_ptr"]
+    D, rest = launches[1].arguments["D_ptr"], launches[1].arguments["rest_ptr"]
     assert not (D[8:].view(torch.int32) & 0x1FFF).any()
     C = t["B_down"].double() @ t["weight"].double()
     torch.testing.assert_close(D[8:].double() + rest.double(), C, rtol=1e-6, atol=1e-6)
@@ -305,27 +316,31 @@ def test_tf32_keeps_what_its_products_would_round():
     assert not violations(got, naive, true, F32)
 
 
-@pytest.mark.parametrize("case", ROUNDING, ids=str)
-def test_pointers_keep_what_rounding_takes_from_C(case):
-    """The matrix loads these cases through descriptors, which not every architecture has."""
-    t, G = operands(case, BF16)
-    launches: list[Launch] = []
-    arch = configs.INTERPRETER._replace(half=configs.INTERPRETER.small)
-    got = step(t, G, lambda launch: (launches.append(launch), launch.run()), arch=arch)
-    assert launches[1].arguments["DESCRIPTORS"] is False
-    assert launches[1].arguments["rest_ptr"] is not None
-    wanted = set(t) - {"weight"}
-    true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)
-    naive = differentiate(lambda t: hk.reference.hydra_linear(**complete(t)), t, G, wanted)
-    assert not violations(got, naive, true, BF16)
-
-
 def composed(t: Tensors, G: Tensor) -> Launch:
     """A step's `compose`, run; the other kernels are not."""
     launches: list[Launch] = []
     step(t, G, launches.append)
-    launches[0].run()
-    return launches[0]
+    (compose,) = (launch for launch in launches if launch.kernel.__name__ == "compose_kernel")
+    compose.run()
+    return compose
+
+
+@pytest.mark.parametrize("programs", [1, 3, 100])
+@pytest.mark.parametrize("case", [ALIGNED, replace(ALIGNED, lead=(150,), K=144, N=272)], ids=str)
+def test_a_few_programs_walk_over_all_tiles(case, programs):
+    """The GEMM's bits are those of a program a tile."""
+    t, G = operands(case, BF16)
+    expected = step(t, G)
+    launches: list[Launch] = []
+
+    def run(launch: Launch) -> None:
+        launches.append(launch)
+        launch.run()
+
+    got = step(t, G, run, arch=configs.INTERPRETER._replace(multiprocessors=programs))
+    grids = {launch.grid[0] for launch in launches if launch.kernel.__name__ == "gemm_kernel"}
+    assert grids == {programs} if programs < 4 else max(grids) < programs
+    assert all(torch.equal(got[name], expected[name]) for name in ("h", "x"))
 
 
 def test_bfloat16_is_rounded_to_nearest_even():
@@ -342,16 +357,16 @@ def test_bfloat16_is_rounded_to_nearest_even():
 
 @pytest.mark.parametrize(("N", "descriptors"), [(80, True), (72, False)])
 def test_the_rows_of_h_decide_too(N, descriptors):
-    assert launched(ALL, case=replace(ALIGNED, N=N))[1].arguments["DESCRIPTORS"] is descriptors
+    assert launched(ALL, case=replace(ALIGNED, N=N))[3].arguments["DESCRIPTORS"] is descriptors
 
 
 def test_a_number_of_rows_compiles_nothing_anew():
     """Asked of a process that compiles: interpreted kernels have no parameters to specialize."""
     code = """
 from hydra_kernels.kernels import gemm, reduce, skinny
-kernels = (gemm.gemm_kernel, skinny.down_kernel, skinny.grad_z_kernel, skinny.grad_w_kernel, reduce.reduce_kernel)
+kernels = (gemm.gemm_kernel, skinny.down_kernel, skinny.grad_z_kernel, skinny.sum_rows_kernel, reduce.reduce_kernel)
 for kernel in kernels:
-    print(*(p.name for p in kernel.params if p.name in ("M", "P", "S") and not p.do_not_specialize), end="")
+    print(*(p.name for p in kernel.params if p.name in ("M", "P", "Q", "S") and not p.do_not_specialize), end="")
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parent.parent
@@ -377,15 +392,9 @@ def test_tiles_follow_from_the_operands():
     assert configs.SM90.tiles(BF16, "ieee", [x, eights]) is configs.SM90.small
     assert configs.SM90.tiles(F32, "tf32", [x.float()]) is configs.SM90.tf32
     assert configs.SM90.tiles(F32, "ieee", [x.float()]) is configs.SM90.small
-    half = configs.SM90.half
-    assert configs.SM90.grad_z(half, 66 * 128) is half.grad_z
-    assert configs.SM90.grad_z(half, 66 * 128 - 1) is half.grad_z_few
-    assert [configs.SM90.splits(half, M, K) for M, K in ((8192, 4096), (8192, 768), (100, 64), (0, 64))] == [
-        3,
-        11,
-        1,
-        1,
-    ]
+    half, sizes = configs.SM90.half, ((8192, 4096), (8192, 768), (100, 64), (0, 64))
+    assert [configs.SM90.splits(half, M, K) for M, K in sizes] == [5, 22, 1, 1]
+    assert [configs.SM90.splits_of_columns(half, N, K) for N, K in ((4096, 4096), (768, 3072), (64, 100))] == [5, 22, 2]
 
 
 @pytest.mark.parametrize("backend", ["triton", "hybrid"])
@@ -409,6 +418,6 @@ def test_a_first_compilation_is_announced_once(caplog, monkeypatch):
         first = [record.getMessage() for record in caplog.records]
         step(t, G, needs={"x"})
     kernels = [message.split()[1] for message in first]
-    assert kernels == ["compose_kernel", "gemm_kernel", "grad_z_kernel", "gemm_kernel"]
+    assert kernels == ["sum_rows_kernel", *(f"{name}_kernel" for name in ("compose", "down", "gemm", "grad_z", "gemm"))]
     assert all("torch.float16" in message for message in first)
     assert len(caplog.records) == len(first)

@@ -13,8 +13,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, with fp32 sums."""
     if PRECISION == "ieee" and a.dtype == tl.float32:
-        # One chain of additions over the whole inner dimension errs more than twice as much as cuBLAS's: a chain a block.
-        # The compiler would join acc + dot(a, b, 0) into one again.
+        # A chain of additions a block: one over the whole inner dimension errs more than twice as much as cuBLAS's. The
+        # compiler would join acc + dot(a, b, 0) into one again.
         return acc + tl.dot(a, b, acc * 0.0, input_precision=PRECISION)
     if INTERPRETED:
         a = a.to(tl.float32)
