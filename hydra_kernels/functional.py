@@ -160,7 +160,7 @@ def _follower(operands: tuple[object, ...]) -> str | None:
     """What looks on and can follow plain operators alone: past a kernel it would lose the operands in silence."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func"
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # is_exporting() is True under torch.compile too, in torch 2.11
         return "torch.export"
     if torch.compiler.is_compiling():
         return None
