@@ -93,7 +93,10 @@ def test_memory_is_flat_and_a_leak_would_show():
 
 
 def kill_saves(folder: str, kills: int) -> None:
-    """Forks a child that saves two versions in turn and kills it at a random moment, often; prints what it found."""
+    """Forks a child that saves two versions in turn and kills it at a random moment, often; prints what it found.
+
+    Every other kill waits for an unfinished file, which on a fast disk is there for a small part of the time.
+    """
     torch.set_num_threads(1)  # a fork must copy no thread pool
     path = Path(folder, "adapters")
     versions = [nn.Sequential(layer_of(K=400, N=300, seed=seed)) for seed in (1, 2)]
@@ -104,7 +107,7 @@ def kill_saves(folder: str, kills: int) -> None:
         hk.save_adapters(version, path)
     duration = (time.monotonic() - start) / 10
     draw, seen, unfinished = random.Random(0), [0, 0], 0
-    for _ in range(kills):
+    for number in range(kills):
         ready, started = os.pipe()
         order = draw.sample(versions, 2)
         child = os.fork()
@@ -117,6 +120,9 @@ def kill_saves(folder: str, kills: int) -> None:
         os.close(ready)
         os.close(started)
         time.sleep(draw.uniform(0.5, 4) * duration)
+        until = time.monotonic() + 5
+        while number % 2 and not any(path.parent.glob(".adapters.*")) and time.monotonic() < until:
+            pass
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         hk.load_adapters(target, path)
