@@ -120,7 +120,7 @@ def kill_saves(folder: str, kills: int) -> None:
         os.close(ready)
         os.close(started)
         time.sleep(draw.uniform(0.5, 4) * duration)
-        until = time.monotonic() + 5
+        until = time.monotonic() + 0.5
         while number % 2 and not any(path.parent.glob(".adapters.*")) and time.monotonic() < until:
             pass
         os.kill(child, signal.SIGKILL)
