@@ -184,16 +184,22 @@ def products_of_fp32(precision: str) -> Iterator[None]:
 
 
 def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Launch]:
-    """Every launch of a step of the fused backend with all gradients; the hybrid one launches nothing else."""
+    """Every launch of a step of the fused backend with all gradients, its GEMMs in each of the architecture's tiles.
+
+    The hybrid backend launches nothing else.
+    """
     torch_dtype, precision = DTYPES[dtype]
-    tiles = configs.of(divmod(arch, 10))
     x, G, op = operands(torch_dtype, ranks, variant)
     wanted = ADAPTERS | OPTIONS if variant.options else ADAPTERS
     needs = {name for name in wanted if name == "x" or isinstance(getattr(op, name), Tensor)}
     found: list[Launch] = []
-    with products_of_fp32(precision):
-        _, kept, saved = gpu_steps.forward(x, op, needs, True, tiles, found.append)
-        gpu_steps.backward(G, kept, saved, needs, True, tiles, found.append)
+    for tiles in configs.of(divmod(arch, 10)).with_each_gemm():
+        step: list[Launch] = []
+        with products_of_fp32(precision):
+            _, kept, saved = gpu_steps.forward(x, op, needs, True, tiles, step.append)
+            gpu_steps.backward(G, kept, saved, needs, True, tiles, step.append)
+        known = [(name_of(launch), config_of(launch)) for launch in found]
+        found += [launch for launch in step if (name_of(launch), config_of(launch)) not in known]
     return found
 
 

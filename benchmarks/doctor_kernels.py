@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hydra_kernels.backend import gpu_steps
 from hydra_kernels.kernels import compose, configs, gemm, reduce, skinny
 from hydra_kernels.kernels.language import INTERPRETED
 from tests.cases import Case
@@ -108,8 +109,7 @@ class Bench:
         self.M, self.K, self.N, self.r_a, self.r_b = case.M, case.K, case.N, case.r_a, case.r_b
         self.R = case.r_a + case.r_b
         self.weight = self.normal(case.N, case.K, std=case.K**-0.5)
-        capability = None if INTERPRETED.value else torch.cuda.get_device_capability()
-        self.architecture = configs.of(capability)
+        self.architecture = gpu_steps.tiles_of(device())
 
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         v = torch.randn(shape, generator=self.generator, dtype=F64) * std
@@ -182,19 +182,29 @@ def check_down(form: Format, case: Case) -> Finding:
 def check_gemm_forward(form: Format, case: Case) -> Finding:
     b = Bench(form, case)
     x, Z, U, u = b.normal(b.M, b.K), b.normal(b.M, b.R), b.normal(b.N, b.R), b.normal(b.N, dtype=F32)
-    h, arch = b.blank(b.M, b.N), b.architecture
-    config = arch.gemm(b.tiles(x, b.weight, h), b.M, b.N)
-    gemm.forward(x, b.weight, u, Z, U, h, config, arch.multiprocessors, b.precision).run()
-    return b.judge({"h": h}, lambda to, rounded: {"h": to(x) @ to(b.weight).t() + to(Z) @ to(U).t() + to(u)})
+    outputs = {}
+    for arch in b.architecture.with_each_gemm():
+        h = b.blank(b.M, b.N)
+        config = arch.tiles(b.dtype, b.precision, [x, b.weight, h]).gemm
+        gemm.forward(x, b.weight, u, Z, U, h, config, arch.multiprocessors, b.precision).run()
+        outputs[f"h by {config.BLOCK_M} x {config.BLOCK_N}"] = h
+
+    def formula(to, rounded) -> Tensors:
+        return dict.fromkeys(outputs, to(x) @ to(b.weight).t() + to(Z) @ to(U).t() + to(u))
+
+    return b.judge(outputs, formula)
 
 
 def check_gemm_dx(form: Format, case: Case) -> Finding:
     b = Bench(form, case)
-    G, dZ, D, dx = b.normal(b.M, b.N), b.normal(b.M, b.R), b.normal(b.R, b.K), b.blank(b.M, b.K)
-    arch = b.architecture
-    config = arch.gemm(b.tiles(G, b.weight, dx), b.M, b.K)
-    gemm.dx(G, b.weight, dZ, D, dx, config, arch.multiprocessors, b.precision).run()
-    return b.judge({"dx": dx}, lambda to, rounded: {"dx": to(G) @ to(b.weight) + to(dZ) @ to(D)})
+    G, dZ, D = b.normal(b.M, b.N), b.normal(b.M, b.R), b.normal(b.R, b.K)
+    outputs = {}
+    for arch in b.architecture.with_each_gemm():
+        dx = b.blank(b.M, b.K)
+        config = arch.tiles(b.dtype, b.precision, [G, b.weight, dx]).gemm
+        gemm.dx(G, b.weight, dZ, D, dx, config, arch.multiprocessors, b.precision).run()
+        outputs[f"dx by {config.BLOCK_M} x {config.BLOCK_N}"] = dx
+    return b.judge(outputs, lambda to, rounded: dict.fromkeys(outputs, to(G) @ to(b.weight) + to(dZ) @ to(D)))
 
 
 def check_grad_z(form: Format, case: Case) -> Finding:

@@ -124,7 +124,7 @@ def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, sm
         return "aten", "in fp32 ATen's own products are faster than the Triton kernels (an H200)"
     if small and machine.reasons["native"] is None:
         return "native", "the host would take longer to launch Triton kernels than the GPU to run them (an H200)"
-    return "hybrid", "it was the fastest where the GPU's time counts (an H200), or never far behind"
+    return "hybrid", "its kernels are the fastest where the GPU's time counts (an H200), each GEMM its own or cuBLAS's"
 
 
 def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:

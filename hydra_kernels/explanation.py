@@ -13,7 +13,7 @@ import torch
 
 from .backend import TABLE
 from .backend.gpu import too_old
-from .backend.interface import COMPOSED_ONLY, LOW_PRECISION
+from .backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK
 from .choice import DATA, Choice, Machine, choose
 from .kernels import configs
 from .machine import CPU, device_name, here, table
@@ -102,7 +102,7 @@ def _lines(call: Call, machine: Machine, card: Mapping[str, Any] | None, choice:
     ]
     predicted = {} if card is None else predict(call, machine, card)
     tune = f"hk.tune([({M}, {K}, {N}, {r_a}, {r_b})], dtype={dtype}) there measures every candidate"
-    if "triton" in predicted and card is not None:
+    if "triton" in predicted and card is not None and predicted["triton"] != predicted["hybrid"]:
         tune += f"; triton is predicted to win where its GEMM reaches {_needed_efficiency(call, machine, card)}"
     lines.append(f"to change {tune}")
     if card is None:
@@ -130,6 +130,9 @@ def predict(call: Call, machine: Machine, card: Mapping[str, Any], efficiency: f
     names += ["aten kept"] if call.r_b else []
     if machine.capability is None and machine.reasons["native"] is None and call.dtype not in LOW_PRECISION:
         names += ["native composed", "native effective", *(["native kept"] if call.r_b else [])]
+    on_gpu = machine.capability is not None and call.dtype != torch.float64
+    if on_gpu and machine.reasons["native"] is None and call.r_a + call.r_b <= MAX_NATIVE_RANK:
+        names += ["native composed"]
     bandwidth, rate = card["gigabytes"] * 1e3, card["tflops"][_rate_name(call.dtype)] * 1e6
     found = {}
     for name in names:
@@ -150,8 +153,9 @@ def kernels_of(name: str, call: Call, capability: tuple[int, int] | None) -> lis
     x, h, W, Z, D, U = (size * n for n in (M * K, M * N, N * K, M * R, R * K, N * R))
     gemm, over_K, over_N, small = 2 * M * K * N, 2 * M * K * R, 2 * M * N * R, 2 * N * K * r_b
     arch = configs.of(capability or (8, 6))
-    C, dU, dD = (4 * n * arch.splits(arch.half, m, k) for n, m, k in ((r_b * K, N, K), (N * R, M, N), (R * K, M, K)))
-    products = 4 * r_b * N * arch.splits_of_columns(arch.half, N, K)
+    tiles = arch.half if low else arch.small
+    C, dU, dD = (4 * n * arch.splits(tiles, m, k) for n, m, k in ((r_b * K, N, K), (N * R, M, N), (R * K, M, K)))
+    products = 4 * r_b * N * arch.splits_of_columns(tiles, N, K)
     parts = 2 if low and r_b else 1
     before = [Kernel("C", W + C, small)] if r_b else []
     before += [Kernel("compose", C + parts * D + U, 0), Kernel("Z", x + Z + parts * D, parts * over_K)]
@@ -162,15 +166,16 @@ def kernels_of(name: str, call: Call, capability: tuple[int, int] | None) -> lis
         after += [Kernel("finish", products, 0)]
     if name == "frozen":
         return [Kernel("h", x + W + h, gemm), Kernel("dx", h + W + x, gemm)]
+    h_fused = Kernel("fused h", x + W + h + Z + U, gemm + over_N)
     dx_fused = Kernel("fused dx", h + W + x + Z + D, gemm + over_K)
     if name == "triton":
-        return [*before, Kernel("fused h", x + W + h + Z + U, gemm + over_N), *over_G, dx_fused, over_x, *after]
+        return [*before, h_fused, *over_G, dx_fused, over_x, *after]
     h_frozen, h_more = Kernel("h", x + W + h, gemm), Kernel("h += Z U^T", 2 * h + Z + U, over_N)
     dx_less, dx_frozen = Kernel("dx = dZ D", x + Z + D, over_K), Kernel("dx", h + W + 2 * x, gemm)
     if name == "hybrid":
-        fuses = low and arch.half.gemm.descriptors and R <= configs.MAX_RANK_BLOCK
-        dx = [dx_fused] if fuses else [dx_less, dx_frozen]
-        return [*before, h_frozen, h_more, *over_G, *dx, over_x, *after]
+        h_all = [h_fused] if arch.fuses(tiles, N, R) else [h_frozen, h_more]
+        dx_all = [dx_fused] if arch.fuses(tiles, K, R) else [dx_less, dx_frozen]
+        return [*before, *h_all, *over_G, *dx_all, over_x, *after]
     dU_alone, dZ_alone = Kernel("dU", h + Z + U, over_N), Kernel("dZ", h + Z + U, over_N)
     if name == "aten composed":
         T = [Kernel("T W0^T", W, small)] if r_b else []
@@ -179,6 +184,8 @@ def kernels_of(name: str, call: Call, capability: tuple[int, int] | None) -> lis
         backward = [dU_alone, dZ_alone, dx_less, dx_frozen, Kernel("dD", x + Z + D, over_K), *T]
         C_alone = [Kernel("C", W + D, small)] if r_b else []
         return [*C_alone, Z_alone, more, accumulated, *backward]
+    if name == "native composed" and capability is not None:
+        return [*before, h_frozen, h_more, *over_G, dx_less, dx_frozen, over_x, *after]
     if name.startswith("native"):
         return _native_on_a_cpu(name.removeprefix("native "), call, x, h, W, D, gemm)
     forward_b = [Kernel("Z_b", h + Z, 2 * M * N * r_b), Kernel("h = y0 + Z_b U_b^T", 2 * h + Z, 2 * M * N * r_b)]

@@ -18,6 +18,11 @@ def autocast_is_on(t: Tensor) -> bool:
     return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
 
 
+def computed_in(t: Tensor) -> torch.dtype:
+    """The dtype of t's products: autocast's where that is on, which leaves float64 alone."""
+    return torch.get_autocast_dtype(t.device.type) if autocast_is_on(t) and t.dtype != torch.float64 else t.dtype
+
+
 _FIRST_NUMBER = Operands._fields.index("scale_a")  # of those operands that are numbers, or learnable
 _ARGUMENTS = ("choice", "x", *Operands._fields)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import extension
 from .backend import TABLE
 from .backend.interface import CPU as CPU
 from .choice import DATA, FORMS, Key, Machine, Measured
@@ -21,7 +24,7 @@ from .choice import DATA, FORMS, Key, Machine, Measured
 def here(device: torch.device) -> Machine:
     """The machine of a device; found once a process, and again after `tune`."""
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return _here(device, tf32)
+    return _here(device, tf32, torch.get_num_threads())
 
 
 # torch.compile runs it instead of tracing it: what torch.compiler.assume_constant_result sets, which would import the
@@ -30,7 +33,7 @@ here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _here(device: torch.device, tf32: bool) -> Machine:
+def _here(device: torch.device, tf32: bool, threads: int) -> Machine:
     capability = torch.cuda.get_device_capability(device) if is_nvidia(device) else None
     reasons = {name: backend.unavailable(device) for name, backend in TABLE.items()}
     name = device_name(device)
@@ -74,7 +77,10 @@ def versions() -> dict[str, str | None]:
     """What a measurement depends on beside the device: with another of these it says nothing."""
     from . import __version__
 
-    return {"hydra_kernels": __version__, "torch": torch.__version__, "cuda": torch.version.cuda}
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
+    found = {"hydra_kernels": __version__, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton}
+    # On a GPU the host's speed decides small layers.
+    return found | {"native": extension.record().get("sources"), "cpu": cpu_name()}
 
 
 def cached(name: str) -> list[dict[str, Any]]:

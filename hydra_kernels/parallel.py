@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from .backend import TABLE
 from .backend.interface import LOW_PRECISION
 from .choice import Machine, choose
-from .function import autocast_is_on
+from .function import computed_in
 from .functional import hydra_linear
 from .layers import HydraLinear
 from .machine import here
@@ -224,7 +224,7 @@ def _composed(layer: HydraLinear, x: Tensor, p: Local, whole: list[str], masks: 
         d = _sum(d, p[f"{side}_down_bias"])
         d = down.new_zeros(len(down)) if d is None else d
         scale, up, up_bias = p[f"scale_{side.lower()}"], p[f"{side}_up"].to(wide), p[f"{side}_up_bias"]
-        split = _computed_in(x) if side == "B" else wide
+        split = computed_in(x) if side == "B" else wide
         for row, bias in zip(_parts(down.to(wide), split), _parts(d.to(wide), split), strict=True):
             rows.append((row, bias, scale * up, mask))
         u += [] if up_bias is None else [scale * up_bias.to(wide)]
@@ -262,7 +262,7 @@ def _composes(layer: HydraLinear, x: Tensor) -> bool:
     if layer.r_b == 0 or layer.backend == "reference":
         return layer.r_b == 0
     M, K, N = x.numel() // max(x.shape[-1], 1), layer.in_features, layer.out_features
-    dtype, masked = _computed_in(x), layer.training and layer.dropout > 0
+    dtype, masked = computed_in(x), layer.training and layer.dropout > 0
     machine = Machine(*here(x.device)[:3], measured=())
     choice = choose(M, K, N, layer.r_a, layer.r_b, dtype, machine, layer.form, layer.backend, masked)
     reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(
@@ -359,7 +359,3 @@ def _parts(t: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def _computed_in(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) and x.dtype != torch.float64 else x.dtype

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import machine, reference
 from .backend import TABLE
+from .function import computed_in
 from .functional import hydra_linear
 from .layers import HydraLinear
 
@@ -54,7 +55,7 @@ def tune(
     model_or_shapes: nn.Module | Iterable[Shape],
     *,
     rows: int | Sequence[int] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     rounds: int = 20,
     report: Callable[[str], object] = print,
@@ -63,14 +64,15 @@ def tune(
 
     A candidate counts only where its output and every gradient are right: at most twice the error of the naive layer in
     the same dtype, against float64. A step (forward and backward with every gradient) is timed in shuffled rounds, with
-    a cold L2; on a GPU as eager steps follow one another, so that the host's time counts where it is the longer one.
+    a cold L2; on a GPU the longer one of its own time and the host's counts, as eager steps follow one another.
     From the next call on the choice of this process changes too; a compiled function keeps its own.
 
     Args:
-        model_or_shapes: a model, whose Hydra, LoRA and SeqLoRA layers are tuned with their own dtype and device, or
-            shapes (M, K, N, r_a, r_b): x [M, K], weight [N, K].
+        model_or_shapes: a model, whose Hydra, LoRA and SeqLoRA layers are tuned on their own device, or shapes
+            (M, K, N, r_a, r_b): x [M, K], weight [N, K].
         rows: M for a model: how many rows x has (batch times tokens), one number or several.
-        dtype: for shapes, that of x and weight.
+        dtype: in which products run. None for bfloat16 where shapes are given, and for a model its weights' own, or
+            autocast's where this is called under it.
         device: for shapes; None for the GPU where there is one, else the CPU.
         rounds: samples of each candidate.
         report: gets a line a shape, naming the winner and what failed.
@@ -106,7 +108,7 @@ def line_of(tuned: Tuned) -> str:
 def _jobs(
     model_or_shapes: nn.Module | Iterable[Shape],
     rows: int | Sequence[int] | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> list[tuple[Shape, torch.dtype, torch.device]]:
     if isinstance(model_or_shapes, nn.Module):
@@ -116,14 +118,18 @@ def _jobs(
         if not layers:
             raise ValueError("model_or_shapes: the model has no Hydra, LoRA or SeqLoRA layer; call inject first")
         jobs = [
-            ((M, layer.in_features, layer.out_features, layer.r_a, layer.r_b), layer.weight.dtype, layer.weight.device)
+            (
+                (M, layer.in_features, layer.out_features, layer.r_a, layer.r_b),
+                dtype or computed_in(layer.weight),
+                layer.weight.device,
+            )
             for layer in layers
             if layer.r_a + layer.r_b
             for M in ([rows] if isinstance(rows, int) else rows)
         ]
     else:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        jobs = [(shape, dtype, where) for shape in model_or_shapes]
+        jobs = [(shape, dtype or torch.bfloat16, where) for shape in model_or_shapes]
     for shape, of, _ in jobs:
         if (
             not isinstance(shape, tuple)
@@ -246,10 +252,12 @@ def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds:
                     for _ in range(_STEPS_IN_A_ROW):
                         flush.zero_()
                         start.record()
+                        began = time.perf_counter()
                         steps[name]()
+                        host = time.perf_counter() - began  # which the flush may have hidden from the events
                         end.record()
                 end.synchronize()
-                samples[name].append(start.elapsed_time(end) * 1e3)
+                samples[name].append(max(start.elapsed_time(end) * 1e3, host * 1e6))
             else:
                 flush.zero_()
                 began = time.perf_counter()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,14 +80,60 @@ def names(launches: list[Launch]) -> list[str]:
 
 def test_a_step_takes_four_and_seven_launches():
     backward = ["grad_z", "sum_rows", "gemm", "sum_rows", "reduce", "through_weight", "finish"]
-    assert names(launched(ALL, case=ALIGNED)) == [*FORWARD, *backward]
-    assert names(launched(ALL, False, ALIGNED)) == [*FORWARD[:3], *backward]  # and 2 of cuBLAS
+    assert names(launched(ALL)) == [*FORWARD, *backward]
     assert names(launched(ALL, False)) == [*FORWARD[:3], *(name for name in backward if name != "gemm")]  # and 4
 
 
-def test_more_ranks_than_a_program_holds_leave_dx_to_cublas():
-    assert "gemm" in names(launched({"x"}, False, replace(ALIGNED, r_a=32, r_b=32)))
-    assert "gemm" not in names(launched({"x"}, False, replace(ALIGNED, r_a=32, r_b=33)))
+@pytest.mark.parametrize(
+    ("K", "N", "by_gemm"), [(1024, 1008, ["dx"]), (1008, 1024, ["h"]), (1024, 1024, ["h", "dx"]), (1040, 1041, [])]
+)
+def test_hybrid_takes_its_gemm_for_wide_outputs_alone(K, N, by_gemm):
+    """From 1024 columns on, where all rows are aligned: measured on an H200."""
+    launches = launched(ALL, False, replace(ALIGNED, lead=(1,), K=K, N=N))
+    found = [launch.arguments["FORWARD"] for launch in launches if launch.kernel.__name__ == "gemm_kernel"]
+    assert found == [product == "h" for product in by_gemm]
+
+
+def test_more_ranks_than_a_program_holds_are_left_to_cublas():
+    wide = replace(ALIGNED, lead=(1,), K=1024, N=1024)
+    assert names(launched({"x"}, False, replace(wide, r_a=32, r_b=32))).count("gemm") == 2
+    assert names(launched({"x"}, False, replace(wide, r_a=32, r_b=33))).count("gemm") == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("K", "N"), [(96, 80), (80, 96), (96, 96)])
+def test_hybrid_with_each_gemm_of_either_kind(K, N, bias):
+    arch = configs.INTERPRETER._replace(fused_from=96)
+    t, G = operands(replace(ALIGNED, K=K, N=N, bias=bias), BF16)
+    wanted = set(t) - {"weight", "mask"}
+    true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)
+    naive = differentiate(lambda t: hk.reference.hydra_linear(**complete(t)), t, G, wanted)
+    assert not violations(step(t, G, fused=False, arch=arch), naive, true, BF16)
+
+
+def test_an_expanded_gradient_is_copied_once():
+    """That of a sum: three passes over it would load single elements."""
+    t, G = operands(ALIGNED, BF16)
+    launches: list[Launch] = []
+    for expanded in (G[:1].expand(48, 80), G[:1, :1].expand(48, 80)):
+        launches.clear()
+        got = step(t, expanded, lambda launch: (launches.append(launch), launch.run()))
+        expected = step(t, expanded.clone(memory_format=torch.contiguous_format))
+        assert all(torch.equal(got[name], v) for name, v in expected.items())
+        assert launches[6].arguments["DESCRIPTORS"]
+        read = [v for launch in launches for v in launch.arguments.values() if isinstance(v, Tensor)]
+        assert not any(v.data_ptr() == expanded.data_ptr() for v in read)
+
+
+def test_tiles_know_how_many_multiprocessors_the_card_has(monkeypatch):
+    """A persistent GEMM has a program on each: 114 on an H100 PCIe, 132 on an H200."""
+    card = SimpleNamespace(major=9, minor=0, multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(gpu_steps, "INTERPRETED", SimpleNamespace(value=False))
+    arch = gpu_steps.tiles_of.__wrapped__(torch.device("cuda", 0))
+    assert arch == configs.SM90._replace(multiprocessors=114)
+    assert arch.gemm(arch.half, 128 * 114, 256) is arch.half.gemm
+    assert configs.SM90.gemm(configs.SM90.half, 128 * 114, 256) is configs.SM90.half.gemm_few
 
 
 @pytest.mark.parametrize(
@@ -117,7 +164,9 @@ def test_nothing_is_launched_or_written_for_what_needs_no_gradient(wanted, backw
 
 @pytest.mark.parametrize("layout", ["sliced", "strided", "transposed", "expanded"])
 def test_strided_inputs_are_read_where_they_are(layout):
-    t, G = operands(replace(EVERYTHING, lead=(6, 5), x_layout=layout, G_layout=layout), F32)
+    # An expanded G is copied (below).
+    G_layout = "sliced" if layout == "expanded" else layout
+    t, G = operands(replace(EVERYTHING, lead=(6, 5), x_layout=layout, G_layout=G_layout), F32)
     x, G = (v.flatten(0, -2) if layout != "transposed" else v[:, 0] for v in (t["x"], G))
     t["mask"] = t["mask"][: len(x)]
     launches: list[Launch] = []
@@ -253,7 +302,8 @@ def test_shipped_tiles_compute_the_same(case, arch, dtype):
     wanted = set(t) - {"weight", "mask"}
     true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)
     naive = differentiate(lambda t: hk.reference.hydra_linear(**complete(t)), t, G, wanted)
-    assert not violations(step(t, G, arch=SHIPPED[arch]), naive, true, dtype)
+    for each in SHIPPED[arch].with_each_gemm():
+        assert not violations(step(t, G, arch=each), naive, true, dtype)
 
 
 def complete(t: Tensors) -> dict[str, Tensor | None]:

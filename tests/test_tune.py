@@ -1,14 +1,17 @@
 """tune: right candidates only, the fastest wins, and a folder of measurements that outlives accidents; and explain."""
 
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hydra_kernels as hk
-from hydra_kernels import machine
+from hydra_kernels import machine, tuning
 from hydra_kernels.backend import TABLE, aten
 from hydra_kernels.choice import DATA, Machine, choose
 from hydra_kernels.explanation import Call, kernels_of, predict
@@ -137,6 +140,9 @@ def test_a_damaged_file_is_warned_of_and_skipped_and_replaced(damage, folder):
         {"device": "another card"},
         {"versions": {**machine.versions(), "hydra_kernels": "0.0.1"}},
         {"versions": {**machine.versions(), "torch": "2.0"}},
+        {"versions": {**machine.versions(), "triton": "3.0"}},
+        {"versions": {**machine.versions(), "native": "built from other sources"}},
+        {"versions": {**machine.versions(), "cpu": "another host of the same card"}},
         {"dtype": "tf32"},
     ],
     ids=str,
@@ -185,6 +191,58 @@ def test_a_model_is_tuned_by_its_own_layers():
     assert [t[:6] for t in found] == [(M, *KN, 3, 0, "float32") for KN in ((48, 32), (32, 48)) for M in (8, 64)]
 
 
+def test_a_model_is_tuned_in_the_dtype_that_it_will_run_in(monkeypatch):
+    """Under autocast a float32 layer runs in bfloat16, and `auto` asks for what was measured there."""
+    layer = hk.HydraLinear(48, 32, r_a=3, r_b=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        (tuned,) = hk.tune(layer, rows=64, rounds=1, report=lambda line: None)
+    assert tuned.dtype == "bfloat16"
+    _store(tuned._replace(backend="triton", form="composed"))
+    machine.forget()
+    calls = []
+    forward = TABLE["triton"].forward
+    monkeypatch.setattr(TABLE["triton"], "forward", lambda *a: calls.append(a[0].dtype) or forward(*a))
+    layer(torch.randn(64, 48))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(64, 48))
+    assert calls == [BF16]
+    (fixed,) = hk.tune(layer, rows=64, rounds=1, dtype=torch.float64, report=lambda line: None)
+    assert fixed.dtype == "float64"
+
+
+@pytest.mark.parametrize(("gpu_ms", "host_s", "us"), [(0.2, 0.0003, 300), (0.4, 0.0003, 400)])
+def test_on_a_gpu_the_longer_of_its_time_and_the_hosts_counts(gpu_ms, host_s, us, monkeypatch):
+    """A long flush before the first event hides the host's time from the events."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: object) -> float:
+            return gpu_ms
+
+    cuda = SimpleNamespace(
+        Event=Event,
+        device=lambda device: contextlib.nullcontext(),
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1),
+    )
+    flush = SimpleNamespace(zero_=lambda: None)
+    monkeypatch.setattr(tuning, "torch", SimpleNamespace(cuda=cuda, empty=lambda *a, **k: flush, uint8=None))
+    clock = itertools.cycle((0.0, host_s))
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert tuning._times({"step": lambda: None}, SimpleNamespace(type="cuda"), 3) == {"step": pytest.approx(us)}
+
+
+def test_the_number_of_threads_is_part_of_a_processor():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert here(CPU).name.endswith(f", {threads} threads")
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "match"),
     [
@@ -219,6 +277,12 @@ def test_explain_answers_for_any_machine(capability, dtype, capsys):
     else:
         assert "   1.000 of frozen" in text
         assert text.count("<- runs") == 1
+
+
+def test_explain_names_what_runs_among_what_it_predicts_for_a_small_layer_too(capsys):
+    assert hk.explain(6400, 3072, 768, 8, 8, BF16, (9, 0)).backend == "native"
+    (runs,) = [line for line in capsys.readouterr().out.splitlines() if "<- runs" in line]
+    assert runs.split()[:2] == ["native", "composed"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Backends `triton` and `hybrid`: the composed form in Triton kernels, fused into the GEMM or around cuBLAS's."""
+"""Backends `triton` and `hybrid`: the composed form in Triton kernels, their own GEMM always, or where it pays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOWEST_CAPABILITY = (8, 0)
 
 
 class TritonBackend:
-    """``fused``: the low-rank part is computed in the GEMM kernel itself; else beside cuBLAS, for any rank.
+    """``fused``: both large products in our GEMM, the low-rank part inside; else as `gpu_steps` says, for any rank.
 
     Triton is imported at the first use, not with the package.
     """

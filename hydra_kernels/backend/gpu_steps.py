@@ -1,22 +1,23 @@
 """A forward and a backward of the composed form (see `aten`) as a sequence of kernels.
 
-forward     sum_rows: C    compose: D, C's rounding rest, d, U, u    down: Z    triton: gemm    hybrid: cuBLAS, twice
+forward     sum_rows: C    compose: D, C's rounding rest, d, U, u    down: Z    gemm: h
 backward    grad_z: dZ, sums over rows    sum_rows: dU    gemm: dx    sum_rows: dD
             reduce: every other gradient but dB_down      through_weight, finish: dB_down
 
-So 4 + 7 launches on the fused path where every gradient is wanted, and fewer where not. Where no GEMM kernel of ours
-was measured to be worth it (`_fuses_dx`), hybrid leaves dx to two GEMMs of cuBLAS.
+So 4 + 7 launches where every gradient is wanted, and fewer where not. ``fused`` (triton) always takes `gemm`; else
+(hybrid) h and dx each take it where that was measured to be worth it (`Architecture.fuses`), or two GEMMs of cuBLAS.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor
 
 from ..kernels import compose, gemm, reduce, skinny
-from ..kernels.configs import MAX_RANK_BLOCK, Architecture, Tiles, cdiv, of
+from ..kernels.configs import Architecture, cdiv, of
 from ..kernels.language import INTERPRETED
 from ..kernels.launch import Launch
 from .interface import LOW_PRECISION, Operands, Saved
@@ -31,8 +32,9 @@ def forward(
     op = contiguous(op)
     precision = _precision(x.dtype)
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
-    h = x.new_empty(M, N) if fused else None
-    tiles = arch.tiles(x.dtype, precision, [t for t in (x, op.weight, h) if t is not None])
+    h = x.new_empty(M, N)
+    tiles = arch.tiles(x.dtype, precision, [x, op.weight, h])
+    fused = fused or arch.fuses(tiles, N, R)
     up_bias = op.A_up_bias is not None or op.B_up_bias is not None
     down_bias = op.A_down_bias is not None or op.B_down_bias is not None or (op.bias is not None and op.r_b > 0)
     D, U = x.new_empty(R, K), x.new_empty(N, R)
@@ -56,10 +58,10 @@ def forward(
 
     Z = x.new_empty(M, R)
     run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, tiles.down, precision))
-    if h is not None:
+    if fused:
         run(gemm.forward(x, op.weight, u, Z, U, h, arch.gemm(tiles, M, N), arch.multiprocessors, precision))
     else:
-        h = _around_cublas(x, op.weight, op.bias, Z, U, u)
+        _around_cublas(x, op.weight, op.bias, Z, U, u, h)
     saved = (
         x if "A_down" in needs or "B_down" in needs else None,
         Z if not needs.isdisjoint(("A_up", "B_up", "scale_a", "scale_b")) else None,
@@ -68,21 +70,26 @@ def forward(
     return h, _for_backward(op, needs), saved
 
 
-def _around_cublas(x: Tensor, weight: Tensor, bias: Tensor | None, Z: Tensor, U: Tensor, u: Tensor | None) -> Tensor:
-    """x W0^T + Z U^T + (b0 + u)."""
+def _around_cublas(
+    x: Tensor, weight: Tensor, bias: Tensor | None, Z: Tensor, U: Tensor, u: Tensor | None, h: Tensor
+) -> None:
+    """h = x W0^T + Z U^T + (b0 + u)."""
     if bias is None:
         # The small part first: the GEMM adds to it before rounding, so small updates survive low precision.
-        h = Z @ U.t() if u is None else torch.addmm(u, Z, U.t())
-        return h.addmm_(x, weight.t())
+        (torch.mm(Z, U.t(), out=h) if u is None else torch.addmm(u, Z, U.t(), out=h)).addmm_(x, weight.t())
+        return
     # b0 may cancel W0 x, so the two must meet before anything is rounded, as in the naive layer.
-    h = torch.addmm(bias, x, weight.t()).addmm_(Z, U.t())
-    return h if u is None else h.add_(u)
+    torch.addmm(bias, x, weight.t(), out=h).addmm_(Z, U.t())
+    if u is not None:
+        h.add_(u)
 
 
 def backward(
     G: Tensor, op: Operands, saved: Saved, needs: Set[str], fused: bool, arch: Architecture, run: Run = Launch.run
 ) -> dict[str, Tensor]:
     x, Z, D = saved
+    if 0 in G.stride():
+        G = G.contiguous()  # expanded, as the gradient of a sum: once, where three passes would load single elements
     precision = _precision(G.dtype)
     dx = {"x": G.new_empty(len(G), D.shape[1])} if "x" in needs else {}
     tiles = arch.tiles(G.dtype, precision, [t for t in (G, x, op.weight, *dx.values()) if t is not None])
@@ -117,7 +124,7 @@ def backward(
     if partials.dU is not None:
         run(skinny.sum_rows(G, Z, partials.dU, tiles.sum_rows, precision))
     if "x" in needs:
-        if fused or _fuses_dx(tiles, R):
+        if fused or arch.fuses(tiles, D.shape[1], R):
             config = arch.gemm(tiles, *dx["x"].shape)
             run(gemm.dx(G, op.weight, dZ, D, dx["x"], config, arch.multiprocessors, precision))
         else:
@@ -146,11 +153,6 @@ def _stacked_up(op: Operands, dtype: torch.dtype) -> Tensor:
     return torch.cat([up.t().to(dtype) for up in (op.A_up, op.B_up) if up is not None]).contiguous()
 
 
-def _fuses_dx(tiles: Tiles, R: int) -> bool:
-    """Whether dx + dZ D in one kernel beats cuBLAS and a second pass over dx: measured on an H200, 3 % to 25 %."""
-    return tiles.gemm.descriptors and R <= MAX_RANK_BLOCK
-
-
 def contiguous(op: Operands) -> Operands:
     """Adapters and mask as the kernels read them; weight may have any strides."""
     mask = op.mask
@@ -160,8 +162,13 @@ def contiguous(op: Operands) -> Operands:
     return op._replace(mask=mask, **{name: None if t is None else t.contiguous() for name, t in small.items()})
 
 
+@functools.cache
 def tiles_of(device: torch.device) -> Architecture:
-    return of(None if INTERPRETED.value else torch.cuda.get_device_capability(device))
+    """Of the device's architecture, for as many multiprocessors as this card has."""
+    if INTERPRETED.value:
+        return of(None)
+    card = torch.cuda.get_device_properties(device)
+    return of((card.major, card.minor))._replace(multiprocessors=card.multi_processor_count)
 
 
 def _precision(dtype: torch.dtype) -> str:

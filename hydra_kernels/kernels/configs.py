@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FULL = 0.93  # share of multiprocessors with a tile from which on the larger one is faster (an H200)
+_FULL = 0.93  # share of multiprocessors with a tile from which on the larger one is faster (an H200, 8192x4096x4096)
 MAX_RANK_BLOCK = 64  # columns of R that a program holds: registers for an accumulator of 64 columns beside the GEMM's
 
 
@@ -74,6 +74,7 @@ class Architecture(NamedTuple):
     tf32: Tiles  # aligned float32 in tf32
     small: Tiles  # anything else: single elements are loaded, or products run without matrix instructions
     multiprocessors: int
+    fused_from: int | None = None  # columns of output from which on `gemm` was measured to be worth it
 
     @property
     def programs(self) -> int:
@@ -86,6 +87,10 @@ class Architecture(NamedTuple):
             return self.small
         return self.tf32 if dtype == torch.float32 else self.half
 
+    def fuses(self, tiles: Tiles, N: int, R: int) -> bool:
+        """Whether an output of N columns is faster from `gemm` than from cuBLAS and one more pass over it."""
+        return self.fused_from is not None and tiles is self.half and self.fused_from <= N and R <= MAX_RANK_BLOCK
+
     def gemm(self, tiles: Tiles, M: int, N: int) -> Gemm:
         """That of the tiles for an output [M, N]."""
         if tiles.gemm_few is None:
@@ -93,6 +98,11 @@ class Architecture(NamedTuple):
         count = cdiv(M, tiles.gemm.BLOCK_M) * cdiv(N, tiles.gemm.BLOCK_N)
         rounds = cdiv(count, self.multiprocessors)
         return tiles.gemm if count >= _FULL * rounds * self.multiprocessors else tiles.gemm_few
+
+    def with_each_gemm(self) -> list[Architecture]:
+        """Itself with one GEMM tile for outputs of every size, for each of its two: what checks go through."""
+        gemms = [config for config in (self.half.gemm, self.half.gemm_few) if config is not None]
+        return [self._replace(half=self.half._replace(gemm=config, gemm_few=None)) for config in gemms]
 
     def splits(self, tiles: Tiles, M: int, K: int) -> int:
         """Into how many ranges of rows sum_rows divides M: few partial sums, yet `programs` programs."""
@@ -156,6 +166,7 @@ SM90 = Architecture(
     _TF32,
     _SMALL,
     multiprocessors=132,
+    fused_from=1024,
 )
 # The accumulators live in tensor memory, so registers leave room for a wide tile; 227 KiB of shared memory.
 SM100 = Architecture(

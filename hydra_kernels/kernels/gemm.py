@@ -88,7 +88,6 @@ def gemm_kernel(
     N,
     K,
     R,
-    programs,
     stride_xm,
     stride_xk,
     stride_wk,
@@ -106,7 +105,7 @@ def gemm_kernel(
     GROUP_M: tl.constexpr,
 ):
     if PERSISTENT:
-        for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), programs):
+        for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
             compute_tile(
                 tile, x, w, bias_ptr, out, p_ptr, q_ptr, M, N, K, R,
                 stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
@@ -176,4 +175,4 @@ def _launch(arguments: dict[str, Any], config: Gemm, programs: int) -> Launch:
     tiles |= {"BLOCK_R": rank_block(arguments["R"]), "GROUP_M": config.GROUP_M}
     count = cdiv(arguments["M"], config.BLOCK_M) * cdiv(arguments["N"], config.BLOCK_N)
     programs = min(count, programs) if config.persistent else count
-    return Launch.of(gemm_kernel, (programs,), arguments | tiles | {"programs": programs}, config)
+    return Launch.of(gemm_kernel, (programs,), arguments | tiles, config)
