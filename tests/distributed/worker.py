@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import os
 import pickle
 import signal
@@ -44,6 +45,7 @@ def serve(folder: str) -> None:
 
 
 def be_member(rank: int, world: int, address: str, store: str) -> None:
+    faulthandler.enable()  # a member that a signal ends says where
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     connection = Client(address, "AF_UNIX")
