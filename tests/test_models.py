@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,20 @@ def test_checkpointing_keeps_the_layers_inputs_alone():
     assert saved[True] == 4 * (3 * 4 * 16 * 32 + 4 * 16)
     assert saved[False] > 10 * saved[True]
     assert not network.get_input_embeddings()(inputs).requires_grad
+
+
+def test_of_micro_batches_one_is_saved_at_a_time_and_no_more_than_the_peak():
+    saved: dict[str, list[int]] = {"naive_hydra": [], "ours_hydra": []}
+    for accumulation in (1, 4):
+        for name, contestant in contestants_of("llama", *saved, accumulation=accumulation).items():
+            batch = next(source_of("llama", contestant.model).batches(8, 8, seed=3))
+            step = partial(contestant.step, *batch)
+            saved[name].append(timing.saved_bytes(step, contestant.model.parameters()))
+            # The batch is there before the step: that alone is not above what is held.
+            assert saved[name][-1] <= timing.peak_bytes(step, CPU) + timing.tensor_bytes(batch)
+    for whole, part in saved.values():
+        # What does not grow with the batch, positions and masks, is less than a tenth of it.
+        assert whole / 4 <= part < 1.1 * whole / 4
 
 
 @pytest.mark.parametrize("option", OTHERS)

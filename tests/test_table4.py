@@ -123,6 +123,24 @@ def test_saved_bytes_count_the_whole_storage_behind_a_saved_view():
     assert timing.saved_bytes(lambda: (whole[:10] * weight).sum().backward(), [weight]) == 400
 
 
+def test_saved_bytes_are_those_of_the_largest_micro_batch():
+    weight = nn.Parameter(torch.randn(3, 7))
+    parts = [torch.randn(rows, 7) for rows in (4, 6, 2)]
+
+    def run():
+        for x in parts:
+            torch.sigmoid(x @ weight.t()).sum().backward()
+
+    # Of six rows x (7) and the sigmoid's output (3).
+    assert timing.saved_bytes(run, [weight]) == 4 * 6 * (7 + 3)
+    # Two graphs that live at one time count together, a graph that is dropped unused no longer.
+    both = []
+    assert timing.saved_bytes(lambda: both.extend(torch.sigmoid(x @ weight.t()) for x in parts[:2]), [weight]) == (
+        4 * (4 + 6) * (7 + 3)
+    )
+    assert timing.saved_bytes(lambda: [torch.sigmoid(x @ weight.t()) is None for x in parts], [weight]) == 4 * 6 * 10
+
+
 def test_the_peak_on_a_cpu_matches_a_count_by_hand():
     kept = []
 
