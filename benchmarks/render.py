@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from benchmarks import timing
 from benchmarks.render_host import host_block
 from benchmarks.render_layer import (
-    is_rival,
     layer_block,
     layer_cells,
     layer_chart,
@@ -48,7 +47,6 @@ from benchmarks.timing import Environment
 # The benchmarks print what the README shows: one place to take it from.
 __all__ = [
     "environment_note",
-    "is_rival",
     "layer_cells",
     "layer_losses",
     "layer_markdown",

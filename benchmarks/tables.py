@@ -98,6 +98,12 @@ def groups(rows: Sequence[Row], by: Sequence[str], same: Sequence[str]) -> list[
     return list(found.values())
 
 
+def what_ran(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What tells measured groups of one device apart: dtype, mode, and every backend that ran ours."""
+    backends = dict.fromkeys(row["backend"] for row in rows if row.get("backend"))
+    return f"{rows[0]['dtype']}, {rows[0]['mode']}{', ours: ' if backends else ''}{', '.join(backends)}"
+
+
 def headed(made: Iterable[tuple[Environment, Sequence[Mapping[str, Any]], str]]) -> str:
     """The texts made of measured groups, each under what tells it from the others; one alone has nothing to tell."""
     made = list(made)
@@ -105,7 +111,5 @@ def headed(made: Iterable[tuple[Environment, Sequence[Mapping[str, Any]], str]])
         return made[0][2]
     parts = []
     for environment, rows, text in made:
-        backends = dict.fromkeys(row["backend"] for row in rows if row.get("backend"))
-        ours = f", ours: {', '.join(backends)}" if backends else ""
-        parts.append(f"**{rows[0]['dtype']}, {rows[0]['mode']}{ours}; {environment['device']}**\n\n{text}")
+        parts.append(f"**{what_ran(rows)}; {environment['device']}**\n\n{text}")
     return "\n\n".join(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import render, render_layer, roofline, tables, timing
+from benchmarks import render, render_layer, roofline, tables, timing, verdicts
 from benchmarks.methods import Ranks
 from benchmarks.render_roofline import RooflineRow
 from benchmarks.rows import LayerRow, Table4Row
@@ -117,6 +117,26 @@ def place(tmp_path):
     return publish
 
 
+def test_ours_loses_where_its_median_is_above_one_and_misses_a_goal_above_it():
+    """The rule and the words of every table."""
+    found = {
+        "our LoRA 4": {"naive LoRA 4": [0.9, 1.0, 1.2]},
+        "our Hydra 3+3": {"naive LoRA 4": [0.99, 1.001, 1.02], "naive Hydra 3+3": [0.9, 0.95, 1.3]},
+    }
+    assert verdicts.losses(found, " at 5") == ["LOSS at 5: our Hydra 3+3 over naive LoRA 4 1.001 (0.990 to 1.020)"]
+    assert verdicts.missed("ours over frozen", 1.06, 1.06, " at 5") == []
+    assert verdicts.missed("ours over frozen", 1.07, 1.06, " at 5") == [
+        "GOAL MISSED: ours over frozen 1.070 at 5, goal 1.06"
+    ]
+    assert verdicts.verdict(["LOSS"]) == ["LOSS"]
+    assert verdicts.verdict([]) == ["No loss: ours is no slower than any rival, and no goal is missed"]
+    hydra = ["full_tuning", "naive_lora", "naive_seqlora", "naive_hydra", "compiled_lora", "peft_lora"]
+    every = [*hydra, "ours_lora", "frozen", "linear_probing"]
+    assert [name for name in every if verdicts.is_rival(name, "ours_hydra")] == hydra
+    assert [name for name in every if verdicts.is_rival(name, "ours_seqlora")] == ["naive_seqlora"]
+    assert [name for name in every if verdicts.is_rival(name, "naive_hydra")] == []
+
+
 @pytest.fixture(scope="module")
 def predicted() -> list[RooflineRow]:
     model = roofline.Model(roofline.CARDS["h200"], l2_bytes=0, launch_us=0.0, gemm_efficiency=0.95)
@@ -221,13 +241,35 @@ def test_a_gpus_goals_are_those_of_each_shape():
         assert goals_missed(layer_rows((FC2, SQUARE), ours=0.99, **{**GPU, **changes})) == []
 
 
+def test_a_rival_that_rows_of_odd_sizes_slow_down_is_named_with_the_fair_one_beside_it():
+    def handicapped(ours: float = 0.9, few: float = 250.0, **changes) -> list[str]:
+        rows = layer_rows((FC2,), ours=ours, **{**GPU, **changes})
+        rows[3]["median_us"] = few
+        notes = render_layer.layer_notes(ENVIRONMENT, rows)
+        return [note for note in notes if "HANDICAPPED" in note]
+
+    # LoRA 11 has rows of 11 x 2 bytes, LoRA 16 takes 200 us.
+    told = (
+        "Hydra 8+8: HANDICAPPED RIVAL at 6400 x 3072 x 768: naive LoRA 11, of equal parameters, takes 250 us, "
+        "naive LoRA 16 200 us: the first's rows of 22 bytes (of Z, of A_up) are no multiple of 16; "
+        "our Hydra 8+8 over naive LoRA 16 "
+    )
+    assert handicapped() == [f"{told}0.900 (0.890 to 0.920)."]
+    assert handicapped(ours=1.07) == [f"{told}1.070 (1.060 to 1.090), a LOSS."]
+    assert handicapped(few=200.0) == []
+    assert handicapped(device="cpu") == []
+    aligned = layer_rows((FC2,), **GPU)
+    aligned[3] |= {"median_us": 250.0, "r_a": 8}
+    assert not any("HANDICAPPED" in note for note in render_layer.layer_notes(ENVIRONMENT, aligned))
+
+
 def test_goals_and_the_share_of_the_floor_stand_in_the_table():
     rows = layer_rows((FC2, SMALL), ours=0.6, floor_us=150.0, **GPU)
     headings, cells = render_layer.layer_cells(steps_of(rows))
     line = dict(zip(headings, cells[0], strict=True))
     assert line["our Hydra / frozen"] == "0.600 (goal 1.15)"
     assert line["ours / naive Hydra"] == "0.600 (goal 0.65)"
-    assert line["ours / naive LoRA, equal parameters"] == "0.600 (goal 0.80)"
+    assert line["ours / naive LoRA, equal parameters"] == "0.600 (goal 0.80 over naive LoRA 11)"
     assert line["ours / naive LoRA, equal R"] == "0.600"
     # In the kept form the composed form's floor says nothing.
     assert "floor / our Hydra" not in headings
@@ -257,7 +299,12 @@ def test_the_chart_shows_the_stored_ratios(monkeypatch):
         "our Hydra": [0.75, 0.75],
     }
     assert [bar.get_height() for bar in compiled.patches] == [1.5, 2.0, 0.9]
-    assert "compile" in compiled.get_title()
+    # Two backends of one dtype and mode are two panels, and their titles tell them apart.
+    assert eager.get_title() == "Hydra 8+8, fp32, eager, ours: aten; A Card"
+    assert compiled.get_title() == "Hydra 8+8, fp32, compile, ours: aten; A Card"
+    hybrid = [{**row, "backend": row["backend"] and "hybrid"} for row in layer_rows()]
+    render_layer.layer_chart(ENVIRONMENT, [*layer_rows(), *hybrid])
+    assert [axes.get_title().split("ours: ")[1] for axes in drawn[-1].axes] == ["aten; A Card", "hybrid; A Card"]
     [line] = [line for line in eager.lines if len(line.get_ydata()) == 2 and set(line.get_ydata()) == {1.0}]
     assert line.get_linestyle() == "-"
 
