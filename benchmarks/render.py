@@ -55,7 +55,6 @@ __all__ = [
     "layer_steps",
     "layer_terminal",
     "main",
-    "table4_chart",
     "table4_markdown",
     "table4_notes",
     "table4_terminal",
@@ -85,7 +84,7 @@ class Block(NamedTuple):
 
 
 BLOCKS = (
-    Block("measured:table4", "table4", Table4Row, table4_block, rows=is_papers),
+    Block("measured:table4", "table4", Table4Row, table4_block, table4_chart, rows=is_papers),
     Block("measured:models", "table4", Table4Row, models_block, page="docs/models.md", overview=models_chart),
     Block("measured:learn", "learn", LearnRow, learn_block, learn_chart, page=LEARNING),
     Block("measured:rounding", "rounding", RoundingRow, rounding_block, rounding_chart, page=LEARNING),

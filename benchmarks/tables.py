@@ -73,6 +73,11 @@ def commit_note(environment: Environment) -> str:
     return f"{environment['date'][:10]}; {commit}{' with local changes' if environment['dirty'] else ''}"
 
 
+def is_gpu(environment: Environment) -> bool:
+    """A GPU's capability is a number, a CPU's the name of its vectors."""
+    return environment["capability"][:1].isdigit()
+
+
 def environment_note(environment: Environment) -> str:
     versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment[name]]
     driver = f", driver {environment['driver']}" if environment["driver"] else f", {environment['threads']} threads"

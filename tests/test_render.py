@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import render, render_layer, roofline, tables, timing, verdicts
+from benchmarks import render, render_layer, render_table4, roofline, tables, timing, verdicts
 from benchmarks.methods import Ranks
 from benchmarks.render_roofline import RooflineRow
 from benchmarks.rows import LayerRow, Table4Row
@@ -82,6 +82,32 @@ def table4_row(method: str, **changes) -> Table4Row:
     values |= {"accumulation": 1, "checkpointing": False, "sequence": None}
     values |= {"method": method, "ranks": None, "projected": False, "step_seconds": [1.0, 2.0], "parity": None}
     return Table4Row(**{**values, "dry": False, **changes})
+
+
+def table4_rows(ours: float = 0.97, **changes) -> list[Table4Row]:
+    """Five rounds, each twice as long as the one before. Ours takes 0.97 of naive LoRA's time, or so, less in the third
+    and more in the fifth; naive SeqLoRA a tenth less than naive LoRA, naive Hydra twice as much.
+    """
+    rounds = [1.0, 2.0, 4.0, 8.0, 16.0]
+    noise = [0.0, 0.0, -0.1, 0.01, 0.1]
+    taken = {
+        "linear_probing": [0.1 * t for t in rounds],
+        "naive_lora": rounds,
+        "naive_seqlora": [0.9 * t for t in rounds],
+        "naive_hydra": [2 * t for t in rounds],
+        "ours_lora": [1.5 * t for t in rounds],
+        "ours_hydra": [(ours + more) * t for t, more in zip(rounds, noise, strict=True)],
+    }
+    ranks = {"lora": [4, 0], "seqlora": [0, 11], "hydra": [3, 3]}
+    paper = {"lora": 100.0, "seqlora": 90.0, "hydra": 108.0}
+    return [
+        table4_row(
+            name,
+            **{"step_seconds": steps, "ranks": ranks.get(kind), "paper_sec_per_epoch": paper.get(kind), **changes},
+        )
+        for name, steps in taken.items()
+        for kind in [name.partition("_")[2]]
+    ]
 
 
 def steps_of(rows: list[LayerRow]) -> list[dict[str, LayerRow]]:
@@ -209,6 +235,58 @@ def test_table_4_is_grouped_by_dtype_and_mode(place):
     assert ("| 7.5 (" in first, "| 2.5 (" in first) == (True, False)
     assert second.count("| 2.5 (") == 2
     assert "bf16, graph (CUDA graphs replayed" in second
+
+
+def test_table_4_tells_where_our_hydra_stands_every_loss_and_every_missed_goal():
+    cpu = Environment(**{**ENVIRONMENT, "capability": "AVX2", "driver": None})
+    note, *told = render.table4_notes(cpu, table4_rows())
+    # Ours over naive LoRA: 0.87, 0.97, 0.97, 0.98, 1.07; SeqLoRA's are those over 0.9, naive Hydra's half of them.
+    assert told == [
+        "our Hydra 3+3 over naive LoRA 4 0.970 (0.970 to 0.980; goal 0.98), faster in 4 of 5 rounds; paper 1.080.",
+        "our Hydra 3+3 over naive SeqLoRA 11 1.078 (1.078 to 1.089; goal 0.98), faster in 1 of 5 rounds; paper 1.200.",
+        "our Hydra 3+3 over naive Hydra 3+3 0.485 (0.485 to 0.490), faster in 5 of 5 rounds; paper 1.000.",
+        # Linear probing is no rival, and our LoRA's only one is naive LoRA.
+        "LOSS: our LoRA 4 over naive LoRA 4 1.500 (1.500 to 1.500).",
+        "LOSS: our Hydra 3+3 over naive SeqLoRA 11 1.078 (1.078 to 1.089).",
+        "GOAL MISSED: our Hydra 3+3 over naive SeqLoRA 11 1.078, goal 0.98.",
+    ]
+    assert "medians of paired steps" in note
+    _, *on_gpu = render.table4_notes(ENVIRONMENT, table4_rows(paper_sec_per_epoch=None))
+    assert on_gpu[0] == "our Hydra 3+3 over naive LoRA 4 0.970 (0.970 to 0.980; goal 0.95), faster in 4 of 5 rounds."
+    assert on_gpu[-2:] == [
+        "GOAL MISSED: our Hydra 3+3 over naive LoRA 4 0.970, goal 0.95.",
+        "GOAL MISSED: our Hydra 3+3 over naive SeqLoRA 11 1.078, goal 0.97.",
+    ]
+    fair = [row for row in table4_rows(ours=0.8) if row["method"] != "ours_lora"]
+    assert render.table4_notes(cpu, fair)[-1] == "No loss: ours is no slower than any rival, and no goal is missed."
+    assert len(render.table4_notes(cpu, fair[:2])) == 1
+    # Over its own naive the table has quartiles too, and in Markdown losses are a list under the note.
+    headings, cells = render_table4.table4_cells(table4_rows())
+    assert cells[-1][headings.index("over its naive (quartiles)")] == "0.485 (0.485 to 0.490)"
+    lines = render.table4_markdown(cpu, table4_rows()).splitlines()
+    assert lines[-len(told) - 1 :] == ["", *(f"- {line}" for line in told)]
+
+
+def test_table_4s_chart_is_linked_checked_and_red_where_ours_loses(place, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    place.mark("measured:table4", "measured:models")
+    rows = [*table4_rows(), *table4_rows(ours=0.7, dtype="bf16", saved_bytes=3e6)]
+    assert place({"table4-cpu.json": (rows, Table4Row)}) == 0
+    assert "![table4-cpu](results/table4-cpu.svg)" in place.readme.read_text(encoding="utf-8")
+    chart = place.results / "table4-cpu.svg"
+    assert chart.read_text(encoding="utf-8") == render_table4.table4_chart(ENVIRONMENT, rows)
+    times, _, low_times, low_memory = drawn[-1].axes
+    assert [text.get_color() for text in times.texts] == [*["black"] * 4, "red", "red"]
+    assert [text.get_color() for text in low_times.texts] == [*["black"] * 4, "red", "black"]
+    assert [bar.get_width() for bar in low_memory.containers[1]] == [3.0] * 6
+    assert (times.get_title(), low_times.get_title()) == (
+        "ViT-B/32, fp32, eager, batch 1.0",
+        "ViT-B/32, bf16, eager, batch 1.0",
+    )
+    assert place({}, "--check") == 0
+    chart.write_text("<svg/>", encoding="utf-8")
+    assert place({}, "--check") == 1
 
 
 def test_compiled_over_compiled_has_a_goal_for_every_size():
