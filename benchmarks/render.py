@@ -30,6 +30,7 @@ from benchmarks.render_layer import (
 from benchmarks.render_learn import learn_block, learn_chart
 from benchmarks.render_models import models_block, models_chart
 from benchmarks.render_roofline import RooflineRow, roofline_block
+from benchmarks.render_summary import summary
 from benchmarks.render_table4 import (
     is_papers,
     table4_block,
@@ -63,6 +64,8 @@ __all__ = [
 
 
 README, LEARNING, GPU = "README.md", "docs/learning.md", "docs/gpu.md"
+# The README's first figures, of three blocks' rows; a README may do without.
+SUMMARY = "measured:summary"
 
 
 class Block(NamedTuple):
@@ -116,13 +119,15 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
     pages = {block.page: root / block.page for block in BLOCKS}
     texts = {page: path.read_text(encoding="utf-8") for page, path in pages.items() if page == README or path.exists()}
     for page, text in texts.items():
-        known = [block.marker for block in BLOCKS if block.page == page]
+        known = [SUMMARY] * (page == README) + [block.marker for block in BLOCKS if block.page == page]
         for marker in re.findall(r"<!-- /?((?:measured|predicted):\w+) -->", text):
             if marker not in known:
                 raise ValueError(f"{page} has markers for {marker}, expected {', '.join(known)}")
     drawn: dict[Path, str] = {}
+    found: dict[str, list[Stored]] = {}
     for block in BLOCKS:
         stored, text = stored_results(results, block), texts.get(block.page, "")
+        found[block.marker] = stored
         if not stored and f"{block.marker} -->" in text:
             raise ValueError(
                 f"{block.page} has markers for {block.marker.partition(':')[2]}, but {results} holds no "
@@ -138,16 +143,20 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
                 f"![{chart.stem}]({Path(os.path.relpath(chart, pages[block.page].parent)).as_posix()})"
                 for chart in charts
             ]
-            texts[block.page] = replace_block(text, block, "\n\n".join([block.to_markdown(stored), *links]))
+            content = "\n\n".join([block.to_markdown(stored), *links])
+            texts[block.page] = replace_block(text, block.page, block.marker, content)
             drawn |= charts
+    if f"{SUMMARY} -->" in texts[README]:
+        content = summary(*(found.get(f"measured:{name}", []) for name in ("table4", "layer", "gpu")))
+        texts[README] = replace_block(texts[README], README, SUMMARY, content)
     return {**{pages[page]: text for page, text in texts.items()}, **drawn}
 
 
-def replace_block(text: str, block: Block, content: str) -> str:
-    """``text`` with ``content`` between its one pair of the block's markers."""
-    opening, closing = f"<!-- {block.marker} -->", f"<!-- /{block.marker} -->"
+def replace_block(text: str, page: str, marker: str, content: str) -> str:
+    """The page's ``text`` with ``content`` between its one pair of markers."""
+    opening, closing = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if text.count(opening) != 1 or text.count(closing) != 1 or text.index(opening) > text.index(closing):
-        raise ValueError(f"{block.page} needs one {opening} and, after it, one {closing}")
+        raise ValueError(f"{page} needs one {opening} and, after it, one {closing}")
     before, rest = text.split(opening)
     return f"{before}{opening}\n{content}\n{closing}{rest.split(closing)[1]}"
 

@@ -39,9 +39,13 @@ def losses(found: Mapping[str, Mapping[str, Sequence[float]]], place: str = "") 
     return lines
 
 
+def misses(figure: float, goal: float) -> bool:
+    return figure > goal
+
+
 def missed(what: str, figure: float, goal: float, place: str = "", form: str = ".2f") -> list[str]:
     """A line where the figure is above its goal."""
-    return [f"GOAL MISSED: {what} {figure:.3f}{place}, goal {goal:{form}}"] if figure > goal else []
+    return [f"GOAL MISSED: {what} {figure:.3f}{place}, goal {goal:{form}}"] if misses(figure, goal) else []
 
 
 def verdict(lines: Sequence[str], place: str = "") -> list[str]:
