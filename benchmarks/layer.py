@@ -33,6 +33,7 @@ from benchmarks.modes import device_option
 from benchmarks.passes import Inputs, Pass, captured
 from benchmarks.rows import LayerRow
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, DRY_SHAPES, Entry, Shape, entries_of, trainable
+from benchmarks.verdicts import is_rival
 from hydra_kernels.choice import choose
 from hydra_kernels.machine import here
 
@@ -214,7 +215,7 @@ def row_of(
     over = {
         name: timing.paired_ratios(seconds, rival.seconds(phase))
         for name, rival in rivals.items()
-        if ran and (name in methods.BASELINES or render.is_rival(name, entry.method))
+        if ran and (name in methods.BASELINES or is_rival(name, entry.method))
     }
     ours = entry.method.startswith("ours_")
     choice = (

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from benchmarks import timing
 from benchmarks.render_host import host_block
 from benchmarks.render_layer import (
-    is_rival,
     layer_block,
     layer_cells,
     layer_chart,
@@ -31,6 +30,7 @@ from benchmarks.render_layer import (
 from benchmarks.render_learn import learn_block, learn_chart
 from benchmarks.render_models import models_block, models_chart
 from benchmarks.render_roofline import RooflineRow, roofline_block
+from benchmarks.render_summary import summary
 from benchmarks.render_table4 import (
     is_papers,
     table4_block,
@@ -48,7 +48,6 @@ from benchmarks.timing import Environment
 # The benchmarks print what the README shows: one place to take it from.
 __all__ = [
     "environment_note",
-    "is_rival",
     "layer_cells",
     "layer_losses",
     "layer_markdown",
@@ -57,7 +56,6 @@ __all__ = [
     "layer_steps",
     "layer_terminal",
     "main",
-    "table4_chart",
     "table4_markdown",
     "table4_notes",
     "table4_terminal",
@@ -66,6 +64,8 @@ __all__ = [
 
 
 README, LEARNING, GPU = "README.md", "docs/learning.md", "docs/gpu.md"
+# The README's first figures, of three blocks' rows; a README may do without.
+SUMMARY = "measured:summary"
 
 
 class Block(NamedTuple):
@@ -87,7 +87,7 @@ class Block(NamedTuple):
 
 
 BLOCKS = (
-    Block("measured:table4", "table4", Table4Row, table4_block, rows=is_papers),
+    Block("measured:table4", "table4", Table4Row, table4_block, table4_chart, rows=is_papers),
     Block("measured:models", "table4", Table4Row, models_block, page="docs/models.md", overview=models_chart),
     Block("measured:learn", "learn", LearnRow, learn_block, learn_chart, page=LEARNING),
     Block("measured:rounding", "rounding", RoundingRow, rounding_block, rounding_chart, page=LEARNING),
@@ -119,13 +119,15 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
     pages = {block.page: root / block.page for block in BLOCKS}
     texts = {page: path.read_text(encoding="utf-8") for page, path in pages.items() if page == README or path.exists()}
     for page, text in texts.items():
-        known = [block.marker for block in BLOCKS if block.page == page]
+        known = [SUMMARY] * (page == README) + [block.marker for block in BLOCKS if block.page == page]
         for marker in re.findall(r"<!-- /?((?:measured|predicted):\w+) -->", text):
             if marker not in known:
                 raise ValueError(f"{page} has markers for {marker}, expected {', '.join(known)}")
     drawn: dict[Path, str] = {}
+    found: dict[str, list[Stored]] = {}
     for block in BLOCKS:
         stored, text = stored_results(results, block), texts.get(block.page, "")
+        found[block.marker] = stored
         if not stored and f"{block.marker} -->" in text:
             raise ValueError(
                 f"{block.page} has markers for {block.marker.partition(':')[2]}, but {results} holds no "
@@ -141,16 +143,20 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
                 f"![{chart.stem}]({Path(os.path.relpath(chart, pages[block.page].parent)).as_posix()})"
                 for chart in charts
             ]
-            texts[block.page] = replace_block(text, block, "\n\n".join([block.to_markdown(stored), *links]))
+            content = "\n\n".join([block.to_markdown(stored), *links])
+            texts[block.page] = replace_block(text, block.page, block.marker, content)
             drawn |= charts
+    if f"{SUMMARY} -->" in texts[README]:
+        content = summary(*(found.get(f"measured:{name}", []) for name in ("table4", "layer", "gpu")))
+        texts[README] = replace_block(texts[README], README, SUMMARY, content)
     return {**{pages[page]: text for page, text in texts.items()}, **drawn}
 
 
-def replace_block(text: str, block: Block, content: str) -> str:
-    """``text`` with ``content`` between its one pair of the block's markers."""
-    opening, closing = f"<!-- {block.marker} -->", f"<!-- /{block.marker} -->"
+def replace_block(text: str, page: str, marker: str, content: str) -> str:
+    """The page's ``text`` with ``content`` between its one pair of markers."""
+    opening, closing = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if text.count(opening) != 1 or text.count(closing) != 1 or text.index(opening) > text.index(closing):
-        raise ValueError(f"{block.page} needs one {opening} and, after it, one {closing}")
+        raise ValueError(f"{page} needs one {opening} and, after it, one {closing}")
     before, rest = text.split(opening)
     return f"{before}{opening}\n{content}\n{closing}{rest.split(closing)[1]}"
 

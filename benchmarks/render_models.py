@@ -15,6 +15,7 @@ from benchmarks.rows import Table4Row
 from benchmarks.tables import Stored, groups, label, markdown, or_dash
 from benchmarks.timing import Environment
 
+UNKNOWN = "not recorded, or added up over all micro-batches though one is kept at a time"
 # (key, name, colour) of the memory that a method needs.
 MEMORY = (
     ("held_bytes", "parameters and optimizer", "tab:gray"),
@@ -28,7 +29,15 @@ def runs(stored: Sequence[Stored]) -> Iterator[tuple[Environment, list[Table4Row
     by = ("model", "dtype", "mode", "batch", "accumulation", "checkpointing")
     for _, environment, rows in stored:
         for group in groups(rows, by=by, same=("method",)):
-            yield environment, group
+            yield environment, without_sums(group)
+
+
+def without_sums(rows: list[Table4Row]) -> list[Table4Row]:
+    """A run's rows, without what is saved where that was added up over micro-batches: more than a step's own peak."""
+    summed = any(
+        row["accumulation"] > 1 and row["saved_bytes"] > row["peak_bytes"] - (row["held_bytes"] or 0) for row in rows
+    )
+    return [{**row, "saved_bytes": None} for row in rows] if summed else rows
 
 
 def title(environment: Environment, row: Table4Row) -> str:
@@ -56,7 +65,7 @@ def models_block(stored: Sequence[Stored]) -> str:
     unknown = any(row[key] is None for _, rows in found for row in rows for key, *_ in MEMORY)
     parts = [
         f"Memory in MB: {' / '.join(name for _, name, _ in MEMORY)}, which is parameters, optimizer state and the most "
-        f"that a step holds above them.{' A dash: not recorded.' if unknown else ''}",
+        f"that a step holds above them.{f' A dash: {UNKNOWN}.' if unknown else ''}",
         memory_markdown(found),
     ]
     for environment, rows in found:

@@ -43,7 +43,7 @@ class Table4Row(TypedDict):
     paper_ratio: float | None
     # Parameters and the optimizer's state, what is kept for the backward, and the first with the step's peak above it.
     held_bytes: int | None
-    saved_bytes: int
+    saved_bytes: int | None
     peak_bytes: int
     # Ours against naive: the largest differences of all steps, and what was allowed.
     parity: dict[str, Any] | None

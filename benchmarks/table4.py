@@ -319,7 +319,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--ranks", help="hydra=A+B,lora=R,seqlora=R, or some of them; the model's own without it")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 as distributed; scikit-learn's digits without it")
     parser.add_argument("--checkpoint", type=Path, help="local folder of a ViT checkpoint; random weights without it")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON and the chart")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full", action="store_true", help="a whole epoch, 50,000 images, with every method")
     parser.add_argument(
@@ -384,13 +384,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path = out / file_name(settings)
     timing.write_result(path, environment, rows, Table4Row)
-    render.table4_chart(environment, rows, path.with_suffix(".png"))
     # Without a terminal rich assumes 80 columns, which would break every cell.
     report = Console(width=None if sys.stdout.isatty() else 170)
     report.print(render.table4_terminal(rows))
     for note in render.table4_notes(environment, rows):
         report.print(note, highlight=False)
-    report.print(f"Stored: {path} and {path.with_suffix('.png').name}", highlight=False)
+    report.print(f"Stored: {path}", highlight=False)
     return 0
 
 

@@ -73,6 +73,11 @@ def commit_note(environment: Environment) -> str:
     return f"{environment['date'][:10]}; {commit}{' with local changes' if environment['dirty'] else ''}"
 
 
+def is_gpu(environment: Environment) -> bool:
+    """A GPU's capability is a number, a CPU's the name of its vectors."""
+    return environment["capability"][:1].isdigit()
+
+
 def environment_note(environment: Environment) -> str:
     versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment[name]]
     driver = f", driver {environment['driver']}" if environment["driver"] else f", {environment['threads']} threads"
@@ -98,6 +103,12 @@ def groups(rows: Sequence[Row], by: Sequence[str], same: Sequence[str]) -> list[
     return list(found.values())
 
 
+def what_ran(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What tells measured groups of one device apart: dtype, mode, and every backend that ran ours."""
+    backends = dict.fromkeys(row["backend"] for row in rows if row.get("backend"))
+    return f"{rows[0]['dtype']}, {rows[0]['mode']}{', ours: ' if backends else ''}{', '.join(backends)}"
+
+
 def headed(made: Iterable[tuple[Environment, Sequence[Mapping[str, Any]], str]]) -> str:
     """The texts made of measured groups, each under what tells it from the others; one alone has nothing to tell."""
     made = list(made)
@@ -105,7 +116,5 @@ def headed(made: Iterable[tuple[Environment, Sequence[Mapping[str, Any]], str]])
         return made[0][2]
     parts = []
     for environment, rows, text in made:
-        backends = dict.fromkeys(row["backend"] for row in rows if row.get("backend"))
-        ours = f", ours: {', '.join(backends)}" if backends else ""
-        parts.append(f"**{rows[0]['dtype']}, {rows[0]['mode']}{ours}; {environment['device']}**\n\n{text}")
+        parts.append(f"**{what_ran(rows)}; {environment['device']}**\n\n{text}")
     return "\n\n".join(parts)

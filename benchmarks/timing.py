@@ -14,6 +14,7 @@ import random
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -122,25 +123,39 @@ def cold_copies(bytes_each: int, device: torch.device) -> int:
 
 
 def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of ``run``: whole storages, each once, the parameters' not counted.
+    """The most bytes that autograd keeps for the backward at one time during ``run``: whole storages, each once, the
+    parameters' not counted. Of micro-batches, each of which is let go before the next, that is the largest.
 
     A saved view keeps its whole storage alive, so the storage is what counts. A tensor that a Function hides on its
     ``ctx`` instead of saving it is not seen here; the peak shows it.
     """
     parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    # Holding the storages keeps their addresses from being used twice while we count.
-    kept: dict[int, torch.UntypedStorage] = {}
+    users: Counter[int] = Counter()
+    held = most = 0
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameter_storages:
-            kept[storage.data_ptr()] = storage
-        # Detached: an output that kept itself would form a cycle and outlive the measurement.
-        return tensor.detach()
+    class Kept:
+        """What the graph keeps in place of a tensor, for as long as it would have kept that."""
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal held, most
+            # Detached: an output that kept itself would form a cycle and outlive the measurement.
+            self.tensor = tensor.detach()
+            storage = tensor.untyped_storage()
+            self.address, self.bytes = storage.data_ptr(), storage.nbytes()
+            if self.address not in parameter_storages and not users[self.address]:
+                held += self.bytes
+                most = max(most, held)
+            users[self.address] += 1
+
+        def __del__(self) -> None:
+            nonlocal held
+            users[self.address] -= 1
+            if self.address not in parameter_storages and not users[self.address]:
+                held -= self.bytes
+
+    with saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         run()
-    return sum(storage.nbytes() for storage in kept.values())
+    return most
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -212,6 +212,32 @@ def test_the_measured_tables_are_those_of_the_stored_results():
     assert render.main(["--check"]) == 0
 
 
+def test_the_gpu_pages_summary_is_of_the_stored_results():
+    from benchmarks import render_layer, timing
+    from benchmarks.rows import LayerRow
+
+    _, rows = timing.read_result(ROOT / "benchmarks" / "results" / "layer-cuda.json", LayerRow)
+    [(_, steps)] = render_layer.layer_steps(render_layer.layer_groups(rows)[0])
+    page = " ".join(text_of(ROOT / "docs" / "gpu.md").split())
+    summary = page[page.index("In short, of the first run") : page.index("<details>")]
+    ours = [made["ours_hydra"]["over"] for made in steps]
+    hydra, lora = ([over[name][1] for over in ours] for name in ("naive_hydra", "naive_lora"))
+    slower = [f"{ratio:.3f}" for ratio in lora if ratio > 1]
+    [faster] = [made["ours_hydra"] for made in steps if made["ours_hydra"]["over"]["naive_lora"][1] <= 1]
+    shape = f"{faster['M']} x {faster['K']} x {faster['N']}"
+    few, many = (steps[0][name]["median_us"] for name in ("naive_lora@parameters", "naive_lora"))
+    for figures in (
+        f"naive Hydra at every shape ({min(hydra):.2f} to {max(hydra):.2f})",
+        f"three shapes of four ({', '.join(slower)}; {faster['over']['naive_lora'][1]:.3f} at {shape})",
+        "it is {:.3f} and {:.3f} at ViT's shapes".format(*(over["naive_lora@parameters"][1] for over in ours[:2])),
+        f"it takes {few:.0f} us, naive LoRA 16 only {many:.0f}",
+    ):
+        assert figures in summary
+    assert max(hydra) < 1
+    assert len(slower) == 3
+    assert all(made["naive_lora@parameters"]["r_a"] == 11 for made in steps[:2])
+
+
 def test_the_bug_template_asks_for_the_report():
     template = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
     fields = {field["id"]: field for field in template["body"] if "id" in field}
