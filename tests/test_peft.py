@@ -11,6 +11,7 @@ from torch import nn
 import hydra_kernels as hk
 
 from .oracle import differentiate, hydra, violations
+from .test_layers import of_a_subclass
 
 peft = pytest.importorskip("peft")  # an optional extra
 transformers = pytest.importorskip("transformers")
@@ -582,6 +583,7 @@ REFUSED = {
     "Embedding": (lambda: nn.Embedding(5, 7), "Embedding"),
     "Conv2d": (lambda: nn.Conv2d(5, 7, 1), "Conv2d"),
     "Quantised": (lambda: Quantised(5, 7), "Quantised"),
+    "TwoTensor": (of_a_subclass, "plain numbers as the weight of .*Linear, got TwoTensor"),
     "LoRA": (
         lambda: peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(5, 5)))[0],
         "lora",
