@@ -239,6 +239,19 @@ def test_a_second_lora_that_does_not_fit_leaves_the_first(tmp_path, kind):
     assert state(model) == before
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_a_second_lora_of_a_refused_layer_leaves_the_first(tmp_path):
+    peft.get_peft_model(vit(), peft.LoraConfig(target_modules=["fc2"])).save_pretrained(tmp_path)
+    model = vit()
+    model.add_adapter(HydraConfig(target_modules=["fc1"]), "one")
+    fc2 = next(m for name, m in model.named_modules() if name.endswith("fc2"))
+    fc2.register_forward_hook(lambda *_: None)
+    before = state(model)
+    with pytest.raises(ValueError, match="has hooks"):
+        from_lora(model, tmp_path, adapter_name="two")
+    assert state(model) == before
+
+
 def test_a_folder_within_the_checkpoint(tmp_path):
     model = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["fc1"]))
     model.add_adapter("other", peft.LoraConfig(target_modules=["fc2"]))

@@ -93,7 +93,11 @@ def from_lora(
     trained = [(p, p.requires_grad) for p in base.parameters()]
     children = [(module, name, child) for module in base.modules() for name, child in module._modules.items()]
     active: list[str] = next((m.active_adapters for m in base.modules() if isinstance(m, HydraLinearLayer)), [])
-    adapted, prefix = _with_adapter(model, config, adapter_name)
+    try:
+        adapted, prefix = _with_adapter(model, config, adapter_name)
+    except Exception:
+        getattr(base, "peft_config", {}).pop(adapter_name, None)
+        raise
     try:
         modules = base.named_modules(remove_duplicate=False)
         layers = {name for name, m in modules if isinstance(m, HydraLinearLayer) and adapter_name in m.hydra_adapters}
