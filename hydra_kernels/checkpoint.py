@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .layers import HydraLinear
-from .model import METHODS, adapted_layers, names_containing, plain_name
+from .model import METHODS, adapted_layers, names_containing, plain_name, required_layers
 from .sharding import fill, gathered, is_writer
 
 FORMAT = 1
@@ -29,11 +29,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     A layer that stands in several places, or a Parameter of several layers, comes under its first name. Under FSDP2 or
     tensor parallelism they are DTensors, as in ``model.state_dict()``.
+
+    Raises:
+        ValueError: where model has no adapted layer.
     """
+    layers = required_layers(model)
     model.state_dict(keep_vars=True)  # FSDP2 then puts back into shards what a forward left whole
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for layer_name, layer in adapted_layers(model).items():
+    for layer_name, layer in layers.items():
         for name, parameter in layer.adapters().items():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -58,8 +62,6 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Itera
     Raises:
         ValueError: where model has no adapted layer, or nothing has a name in include.
     """
-    if not adapted_layers(model):
-        raise ValueError("model: it has no adapted layer; call inject first")
     include = [include] if isinstance(include, str) else list(include)
     tensors = {**adapter_state_dict(model), **_included(model, include)}
     description = {"format": FORMAT, "layers": _description(model), "include": include}
@@ -118,7 +120,7 @@ def _description(model: nn.Module) -> dict[str, dict[str, Any]]:
             "adapter_bias": layer.adapter_bias,
             "dropout": layer.dropout,
         }
-        for name, layer in adapted_layers(model).items()
+        for name, layer in required_layers(model).items()
     }
 
 

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .adapter import Adapter, Device, check_count
 from .functional import check_finite, hydra_linear
 from .reference import low_rank
-from .sharding import mesh_dimensions
+from .sharding import is_sharded, mesh_dimensions
 
 Layer = TypeVar("Layer", bound="HydraLinear")
 
@@ -293,8 +294,12 @@ def check_wrappable(linear: nn.Module) -> None:
         )
     if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
         raise TypeError(f"linear: {kind} computes something else than nn.Linear in its forward")
-    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
+    weight = linear._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
         raise TypeError(f"linear: the weight of {kind} is not a plain Parameter but derived or quantised")
+    # torchao leaves the class nn.Linear and makes the weight a tensor subclass.
+    if not (type(weight.data) in (Tensor, FakeTensor) or is_sharded(weight)):
+        raise TypeError(f"linear: expected plain numbers as the weight of {kind}, got {type(weight.data).__qualname__}")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(linear, name) for name in hooks):
         raise ValueError(f"linear: {kind} has hooks, which the adapted layer would lose; remove them first")

@@ -15,6 +15,21 @@ from .layers import HydraLinear, LoRALinear, SeqLoRALinear, check_wrappable
 
 # Their fast paths hand the weights of their nn.Linear children to fused operators.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# Classes of transformers, and those of their layers whose weights they read themselves, most in fused kernels.
+READS_WEIGHTS_OF = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("x_proj", "dt_proj", "out_proj")),
+    **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
+    **dict.fromkeys(("NemotronHMamba2Mixer", "Zamba2MambaMixer"), ("out_proj",)),
+    "JambaMambaMixer": ("dt_proj",),
+    **dict.fromkeys(
+        ("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"), ("k_proj",)
+    ),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "MobileBertLMPredictionHead": ("decoder", "dense"),
+    "LSHSelfAttention": ("query_key",),
+    "LongcatFlashTopkRouter": ("classifier",),
+}
 # Parts of a name that torch's wrappers inside a model add: activation checkpointing, torch.compile.
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 METHODS: dict[str, type[HydraLinear]] = {"hydra": HydraLinear, "lora": LoRALinear, "seqlora": SeqLoRALinear}
@@ -41,8 +56,8 @@ def inject(
         The dotted names of what was replaced, in the model's order; a shared layer under each of its names.
 
     Raises:
-        ValueError, TypeError: for an unknown method or option, where nothing matches (with near names), and where a
-            match is not a plain ``nn.Linear``; the model is then unchanged.
+        ValueError, TypeError: for an unknown method or option, where nothing matches target_modules or exclude (with
+            near names), and where a match is not a plain ``nn.Linear``; the model is then unchanged.
     """
     layer_class = layer_class_of(method)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -52,6 +67,8 @@ def inject(
         names = [n for n in modules if _matches(n, targets) and not _matches(n, excluded)]
     except re.error as error:
         raise ValueError(f"target_modules, exclude: {error.pattern!r} is no regular expression: {error}") from error
+    if excluded and not any(_matches(n, excluded) for n in modules):
+        raise ValueError(f"exclude: {excluded!r} matches no module; {near_names(modules, excluded)}")
     if not names:
         raise ValueError(f"target_modules: {targets!r} matches no module; {near_names(modules, targets)}")
     check_targets("target_modules", model, names, layer_class, options)
@@ -83,11 +100,13 @@ def check_targets(
             check_wrappable(modules[name])
         except (TypeError, ValueError) as error:
             raise type(error)(f"{argument}: {name!r} matches, but {error}") from None
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, READS_WEIGHTS):
+        path, _, child = name.rpartition(".")
+        parent = model.get_submodule(path)
+        read_there = any(child in READS_WEIGHTS_OF.get(c.__name__, ()) for c in type(parent).__mro__)
+        if isinstance(parent, READS_WEIGHTS) or read_there:
             raise TypeError(
-                f"{argument}: {name!r} matches, but torch's {type(parent).__name__} reads its layers' weights past "
-                "their forward, so adapters would be ignored there"
+                f"{argument}: {name!r} matches, but {type(parent).__name__} reads the layer's weight past its "
+                "forward, so adapters would be ignored there"
             )
     for dtype in {modules[name].weight.dtype for name in names}:
         layer_class(1, 1, device="meta", dtype=dtype, **options)
@@ -106,9 +125,7 @@ def mark_only_adapters_trainable(model: nn.Module, bias: str = "none", keep: Ite
     """
     if bias not in ("none", "adapted", "all"):
         raise ValueError(f"bias: expected one of none, adapted, all, got {bias!r}")
-    layers = list(adapted_layers(model).values())
-    if not layers:
-        raise ValueError("model: it has no adapted layer; call inject first")
+    layers = list(required_layers(model).values())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     kept = names_containing(parameters, keep, "keep")
 
@@ -128,8 +145,12 @@ def mark_only_adapters_trainable(model: nn.Module, bias: str = "none", keep: Ite
 
 
 def merge(model: nn.Module) -> None:
-    """Merges every adapted layer of model (`HydraLinear.merge`). Raises ValueError where one is in training mode."""
-    layers = adapted_layers(model)
+    """Merges every adapted layer of model (`HydraLinear.merge`).
+
+    Raises:
+        ValueError: where there is none, or one is in training mode.
+    """
+    layers = required_layers(model)
     for name, layer in layers.items():
         if layer.training:
             raise ValueError(f"merge: {name or 'the model'} is in training mode; call model.eval() first")
@@ -138,8 +159,8 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undoes `merge` in every adapted layer of model, bit for bit."""
-    for layer in adapted_layers(model).values():
+    """Undoes `merge` in every adapted layer of model, bit for bit; ValueError where there is none."""
+    for layer in required_layers(model).values():
         layer.unmerge()
 
 
@@ -148,7 +169,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Layers are replaced one by one, each old weight freed before the next layer is merged. Hooks on the adapted layers
     go with them. Returns the model, which is changed; where the model itself is an adapted layer, the ``nn.Linear``.
+
+    Raises:
+        ValueError: where there is none.
     """
+    required_layers(model)
     places: dict[int, list[str]] = {}
     for name in [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, HydraLinear)]:
         places.setdefault(id(model.get_submodule(name)), []).append(name)
@@ -165,6 +190,19 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 def adapted_layers(model: nn.Module) -> dict[str, HydraLinear]:
     """The adapted layers of model by dotted name, each once."""
     return {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, HydraLinear)}
+
+
+def required_layers(model: nn.Module) -> dict[str, HydraLinear]:
+    """`adapted_layers`; ValueError where there are none."""
+    layers = adapted_layers(model)
+    if not layers and any(isinstance(module, Adapter) for module in model.modules()):
+        raise ValueError(
+            "model: its adapters are PEFT's; use the PeftModel's merge_adapter, unmerge_adapter, merge_and_unload, "
+            "save_pretrained and load_adapter"
+        )
+    if not layers:
+        raise ValueError("model: it has no adapted layer; call inject first")
+    return layers
 
 
 def plain_name(name: str) -> str:

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn import functional as F
 
+from .adapter import Adapter
 from .backend import TABLE
 from .backend.interface import LOW_PRECISION
 from .choice import Machine, choose
@@ -37,7 +38,6 @@ from .function import computed_in
 from .functional import hydra_linear
 from .layers import HydraLinear
 from .machine import here
-from .model import adapted_layers
 from .reference import low_rank
 from .sharding import is_sharded
 
@@ -104,14 +104,19 @@ class RowwiseHydra(RowwiseParallel):
 
 
 def keep_scales_whole(model: nn.Module, group: dist.ProcessGroup | None = None) -> set[nn.Parameter]:
-    """The learnable scales of model's adapted layers, for the ``ignored_params`` of every ``fully_shard`` call.
+    """The learnable scales of model's adapters, PEFT's too, for the ``ignored_params`` of every ``fully_shard`` call.
 
     FSDP2 shards no parameter without dimensions. Hooks average the gradients of the scales over the ranks of group, all
     ranks by default, as FSDP2 does those of the others. Give the scales a parameter group of their own in the
     optimizer: torch's optimizers take no plain tensors and DTensors in one.
+
+    Raises:
+        ValueError: where model has no adapters.
     """
-    adapters = [p for layer in adapted_layers(model).values() for p in layer.adapters().values()]
-    scales = {p for p in adapters if p.dim() == 0}
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    if not adapters:
+        raise ValueError("model: it has no adapters; put them in first")
+    scales = {p for adapter in adapters for p in adapter.adapters().values() if p.dim() == 0}
 
     def average(scale: Tensor) -> None:
         grad: Any = scale.grad

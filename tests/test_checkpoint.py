@@ -137,7 +137,6 @@ def test_loading_keeps_the_models_dtype(tmp_path):
         (lambda: adapted(0, "lora", r=2), "method is 'HydraLinear' in the file, 'LoRALinear' in the model"),
         (lambda: adapted(0, targets=["fc2"], **OPTIONS), "layer 'blocks.0.mlp.fc1' is not in the model"),
         (lambda: adapted(0, targets=["fc1", "fc2", "query"], **OPTIONS), "layer 'blocks.0.query' is not in the file"),
-        (lambda: Model(), "layer 'blocks.0.mlp.fc1' is not in the model"),
     ],
 )
 def test_another_model_is_refused_and_unchanged(tmp_path, target, message):
@@ -152,10 +151,13 @@ def test_another_model_is_refused_and_unchanged(tmp_path, target, message):
     assert all(layer.merged for layer in model.modules() if isinstance(layer, hk.HydraLinear))
 
 
-def test_saving_without_adapters_is_refused(tmp_path):
+def test_saving_and_loading_without_adapters_are_refused(tmp_path):
     with pytest.raises(ValueError, match="model: it has no adapted layer"):
         hk.save_adapters(Model(), tmp_path / "a")
     assert os.listdir(tmp_path) == []
+    hk.save_adapters(adapted(1), tmp_path / "a")
+    with pytest.raises(ValueError, match="model: it has no adapted layer"):
+        hk.load_adapters(Model(), tmp_path / "a")
 
 
 def rewritten(path, change):

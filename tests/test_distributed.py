@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hydra_kernels as hk
+from hydra_kernels.parallel import keep_scales_whole
 
 from .distributed import checkpoints, training
 from .distributed.training import Spec
@@ -84,6 +85,17 @@ FSDP = [
 @pytest.mark.parametrize("spec", FSDP, ids=str)
 def test_fsdp_trains_as_one_process(groups, spec, world):
     check(groups, world, training.fsdp, spec, seeds_for(spec))
+
+
+def test_fsdp_trains_a_model_of_peft_with_learnable_scales_as_one_process(groups):
+    pytest.importorskip("peft")  # an optional extra
+    spec = Spec(options=EVERY_OPTION)
+    check(groups, 2, training.fsdp_of_peft, spec, seeds_for(spec))
+
+
+def test_without_adapters_there_are_no_scales_to_keep():
+    with pytest.raises(ValueError, match="model: it has no adapters"):
+        keep_scales_whole(torch.nn.Linear(3, 4))
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,11 @@ class Embedded(nn.Module):
         (net, {"use_dora": True}, "Hydra has no use_dora"),
         (net32, {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         (net32, {"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-        (conv1d, {"target_modules": ["fc1"], "fan_in_fan_out": True}, "Hydra has no fan_in_fan_out"),
+        (
+            conv1d,
+            {"target_modules": ["fc1"], "fan_in_fan_out": True},
+            "Hydra has no fan_in_fan_out: expected LoRA of nn.Linear, got one of Conv1D",
+        ),
         (Embedded, {"target_modules": ["embedding", "fc1"]}, "LoRA of linear layers alone, got .*lora_embedding_A"),
         (
             Embedded,
@@ -146,6 +150,7 @@ def test_other_methods_and_other_models_are_refused_and_the_model_stays(tmp_path
         with pytest.raises(ValueError, match="does not fit the model"):
             from_lora(model, tmp_path / "lora")
         assert not any(isinstance(m, HydraLinearLayer) for m in model.modules())
+        assert not hasattr(model, "peft_config")
         assert {name: p.tolist() for name, p in model.named_parameters()} == {n: p.tolist() for n, p in before.items()}
 
 
@@ -165,6 +170,96 @@ def test_keys_that_the_model_has_not_are_refused(tmp_path):
         from_lora(model, tmp_path)
     assert {n: p.tolist() for n, p in model.named_parameters()} == {n: p.tolist() for n, p in net().named_parameters()}
     assert all(p.requires_grad for p in model.parameters())
+
+
+def state(model):
+    """All that a refusal must leave: modules, values, what trains, which adapters are active."""
+    kinds = {name: type(m) for name, m in model.named_modules(remove_duplicate=False)}
+    parameters = {name: (p.requires_grad, p.tolist()) for name, p in model.named_parameters()}
+    layers = [m.active_adapters for m in model.modules() if isinstance(m, HydraLinearLayer)]
+    return kinds, parameters, layers, list(model.peft_config)
+
+
+def vit():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32, num_labels=4)).eval()
+
+
+def test_a_second_lora_joins_the_first(tmp_path):
+    _, one = saved_lora(tmp_path / "one", target_modules=["fc1", "fc2"])
+    _, two = saved_lora(tmp_path / "two", target_modules=["fc2", "again"], modules_to_save=["head"], r=2)
+    model = from_lora(net(), tmp_path / "one", is_trainable=True)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert from_lora(model, tmp_path / "two", adapter_name="two") is model
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    torch.testing.assert_close(model(inputs()), one, rtol=1e-12, atol=1e-12)
+    model.set_adapter("two")
+    torch.testing.assert_close(model(inputs()), two, rtol=1e-12, atol=1e-12)
+    before = state(model)
+    with pytest.raises(ValueError, match="adapter_name: expected a new name, got 'two'"):
+        from_lora(model, tmp_path / "one", adapter_name="two")
+    assert state(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_a_lora_joins_the_adapters_of_transformers_own(tmp_path):
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    lora = randomise(peft.get_peft_model(vit(), peft.LoraConfig(r=3, target_modules=["fc2"])).eval())
+    lora.save_pretrained(tmp_path)
+    model = vit()
+    model.add_adapter(HydraConfig(target_modules=["fc1"]), "one")
+    frozen = model(pixels).logits
+    assert from_lora(model, tmp_path, adapter_name="two") is model
+    torch.testing.assert_close(model(pixels).logits, lora(pixels).logits)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".two." in name)
+    model.set_adapter("one")
+    assert torch.equal(model(pixels).logits, frozen)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.parametrize("kind", ["PeftModel", "its base model", "transformers"])
+def test_a_second_lora_that_does_not_fit_leaves_the_first(tmp_path, kind):
+    base = net if kind != "transformers" else vit
+    peft.get_peft_model(
+        base(), peft.LoraConfig(target_modules=["fc1", "fc2"], modules_to_save=["classifier", "head"])
+    ).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.fc9.bias": torch.ones(1)}, file)
+    if kind == "transformers":
+        model = vit()
+        model.add_adapter(HydraConfig(target_modules=["fc1"]), "one")
+    else:
+        model = adapted(target_modules=["fc1"])
+        model = model if kind == "PeftModel" else model.get_base_model()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"does not fit the model: .*fc9\.bias is not in the model"):
+        from_lora(model, tmp_path, adapter_name="two")
+    assert state(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_a_second_lora_of_a_refused_layer_leaves_the_first(tmp_path):
+    peft.get_peft_model(vit(), peft.LoraConfig(target_modules=["fc2"])).save_pretrained(tmp_path)
+    model = vit()
+    model.add_adapter(HydraConfig(target_modules=["fc1"]), "one")
+    fc2 = next(m for name, m in model.named_modules() if name.endswith("fc2"))
+    fc2.register_forward_hook(lambda *_: None)
+    before = state(model)
+    with pytest.raises(ValueError, match="has hooks"):
+        from_lora(model, tmp_path, adapter_name="two")
+    assert state(model) == before
+
+
+def test_a_folder_within_the_checkpoint(tmp_path):
+    model = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["fc1"]))
+    model.add_adapter("other", peft.LoraConfig(target_modules=["fc2"]))
+    model.set_adapter("other")
+    want = randomise(model)(inputs())
+    model.save_pretrained(tmp_path)
+    ours = from_lora(net(), tmp_path, subfolder="other", revision=None, token=False)
+    torch.testing.assert_close(ours(inputs()), want, rtol=1e-12, atol=1e-12)
 
 
 def test_the_stored_configuration_is_hydras(tmp_path):

@@ -6,7 +6,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 
 import hydra_kernels as hk
 
@@ -194,6 +196,13 @@ def hooked(register):
     return linear
 
 
+def of_a_subclass():
+    """As torchao's quantize_ leaves a layer: the class is nn.Linear, the weight a tensor subclass."""
+    linear = nn.Linear(3, 4)
+    linear.weight = nn.Parameter(TwoTensor(torch.ones(4, 3), torch.ones(4, 3)))
+    return linear
+
+
 def patched():
     linear = nn.Linear(3, 4)
     linear.forward = lambda x: x
@@ -214,6 +223,7 @@ def patched():
         (lambda: hooked("register_full_backward_pre_hook"), "has hooks"),
         (lambda: nn.MultiheadAttention(4, 2).out_proj, "belongs to nn.MultiheadAttention"),
         (patched, "computes something else"),
+        (of_a_subclass, "expected plain numbers as the weight of torch.nn.modules.linear.Linear, got TwoTensor"),
         (lambda: nn.Linear(3, 4).weight, "Parameter"),
     ],
 )
@@ -224,6 +234,12 @@ def test_from_linear_refuses_by_name(make, name):
     with pytest.raises((TypeError, ValueError), match=f"linear: .*{name}"):
         hk.HydraLinear.from_linear(linear)
     assert [p.requires_grad for p in parameters] == trainable
+
+
+def test_fake_and_meta_weights_are_plain():
+    with FakeTensorMode():
+        assert isinstance(hk.HydraLinear.from_linear(nn.Linear(3, 4)).A_up, FakeTensor)
+    assert hk.HydraLinear.from_linear(nn.Linear(3, 4, device="meta")).A_up.is_meta
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -117,6 +117,7 @@ def test_a_shared_layer_is_adapted_once_in_every_place():
         (("fc2",), ValueError, "target_modules: 'fc2' matches no module; near names: fc2"),
         ((["c2"],), ValueError, "matches no module"),
         (([],), ValueError, "matches no module"),
+        ((["fc2"], "hydra", ["fc3"]), ValueError, r"exclude: \['fc3'\] matches no module; near names: .*fc"),
         ((["fc2"], "dora"), ValueError, "method: expected one of hydra, lora, seqlora, got 'dora'"),
         ((["fc2", "norm"],), TypeError, "target_modules: 'blocks.0.norm' matches, but .*LayerNorm"),
         ((["fc2", "embedding"],), TypeError, "target_modules: 'embedding' matches, but .*Embedding"),
@@ -313,6 +314,12 @@ def test_merge_and_unload_spares_a_tied_embedding():
     hk.merge_and_unload(model)
     assert torch.equal(model.embedding.weight, embedding)
     assert not torch.equal(model.lm_head.weight, embedding)
+
+
+def test_tools_without_an_adapted_layer_say_so():
+    for tool in (hk.merge, hk.unmerge, hk.merge_and_unload, hk.adapter_state_dict):
+        with pytest.raises(ValueError, match="model: it has no adapted layer; call inject first"):
+            tool(Model())
 
 
 def test_merge_and_unload_of_a_bare_layer_returns_the_linear():

@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from torch import nn
 import hydra_kernels as hk
 
 from .oracle import differentiate, hydra, violations
+from .test_layers import of_a_subclass
 
 peft = pytest.importorskip("peft")  # an optional extra
 transformers = pytest.importorskip("transformers")
 
+from hydra_kernels.model import READS_WEIGHTS_OF  # noqa: E402
 from hydra_kernels.peft import HydraConfig, HydraLinearLayer  # noqa: E402
 
 F64 = torch.float64
@@ -297,6 +301,34 @@ def test_a_checkpoint_that_is_saved_while_merged_holds_the_trained_bias(tmp_path
     assert torch.equal(peft.PeftModel.from_pretrained(net(), tmp_path)(inputs()), want)
 
 
+def test_loading_ends_a_merge():
+    model = adapted()
+    stored, want = copy.deepcopy(model.state_dict()), model(inputs())
+    model.merge_adapter()
+    model.load_state_dict(stored)
+    assert not model.get_base_model().fc1.merged
+    assert torch.equal(model(inputs()), want)
+
+
+def test_replicas_of_data_parallel_answer_as_the_model(monkeypatch):
+    """What nn.DataParallel runs on each GPU: their parameters are attributes, no longer registered."""
+    monkeypatch.setattr(
+        sys.modules["torch.nn.parallel.replicate"],
+        "_broadcast_coalesced_reshape",  # the only part that needs GPUs
+        lambda tensors, devices, detach=False: [[t.detach().clone() for t in tensors] for _ in devices],
+    )
+    model = adapted()
+    for replica in torch.nn.parallel.replicate(model, [0, 1]):
+        assert torch.equal(replica(inputs()), model(inputs()))
+
+
+def test_the_tools_for_injected_layers_name_pefts():
+    model = adapted().eval()
+    for tool in (hk.merge, hk.unmerge, hk.merge_and_unload, hk.adapter_state_dict, hk.mark_only_adapters_trainable):
+        with pytest.raises(ValueError, match="model: its adapters are PEFT's; use the PeftModel's merge_adapter"):
+            tool(model)
+
+
 def test_names_of_adapters_are_a_list():
     with pytest.raises(TypeError, match="adapter_names should be a list of strings"):
         adapted().merge_and_unload(adapter_names="default")
@@ -307,7 +339,7 @@ def test_two_layers_of_one_weight_merge_only_into_weights_of_their_own():
     base.more["again"].weight = base.fc2.weight
     model = adapted(base, target_modules=["fc2", "again"])
     want, weight = model(inputs()), base.fc2.base_layer.weight
-    with pytest.raises(ValueError, match="merge_adapter: adapted layers share one weight"):
+    with pytest.raises(ValueError, match="merge_adapter: fc2 shares its weight with another module"):
         model.merge_adapter()
     plain = model.merge_and_unload()
     assert plain.fc2.weight is not plain.more["again"].weight
@@ -477,6 +509,9 @@ def test_an_embedding_tied_to_a_merged_weight_stays():
     embedded = base.embedding.weight.detach().clone()
     model = randomise(peft.get_peft_model(base, HydraConfig(target_modules=["out"])))
     want = model(tokens)
+    with pytest.raises(ValueError, match="merge_adapter: out shares its weight with another module"):
+        model.merge_adapter()
+    assert torch.equal(model(tokens), want)
     plain = model.merge_and_unload()
     assert torch.equal(plain.embedding.weight, embedded)
     torch.testing.assert_close(plain(tokens), want, rtol=1e-12, atol=1e-12)
@@ -582,6 +617,7 @@ REFUSED = {
     "Embedding": (lambda: nn.Embedding(5, 7), "Embedding"),
     "Conv2d": (lambda: nn.Conv2d(5, 7, 1), "Conv2d"),
     "Quantised": (lambda: Quantised(5, 7), "Quantised"),
+    "TwoTensor": (of_a_subclass, "plain numbers as the weight of .*Linear, got TwoTensor"),
     "LoRA": (
         lambda: peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(5, 5)))[0],
         "lora",
@@ -612,6 +648,49 @@ def test_torchs_attention_is_refused():
     for target in ("linear1", "self_attn.out_proj"):
         with pytest.raises(TypeError, match="past"):
             peft.get_peft_model(model, HydraConfig(target_modules=[target]))
+
+
+def wavlm():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embedding_groups": 2}
+    return transformers.WavLMModel(transformers.WavLMConfig(**sizes, **convolutions))
+
+
+def mamba():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+
+
+@pytest.mark.parametrize(("make", "target"), [(wavlm, "q_proj"), (wavlm, "out_proj"), (mamba, "dt_proj")])
+def test_layers_whose_weights_transformers_reads_are_refused(make, target):
+    model = make()
+    said = f"{target}' matches, but .* reads the layer's weight past its forward"
+    with pytest.raises(TypeError, match=said):
+        peft.get_peft_model(model, HydraConfig(target_modules=[target]))
+    with pytest.raises(TypeError, match=said):
+        hk.inject(model, [target])
+    assert not any(isinstance(m, hk.adapter.Adapter) for m in model.modules())
+
+
+def test_the_classes_said_to_read_weights_do():
+    sources = [p.read_text() for p in Path(transformers.__file__).parent.glob("models/*/modeling_*.py")]
+    for name, layers in READS_WEIGHTS_OF.items():
+        source = next(s for s in sources if f"\nclass {name}(" in s).split(f"\nclass {name}(")[1].split("\nclass ")[0]
+        assert all(f"self.{layer}.weight" in source for layer in layers), name
+
+
+def test_what_peft_refuses_of_lora_in_a_mamba_is_refused_first():
+    model = net()
+    model.config = transformers.MambaConfig()
+    model.out_proj = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="Module 'out_proj' is incompatible with Mamba-based models"):
+        peft.get_peft_model(model, HydraConfig(target_modules=["fc1", "out_proj"]))
+    assert type(model.fc1) is nn.Linear
+
+
+def test_weighted_adapters_are_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"add_weighted_adapter: Hydra has none.*set_adapter"):
+        adapted().add_weighted_adapter(["default"], [0.5], "half")
 
 
 def test_layers_that_accelerate_dispatched_are_refused_with_the_way_out():
@@ -663,6 +742,9 @@ def test_adapters_of_different_routes_are_not_joined():
         ({"form": "fused"}, "form: "),
         ({"bias": "lora_only"}, "bias: "),
         ({"layers_pattern": "layers"}, "layers_pattern: "),
+        ({"target_modules": ".*fc", "layers_to_transform": 0}, "layers_to_transform: expected None beside"),
+        ({"target_modules": "all-linear", "layers_to_transform": [1]}, "layers_to_transform: expected None beside"),
+        ({"target_modules": ".*fc", "layers_pattern": "layers"}, "layers_pattern: expected None beside"),
         ({"rank_pattern": {"fc": 3}}, "rank_pattern: "),
         ({"rank_pattern": {"fc": [3, -1]}}, "r_b: "),
         ({"scale_pattern": {"fc": [1.0, float("nan")]}}, "scale_b: "),

@@ -1,7 +1,7 @@
 """Hydra as a method of Hugging Face PEFT: ``get_peft_model(model, HydraConfig(r_a=4, r_b=4, target_modules=[...]))``.
 
-Importing this module registers the method with PEFT: do it before ``PeftModel.from_pretrained`` too. What PEFT does
-with its own LoRA works with these layers: several named adapters, switching, merging, saving, ``modules_to_save``.
+Importing this module registers the method with PEFT: do it before ``PeftModel.from_pretrained`` too. Of what PEFT
+does with its own LoRA these work: several named adapters, switching, merging, saving, ``modules_to_save``.
 `from_lora` takes over a checkpoint of PEFT's LoRA. Needs the extra: ``pip install hydra-kernels[peft]``.
 """
 

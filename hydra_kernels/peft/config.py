@@ -67,6 +67,12 @@ class HydraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if self.bias not in ("none", "all", "hydra_only"):
             raise ValueError(f"bias: expected one of none, all, hydra_only, got {self.bias!r}")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: expected None beside target_modules={self.target_modules!r}, which names whole layers, "
+                    f"got {getattr(self, name)!r}"
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
         for name in ("rank_pattern", "scale_pattern"):

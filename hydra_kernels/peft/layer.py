@@ -72,7 +72,7 @@ class HydraLinearLayer(nn.Module, BaseTunerLayer):
             raise ValueError(
                 "base_layer: accelerate offloads it, and its weight is read here; dispatch without offload"
             )
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        weight, bias = base.weight, base.bias  # not in _parameters in the replicas that nn.DataParallel makes
         if len(active) == 1:
             return active[0].adapted(x, weight, bias)
         routes = sorted({(adapter.form, adapter.backend) for adapter in active})
@@ -130,6 +130,11 @@ class HydraLinearLayer(nn.Module, BaseTunerLayer):
             if bias is not None:
                 base.bias = nn.Parameter(bias, requires_grad=False)
         return base
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.merged:
+            self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"hydra.{super().__repr__()}"

@@ -34,27 +34,36 @@ def from_lora(
     r_b: int = 0,
     adapter_name: str = "default",
     is_trainable: bool = False,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
     **options: Any,
-) -> PeftModel:
+) -> Any:
     """A model with the adapter of a PEFT LoRA checkpoint, as Hydra: the same outputs.
 
     ``lora_alpha / r``, or ``/ sqrt(r)`` with rsLoRA, becomes scale_a, layer by layer; ranks, trained biases and
     ``modules_to_save`` come along. ``save_pretrained`` then writes a Hydra checkpoint.
 
     Args:
-        model: the base model that the LoRA was trained on.
+        model: the base model that the LoRA was trained on; or one that has Hydra adapters, from PEFT or from
+            transformers' ``add_adapter``: another one joins them, and in a PeftModel waits for ``set_adapter``.
         path: the folder of the checkpoint, or its name on the Hub.
         r_b: rank of a new sequential branch, which changes no output before it is trained.
         adapter_name: of the new adapter.
         is_trainable: whether the adapter trains on; if not, the model is put into eval mode, as PEFT does.
+        subfolder, revision, token: where in the folder or on the Hub, as in ``PeftModel.from_pretrained``.
         options: of `HydraConfig`, what the checkpoint does not fix: scale_b, dropout, form, backend, init_std.
+
+    Returns:
+        The PeftModel; a model with adapters of transformers' own itself.
 
     Raises:
         ValueError: naming what the checkpoint has and Hydra has not (DoRA, Conv1D, embeddings, an initialisation that
             changes the base, ...), or what does not fit the model, which is then unchanged.
+        TypeError: naming a layer of the model that is no plain ``nn.Linear``. The model is then unchanged.
     """
-    lora = PeftConfig.from_pretrained(path)
-    weights = load_peft_weights(path, device="cpu")
+    lora = PeftConfig.from_pretrained(path, subfolder=subfolder, revision=revision, token=token)
+    weights = load_peft_weights(path, device="cpu", subfolder=subfolder, revision=revision, token=token)
     ranks = _ranks(path, lora, weights)
     if lora.lora_dropout and "dropout" not in options:
         warnings.warn(
@@ -76,26 +85,61 @@ def from_lora(
         scale_pattern={_exactly(name): [scale, scale_b] for name, scale in scales.items() if scale != scale_a},
         **options,
     )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if adapter_name in getattr(base, "peft_config", {}):
+        raise ValueError(f"adapter_name: expected a new name, got {adapter_name!r}, which the model has")
     stored = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in weights}
-    before = {name: t.clone() for name, t in model.state_dict().items() if name in stored}
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    adapted = get_peft_model(model, config, adapter_name=adapter_name)
+    before = [(t, t.clone()) for name, t in base.state_dict().items() if name.replace(".base_layer.", ".") in stored]
+    trained = [(p, p.requires_grad) for p in base.parameters()]
+    children = [(module, name, child) for module in base.modules() for name, child in module._modules.items()]
+    active: list[str] = next((m.active_adapters for m in base.modules() if isinstance(m, HydraLinearLayer)), [])
     try:
-        modules = adapted.get_base_model().named_modules(remove_duplicate=False)
-        layers = {name for name, module in modules if isinstance(module, HydraLinearLayer)}
+        adapted, prefix = _with_adapter(model, config, adapter_name)
+    except Exception:
+        getattr(base, "peft_config", {}).pop(adapter_name, None)
+        raise
+    try:
+        modules = base.named_modules(remove_duplicate=False)
+        layers = {name for name, m in modules if isinstance(m, HydraLinearLayer) and adapter_name in m.hydra_adapters}
         if layers != ranks.keys():
             raise ValueError(
                 f"target_modules names other layers than are in the file: {sorted(layers ^ ranks.keys())[:5]}"
             )
-        unexpected = set_peft_model_state_dict(adapted, _renamed(weights), adapter_name=adapter_name).unexpected_keys  # type: ignore[attr-defined]
+        found = _renamed(weights, prefix)
+        unexpected = set_peft_model_state_dict(adapted, found, adapter_name=adapter_name).unexpected_keys  # type: ignore[attr-defined]
         if unexpected:
             raise ValueError(f"{', '.join(unexpected[:5])} is not in the model")
     except (ValueError, RuntimeError, KeyError) as error:
-        adapted.unload().load_state_dict(before, strict=False)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
+        for module in base.modules():
+            if isinstance(module, HydraLinearLayer):
+                module.set_adapter(active)
+        adapted.delete_adapter(adapter_name)
+        if not getattr(base, "peft_config", True):
+            del base.peft_config
+        for module, name, child in children:
+            setattr(module, name, child)
+        for t, old in before:
+            t.copy_(old)
+        for p, requires_grad in trained:
+            p.requires_grad_(requires_grad)
         raise ValueError(f"path: the LoRA of {path} does not fit the model: {error}") from error
     return adapted if is_trainable else adapted.eval()
+
+
+def _with_adapter(model: nn.Module, config: HydraConfig, name: str) -> tuple[Any, str]:
+    """The model with a new adapter, and what stands before the names of its modules in a state_dict."""
+    own: Any = model
+    if isinstance(model, PeftModel):
+        own.add_adapter(name, config)
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        own.add_adapter(config, name)
+        if config.inference_mode:  # add_adapter lets it train
+            for layer in (m for m in own.modules() if isinstance(m, HydraLinearLayer)):
+                layer.set_adapter(layer.active_adapters, inference_mode=True)
+        return own, ""
+    else:
+        own = get_peft_model(own, config, adapter_name=name)
+    return own, PREFIX
 
 
 def _ranks(path: str, lora: PeftConfig, weights: dict[str, Tensor]) -> dict[str, int]:
@@ -107,6 +151,8 @@ def _ranks(path: str, lora: PeftConfig, weights: dict[str, Tensor]) -> dict[str,
             f"path: expected LoRA that left the base as it was, got init_lora_weights={lora.init_lora_weights!r} in "
             f"{path}; PEFT's save_pretrained converts it (path_initial_model_for_weight_conversion)"
         )
+    if lora.fan_in_fan_out:
+        raise ValueError(f"path: Hydra has no fan_in_fan_out: expected LoRA of nn.Linear, got one of Conv1D in {path}")
     known = {*KEPT, *LAYERS, *TRANSLATED, *WITHOUT_EFFECT, "init_lora_weights", "eva_config"}
     plain = LoraConfig()
     for name in (f.name for f in fields(lora) if f.name not in known):
@@ -134,9 +180,10 @@ def _exactly(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     renamed = {}
     for key, tensor in weights.items():
+        key = prefix + key.removeprefix(PREFIX)
         suffix = next((suffix for suffix in NAMES if key.endswith(suffix)), None)
         renamed[key if suffix is None else f"{key.removesuffix(suffix)}.hydra_adapters.{NAMES[suffix]}"] = tensor
     return renamed

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -56,6 +56,8 @@ class HydraModel(BaseTuner):
 
     def _check(self, peft_config: PeftConfig, model: nn.Module, name: str) -> None:
         check_targets("target_modules", model, [name], Adapter, cast(HydraConfig, peft_config).options(name))
+        # What PEFT refuses of LoRA it would of Hydra: layers whose weights Mamba's kernels read.
+        self._check_target_module_compatiblity(LoraConfig(), model, name.rpartition(".")[2])
 
     def _create_and_replace(
         self,
@@ -86,14 +88,25 @@ class HydraModel(BaseTuner):
             self._shared[new_module] = places
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's. Raises ValueError where adapted layers share one weight, which would get the adapters of all."""
-        weights = [m.base_layer.weight for m in self.model.modules() if isinstance(m, HydraLinearLayer)]
-        if len({id(weight) for weight in weights}) < len(weights):
-            raise ValueError(
-                "merge_adapter: adapted layers share one weight, which would get the adapters of all; "
-                "merge_and_unload gives each a weight of its own"
-            )
+        """As PEFT's. Raises ValueError where another module holds the weight, such as an embedding tied to it."""
+        holders = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name, m in self.model.named_modules():
+            if not isinstance(m, HydraLinearLayer) or not any(n in m.hydra_adapters for n in names):
+                continue
+            if any(holders[id(p)] > 1 for p in m.base_layer.parameters()):
+                raise ValueError(
+                    f"merge_adapter: {name} shares its weight with another module, which would change with it; "
+                    "merge_and_unload gives the layer a weight of its own"
+                )
         super().merge_adapter(adapter_names, safe_merge)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError: a mean of adapters' weights is not the mean of what they do."""
+        raise ValueError(
+            "add_weighted_adapter: Hydra has none, a mean of adapters' weights is not the mean of what they do; "
+            "base_model.set_adapter([...]) makes several adapters active, whose branches add up"
+        )
 
     @classmethod
     def _get_learnable_bias_state_dict(

@@ -146,7 +146,9 @@ def train(
 
 
 def plain(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "")
+    for wrapper in ("_checkpoint_wrapped_module.", "base_model.model.", "base_layer.", "hydra_adapters.default."):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def whole(t: Tensor) -> Tensor:
@@ -212,6 +214,25 @@ def units(block: nn.Module, kind: str) -> Iterator[nn.Module]:
         yield from (m for m in block.modules() if isinstance(m, HydraLinear))
     elif kind == "block":
         yield block
+
+
+def fsdp_of_peft(spec: Spec) -> Tensors:
+    """The same network with the adapters of `hydra_kernels.peft`, of the same values."""
+    from peft import get_peft_model
+
+    from hydra_kernels.peft import HydraConfig
+
+    values = dict(build(spec).named_parameters())
+    model = get_peft_model(Net().to(spec.dtype), HydraConfig(target_modules=["fc1", "fc2"], **spec.options))
+    net = model.get_base_model()
+    net.head.requires_grad_(True)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(values[plain(name)])
+    scales = keep_scales_whole(model)
+    for unit in (*net.blocks, model):
+        fully_shard(unit, ignored_params=scales)
+    return train(model, spec, *mine(spec), sync=model.set_requires_gradient_sync, average=mean_over_ranks)
 
 
 def fsdp(spec: Spec) -> Tensors:
