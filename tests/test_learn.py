@@ -26,19 +26,39 @@ def base(digits):
     return learning.backbone(digits, TINY, 0, CPU)
 
 
-def test_the_parts_share_no_image_and_hold_every_one(digits):
-    parts = learning.split(digits, learning.Scale(shots=20), 3, CPU)
-    counts = [len(part[1]) for part in (parts.train, parts.validation, parts.test)]
-    wanted = int((digits.labels >= 5).sum())
-    assert counts == [100, 100, wanted - 200]
-    for part in (parts.train, parts.validation):
-        assert part[1].bincount().tolist() == [20] * 5
-    everything = torch.cat([part[0].flatten(1) for part in (parts.train, parts.validation, parts.test)])
-    expected = learning.subset(digits, 5, 32, CPU)[0].flatten(1)
-    assert torch.equal(everything.sort(0).values, expected.sort(0).values)
-    again, other = (learning.split(digits, learning.Scale(shots=20), seed, CPU) for seed in (3, 4))
-    assert torch.equal(again.train[0], parts.train[0])
-    assert not torch.equal(other.train[0], parts.train[0])
+def seeds_used():
+    """Of the published runs: the final ones and those of the search."""
+    settings = learn.Settings(CPU, None, 10, 5, learning.Scale(), 1, False)
+    return sorted({job.seed for jobs in (learn.equal_jobs, learn.search_jobs) for job in jobs(settings)})
+
+
+def test_no_image_of_the_test_is_trained_on_or_searched_with_by_any_seed(digits):
+    labels = digits.labels[digits.labels >= 5] - 5
+    parts = {seed: learning.indices(labels, 20, seed) for seed in seeds_used()}
+    assert len(parts) == 15
+    [fixed] = {tuple(part.test.tolist()) for part in parts.values()}
+    assert labels[list(fixed)].bincount().tolist() == [n // 2 for n in labels.bincount().tolist()]
+    for part in parts.values():
+        assert [len(set(own.tolist())) for own in part] == [100, 100, len(fixed)]
+        assert len(set(torch.cat(part).tolist())) == 200 + len(fixed)
+        assert [labels[own].bincount().tolist() for own in part[:2]] == [[20] * 5] * 2
+    assert len({tuple(part.train.tolist()) for part in parts.values()}) == 15
+
+
+def test_a_split_holds_the_images_of_its_indices(digits):
+    parts = learning.split(digits, learning.Scale(), 3, CPU)
+    labels = digits.labels[digits.labels >= 5] - 5
+    everything = learning.subset(digits, 5, 32, CPU)
+    for (pixels, own), chosen in zip(
+        (parts.train, parts.validation, parts.test), learning.indices(labels, 20, 3), strict=True
+    ):
+        assert torch.equal(own, labels[chosen])
+        assert torch.equal(pixels, everything[0][chosen])
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match=r"shots: class 0 has 4 images beside the test's, expected 6"):
+        learning.indices(torch.arange(5).repeat(8), 3, 0)
 
 
 def test_batches_show_every_image_once_an_epoch():
@@ -94,8 +114,56 @@ def test_low_precision_backbones_keep_fp32_adapters_and_heads(base):
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
-def test_the_search_takes_the_rate_of_the_best_validation_accuracy():
-    settings = learn.Settings(CPU, None, 2, 1, TINY, True)
+def test_rounded_once_is_the_exact_sum_rounded_and_trains(base):
+    model = learning.adapt(base, "hydra", "mlp", "reference", torch.bfloat16, 0)
+    [layer] = hk.model.adapted_layers(model).values()
+    learning.round_once(model)
+    [once] = [module for module in model.modules() if isinstance(module, learning.RoundedOnce)]
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in layer.adapters().values():
+            p.copy_(0.01 * torch.randn(p.shape, generator=g))
+    x = torch.randn(40, 64, generator=g).bfloat16().requires_grad_()
+    held = {name: p.detach().bfloat16().double() for name, p in layer.adapters().items()}
+    wide = x.detach().double()
+    leaves = [t.requires_grad_() for t in (*held.values(), wide)]
+    exact = hk.reference.hydra_linear(wide, layer.weight.double(), layer.bias.double(), **held)
+    h = once(x)
+    assert h.dtype == torch.bfloat16
+    assert ((h.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
+    assert (layer(x).double() - exact).norm() > 1.2 * (h.double() - exact).norm()
+    found = torch.autograd.grad(h.float().square().sum() / 2, [*layer.adapters().values(), x])
+    wanted = torch.autograd.grad(exact, leaves, h.double())
+    for name, own, right in zip((*held, "x"), found, wanted, strict=True):
+        assert own.dtype == (torch.bfloat16 if name == "x" else torch.float32)
+        assert (own.double() - right).norm() <= (4e-3 if name == "x" else 1e-5) * right.norm(), name
+
+
+def test_every_form_of_the_cpu_trains_beside_naive(monkeypatch):
+    def ours():
+        jobs = [job for job in learn.equal_jobs(learn.Settings(CPU, None, 1, 1, TINY, 1, True)) if job.owner == "ours"]
+        return [(job.kind, job.backend, job.form) for job in jobs if job.dtype == "fp32"]
+
+    built = learn.here(CPU)._replace(reasons={"native": None})
+    monkeypatch.setattr(learn, "here", lambda device: built)
+    three = ("kept", "composed", "effective")
+    wanted = [("lora", "native", form) for form in three[1:]]
+    assert ours() == wanted + [(kind, "native", form) for kind in ("seqlora", "hydra") for form in three]
+    monkeypatch.setattr(learn, "here", lambda device: built._replace(reasons={"native": "not built"}))
+    wanted = [("lora", "aten", "composed")]
+    assert ours() == wanted + [(kind, "aten", form) for kind in ("seqlora", "hydra") for form in three[:2]]
+
+
+def test_a_row_names_what_ran(base):
+    model = learning.adapt(base, "hydra", "both", "aten", torch.float32, 0, "composed")
+    assert learning.route(model, TINY) == ("aten", "composed")
+    assert {layer.form for layer in hk.model.adapted_layers(model).values()} == {"composed"}
+    model = learning.adapt(base, "hydra", "both", "auto", torch.bfloat16, 0)
+    assert learning.route(model, TINY) == ("aten", "kept")
+
+
+def test_the_search_takes_the_rate_of_the_best_validation_accuracy_and_of_ties_the_lowest():
+    settings = learn.Settings(CPU, None, 2, 1, TINY, 1, True)
     rows = [
         row(
             experiment="search",
@@ -108,6 +176,7 @@ def test_the_search_takes_the_rate_of_the_best_validation_accuracy():
         for job in learn.search_jobs(settings)
     ]
     rows[2]["validation"] = 0.6  # LoRA in the MLP at the third rate; the test accuracies would choose the last
+    rows.reverse()  # the order of the rows decides nothing
     chosen = {(job.position, job.kind): job.rate for job in learn.claim_jobs(rows, settings)}
     assert chosen.pop(("mlp", "lora")) == learn.RATES[2]
     assert set(chosen.values()) == {learn.RATES[0]}
@@ -122,6 +191,8 @@ def row(**given) -> LearnRow:
         data="digits",
         position="mlp",
         method="ours_hydra",
+        backend=None,
+        form=None,
         trainable=10,
         head=5,
         dtype="fp32",
