@@ -29,7 +29,7 @@ from benchmarks.rows import LearnRow
 from hydra_kernels.machine import here
 
 KINDS = ("lora", "seqlora", "hydra")
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 EQUAL_RATE = 1e-2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Seeds of the search are counted from here, far from those of the final runs.

@@ -39,7 +39,7 @@ RANKS: Mapping[str, Mapping[str, Ranks]] = {
 class Scale:
     """How large the experiment is."""
 
-    image_size: int = 32
+    image_size: int = 24
     patch_size: int = 8
     hidden_size: int = 96
     layers: int = 4
