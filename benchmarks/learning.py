@@ -45,7 +45,7 @@ class Scale:
     layers: int = 4
     shots: int = 20  # images of each class to train on, and as many to choose the learning rate by
     batch: int = 25
-    steps: int = 100
+    steps: int = 60
     pretraining_steps: int = 500
 
 
