@@ -42,7 +42,7 @@ class Scale:
     image_size: int = 24
     patch_size: int = 8
     hidden_size: int = 96
-    layers: int = 4
+    layers: int = 2
     shots: int = 20  # images of each class to train on, and as many to choose the learning rate by
     batch: int = 25
     steps: int = 60

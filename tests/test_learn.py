@@ -345,7 +345,7 @@ def test_a_dry_run_stores_a_result_that_reads_back_and_renders(module, tmp_path,
     assert "Stored in" in capsys.readouterr().out
 
 
-def test_the_subspaces_are_of_the_rate_that_the_search_chose():
+def test_the_stored_search_chose_the_rate_of_the_subspaces():
     _, rows = timing.read_result(learn_result(), LearnRow)
     assert learn.best_rate(rows, "mlp", "hydra") == subspaces.RATE
 
@@ -354,7 +354,7 @@ def learn_result():
     return Path(learn.__file__).parent / "results" / "learn-cpu-digits.json"
 
 
-def test_the_published_runs_are_those_that_the_rules_ask_for():
+def test_the_stored_runs_are_those_that_the_rules_ask_for():
     _, rows = timing.read_result(learn_result(), LearnRow)
     for position in learning.POSITIONS:
         for kind in learn.KINDS:
