@@ -31,7 +31,7 @@ from hydra_kernels.model import adapted_layers
 RATE = 3e-2  # what the search of benchmarks.learn chose for Hydra in the MLP
 SHOWN = 300  # images of the CKA and the t-SNE
 BRANCHES = ("pretrained", "parallel", "sequential")
-MATRICES = {"A": "A_down", "BW0": "B_down W0", "random": "B_down W0 of a random B_down,"}
+MATRICES = {"A": "A_down", "BW0": "B_down W0", "random": "random B_down W0"}
 
 
 class SubspaceRow(TypedDict):
