@@ -18,7 +18,7 @@ COLOURS = {"naive": "tab:blue", "again": "tab:orange", "ours": "tab:green"}
 OWNERS = {"naive": "naive", "again": "naive, batches in another order", "ours": "ours"}
 PLACES = {"mlp": "MLP", "attention": "attention", "both": "both"}
 SIGNIFICANT = 0.05
-RESOLUTION = 2.0**-24  # fp32 holds a loss near 1 to that: a smaller distance of two curves is not told from none
+RESOLUTION = 1e-9  # of a stored loss: a smaller distance of two curves is not told from none
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -55,7 +55,8 @@ def of(rows: Sequence[LearnRow], **wanted: object) -> list[LearnRow]:
 def mean_and_spread(values: Sequence[float], percent: bool = True) -> str:
     factor = 100 if percent else 1
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{factor * statistics.mean(values):.2f} ± {factor * spread:.2f}"
+    mean = round(factor * statistics.mean(values), 2) + 0.0  # a rounded -0.0 loses its sign
+    return f"{mean:.2f} ± {factor * spread:.2f}"
 
 
 def curve_distance(first: LearnRow, second: LearnRow) -> float:
@@ -119,7 +120,7 @@ def equal_table(rows: Sequence[LearnRow]) -> str:
             *(f"{statistics.median(distances):.1e}" for distances in (e.to_ours, e.to_itself, e.to_others)),
             f"{statistics.median(e.ratios):.2f}",
             f"{max(e.ratios):.2f}",
-            f"{e.p:.3f}",
+            f"{e.p:.4f}",
             mean_and_spread(e.naive),
             *(f"{100 * gap:.2f}" for gap in (max(e.gaps), max(e.own_gaps), statistics.median(e.other_gaps))),
         ]
@@ -132,7 +133,7 @@ def equal_sentence(rows: Sequence[LearnRow]) -> str:
     """Which forms are further from naive than rounding in another order puts it, and how far that is at most."""
     every = equalities(rows)
     further = [
-        f"{e.name} {e.route.split(', ')[1]} ({statistics.median(e.ratios):.1f} times in the median, p = {e.p:.3f})"
+        f"{e.name} {e.route.split(', ')[1]} ({statistics.median(e.ratios):.1f} times in the median, p = {e.p:.4f})"
         for e in every
         if e.p < SIGNIFICANT
     ]

@@ -1,6 +1,8 @@
 """The paper's measures of trained branches, of things that are known, and the page's figures by hand."""
 
 import math
+import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +161,25 @@ def test_branch_outputs_are_those_of_the_layers(base):
         learning.logits_of(model, pixels)
     torch.testing.assert_close(sum(outputs[b] for b in subspaces.BRANCHES), seen["h"], rtol=1e-5, atol=1e-5)
     assert math.isfinite(outputs["parallel"].norm())
+
+
+def test_the_stored_models_say_what_the_page_says():
+    _, rows = timing.read_result(
+        Path(subspaces.__file__).parent / "results" / "subspaces-cpu-digits.json", subspaces.SubspaceRow
+    )
+
+    def mean(of, name):
+        return statistics.mean(
+            v for row in rows for v in ([row[of][name]] if of in ("similarity", "cka") else row[of][name])
+        )
+
+    A, B = ((mean("similarity", name), mean("random_similarity", name)) for name in ("A", "BW0"))
+    assert B[0] - B[1] > A[0] - A[1] > 0
+    assert A[0] / A[1] > B[0] / B[1] > 1
+    trained, random = ([mean(of, b) for b in subspaces.BRANCHES[1:]] for of in ("cka", "random_cka"))
+    assert trained[0] < trained[1]
+    assert random[0] < random[1]
+    assert all(a < b for a, b in zip(trained, random, strict=True))
+    assert any(row["cka"]["sequential"] < row["cka"]["parallel"] for row in rows)
+    assert len({row["seed"] for row in rows}) >= 5
+    assert min(len(v) for row in rows for v in row["random_cka"].values()) >= 100
