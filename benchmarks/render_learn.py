@@ -142,7 +142,7 @@ def equal_sentence(rows: Sequence[LearnRow]) -> str:
     return (
         f"At p < {SIGNIFICANT:g} the test finds {told}. The largest distance of any run of ours from its naive one is "
         f"{farthest:.1e}; the smallest of two seeds, {nearest:.1e}, is {nearest / max(farthest, RESOLUTION):,.0f} "
-        "times larger."
+        "times larger: the first is rounding."
     )
 
 
