@@ -1,8 +1,8 @@
 """One fine-tuning run on a small scale: the data, the backbone that it starts from, and the training itself.
 
 A ViT learns five classes of the images whole, which stands in for pretraining; adapters and a new head then learn the
-other five from a few images of each. Everything follows from one seed: which images, their order, how the adapters
-start.
+other five from a few images of each. Everything but the test images follows from one seed: which images, their order,
+how the adapters start.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,12 @@ from transformers import ViTConfig, ViTForImageClassification
 import hydra_kernels as hk
 from benchmarks.images import Images
 from benchmarks.methods import Ranks
+from hydra_kernels.choice import choose
+from hydra_kernels.machine import here
+from hydra_kernels.model import adapted_layers
 
 CLASSES, HEAD = 5, "classifier"
+TEST_SEED = 2309  # of which images are the test's, whatever the seed of a run
 # Where the paper puts adapters in its Tables 5 and 7: the second layer of each MLP, the attention's output projection.
 POSITIONS = {"mlp": ("mlp.fc2",), "attention": ("attention.o_proj",), "both": ("mlp.fc2", "attention.o_proj")}
 # Ranks of equal parameter counts: K = 4 N in the MLP gives 20 N, 22 N and 21 N, K = N in the attention 12 N each.
@@ -34,17 +39,25 @@ RANKS: Mapping[str, Mapping[str, Ranks]] = {
 class Scale:
     """How large the experiment is."""
 
-    image_size: int = 32
+    image_size: int = 24
     patch_size: int = 8
     hidden_size: int = 96
-    layers: int = 4
+    layers: int = 2
     shots: int = 20  # images of each class to train on, and as many to choose the learning rate by
     batch: int = 25
-    steps: int = 160
+    steps: int = 60
     pretraining_steps: int = 500
 
 
 TINY = Scale(hidden_size=16, layers=1, shots=2, batch=5, steps=3, pretraining_steps=2)
+
+
+class Indices(NamedTuple):
+    """Which images of the classes to be learned are whose, each [n] int64."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,18 +88,29 @@ def subset(images: Images, first: int, size: int, device: torch.device) -> tuple
     return pixels, labels - first
 
 
-def split(images: Images, scale: Scale, seed: int, device: torch.device) -> Split:
-    """The second five classes: ``shots`` a class to train on, as many for validation, the rest for the test."""
-    pixels, labels = subset(images, CLASSES, scale.image_size, device)
-    generator = torch.Generator().manual_seed(seed)
+def indices(labels: Tensor, shots: int, seed: int) -> Indices:
+    """Half of each class for the test, the same for every seed; of the rest ``shots`` a class for either other part.
+
+    ``labels`` [n], 0 to 4; what the three parts leave is unused.
+    """
+    fixed, drawn = torch.Generator().manual_seed(TEST_SEED), torch.Generator().manual_seed(seed)
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for label in range(CLASSES):
         of_class = (labels == label).nonzero().flatten().cpu()
-        order = of_class[torch.randperm(len(of_class), generator=generator)]
-        for part, chosen in zip(parts, order.tensor_split([scale.shots, 2 * scale.shots]), strict=True):
+        shuffled = of_class[torch.randperm(len(of_class), generator=fixed)]
+        test, pool = shuffled.tensor_split([len(of_class) // 2])
+        if len(pool) < 2 * shots:
+            raise ValueError(f"shots: class {label} has {len(pool)} images beside the test's, expected {2 * shots}")
+        order = pool[torch.randperm(len(pool), generator=drawn)]
+        for part, chosen in zip(parts, (order[:shots], order[shots : 2 * shots], test), strict=True):
             part.append(chosen)
-    train, validation, test = (torch.cat(part) for part in parts)
-    return Split(*((pixels[part], labels[part]) for part in (train, validation, test)))
+    return Indices(*(torch.cat(part) for part in parts))
+
+
+def split(images: Images, scale: Scale, seed: int, device: torch.device) -> Split:
+    """The second five classes: ``shots`` a class to train on, as many for validation, and the fixed test part."""
+    pixels, labels = subset(images, CLASSES, scale.image_size, device)
+    return Split(*((pixels[part], labels[part]) for part in indices(labels, scale.shots, seed)))
 
 
 def batches(data: tuple[Tensor, Tensor], size: int, steps: int, generator: torch.Generator) -> list[Tensor]:
@@ -123,7 +147,37 @@ def backbone(images: Images, scale: Scale, seed: int, device: torch.device) -> n
     return model.eval()
 
 
-def adapt(base: nn.Module, method: str, position: str, backend: str, dtype: torch.dtype, seed: int) -> nn.Module:
+class RoundedOnce(nn.Module):
+    """An adapted layer whose sum is rounded once, as the fused kernels round it: the paper's equations in fp32 on
+    operands that the base's dtype holds, h [*, N] rounded to x's dtype.
+    """
+
+    def __init__(self, layer: hk.HydraLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        own = {name: getattr(layer, name) for name in layer.ADAPTERS}
+        adapters = {name: _held(p, x.dtype) if isinstance(p, nn.Parameter) else p for name, p in own.items()}
+        bias = None if layer.bias is None else layer.bias.float()
+        return hk.reference.hydra_linear(x.float(), layer.weight.float(), bias, **adapters).to(x.dtype)
+
+
+def _held(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parameter as ``dtype`` holds it, in fp32; its gradient is not rounded."""
+    return parameter + (parameter.to(dtype).float() - parameter).detach()
+
+
+def round_once(model: nn.Module) -> None:
+    """Puts `RoundedOnce` in place of every adapted layer."""
+    for name, layer in adapted_layers(model).items():
+        model.set_submodule(name, RoundedOnce(layer))
+
+
+def adapt(
+    base: nn.Module, method: str, position: str, backend: str, dtype: torch.dtype, seed: int, form: str = "auto"
+) -> nn.Module:
     """A copy of base with a new head and adapters with biases, fp32 ones over a low-precision base, as seed says.
 
     ``backend``: "reference" is the layer as anyone would write it, everything else is ours.
@@ -138,9 +192,26 @@ def adapt(base: nn.Module, method: str, position: str, backend: str, dtype: torc
         ranks = RANKS[target][method]
         widths = ranks._asdict() if method == "hydra" else {"r": sum(ranks)}
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
-        hk.inject(model, [target], method=method, adapter_bias=True, adapter_dtype=wide, backend=backend, **widths)
+        options = {"adapter_bias": True, "adapter_dtype": wide, "backend": backend, "form": form}
+        hk.inject(model, [target], method=method, **options, **widths)
     hk.mark_only_adapters_trainable(model, keep=[HEAD])
     return model
+
+
+def route(model: nn.Module, scale: Scale) -> tuple[str, str]:
+    """The backend and the form that serve a batch of the training, of all adapted layers."""
+    rows = scale.batch * ((scale.image_size // scale.patch_size) ** 2 + 1)  # a token a patch, and [CLS]
+    found = [
+        choose(
+            *(rows, layer.in_features, layer.out_features, layer.r_a, layer.r_b, layer.weight.dtype),
+            here(layer.weight.device),
+            layer.form,
+            layer.backend,
+        )
+        for layer in adapted_layers(model).values()
+    ]
+    backends, forms = (dict.fromkeys(names) for names in zip(*(choice[:2] for choice in found), strict=True))
+    return " and ".join(backends), " and ".join(forms)
 
 
 def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -165,7 +236,7 @@ def fine_tune(model: nn.Module, data: Split, scale: Scale, rate: float, seed: in
     ``reordered`` takes the images of every batch in another order, which changes the order of sums and nothing else.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=scale.steps)
     losses = []
     model.train()

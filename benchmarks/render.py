@@ -27,7 +27,7 @@ from benchmarks.render_layer import (
     layer_steps,
     layer_terminal,
 )
-from benchmarks.render_learn import learn_block, learn_chart
+from benchmarks.render_learn import claim_block, learn_block, learn_chart
 from benchmarks.render_models import models_block, models_chart
 from benchmarks.render_roofline import RooflineRow, roofline_block
 from benchmarks.render_summary import summary
@@ -90,6 +90,7 @@ BLOCKS = (
     Block("measured:table4", "table4", Table4Row, table4_block, table4_chart, rows=is_papers),
     Block("measured:models", "table4", Table4Row, models_block, page="docs/models.md", overview=models_chart),
     Block("measured:learn", "learn", LearnRow, learn_block, learn_chart, page=LEARNING),
+    Block("measured:claim", "learn", LearnRow, claim_block),
     Block("measured:rounding", "rounding", RoundingRow, rounding_block, rounding_chart, page=LEARNING),
     Block("measured:subspaces", "subspaces", SubspaceRow, subspace_block, subspace_chart, page=LEARNING),
     Block("measured:layer", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cpu"),

@@ -9,6 +9,7 @@ rounds as the hardware does.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ class RoundingRow(TypedDict):
 
     backend: str
     dtype: str
+    # Whether the layer has a bias b0.
+    bias: bool
     # |delta| / |y0|
     ratio: float
     kept: float
@@ -50,8 +53,8 @@ class RoundingRow(TypedDict):
     dry: bool
 
 
-def draw(sizes: dict[str, int], seed: int) -> dict[str, Tensor]:
-    """x, W0, b0 and the adapters, Gaussian, of the size that layers have, exact in bf16."""
+def draw(sizes: dict[str, int], seed: int, bias: bool = True) -> dict[str, Tensor | None]:
+    """x, W0, b0 (None without ``bias``) and the adapters, Gaussian, of the size that layers have, exact in bf16."""
     g = torch.Generator().manual_seed(seed)
     M, K, N = sizes["M"], sizes["K"], sizes["N"]
     shapes = {
@@ -65,16 +68,17 @@ def draw(sizes: dict[str, int], seed: int) -> dict[str, Tensor]:
     }
     drawn = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     fan_in = {"weight": K, "A_down": K, "B_down": N}
-    return {name: (t / fan_in.get(name, 1) ** 0.5).bfloat16() for name, t in drawn.items()}
+    operands = {name: (t / fan_in.get(name, 1) ** 0.5).bfloat16() for name, t in drawn.items()}
+    return operands if bias else {**operands, "bias": None}
 
 
-def kept(operands: dict[str, Tensor], backend: str, ratio: float, device: torch.device) -> float:
+def kept(operands: dict[str, Tensor | None], backend: str, ratio: float, device: torch.device) -> float:
     """The share of the adapters' signal in the output of a backend, at scales that give delta that ratio to y0."""
-    exact = {name: t.double() for name, t in operands.items()}
+    exact = {name: None if t is None else t.double() for name, t in operands.items()}
     y0 = torch.nn.functional.linear(exact["x"], exact["weight"], exact["bias"])
     delta = hk.reference.hydra_linear(**exact) - y0
     scale = (ratio * y0.norm() / delta.norm()).item()
-    on_device = {name: t.to(device) for name, t in operands.items()}
+    on_device = {name: None if t is None else t.to(device) for name, t in operands.items()}
     with torch.no_grad():
         h = hk.hydra_linear(**on_device, scale_a=scale, scale_b=scale, backend=backend)
     delta = scale * delta
@@ -82,28 +86,28 @@ def kept(operands: dict[str, Tensor], backend: str, ratio: float, device: torch.
 
 
 def run(device: torch.device, sizes: dict[str, int], seeds: int, dry: bool) -> list[RoundingRow]:
-    """Every backend that takes bf16 on the device, at every ratio."""
+    """Every backend that takes bf16 on the device, with a bias and without, at every ratio."""
     rows = []
     usable = [name for name, reason in hk.backends().items() if reason is None and _takes(name, device)]
-    for backend in usable:
-        for ratio in RATIOS:
-            shares = [kept(draw(sizes, seed), backend, ratio, device) for seed in range(seeds)]
-            quartiles = timing.quartiles(shares)
-            rows.append(
-                RoundingRow(
-                    backend=backend,
-                    dtype="bf16",
-                    ratio=ratio,
-                    kept=round(quartiles.median, 4),
-                    q1=round(quartiles.q1, 4),
-                    q3=round(quartiles.q3, 4),
-                    interpreted=device.type == "cpu" and backend in ("hybrid", "triton"),
-                    **sizes,
-                    r_a=RANK,
-                    r_b=RANK,
-                    dry=dry,
-                )
+    for backend, bias, ratio in itertools.product(usable, (True, False), RATIOS):
+        shares = [kept(draw(sizes, seed, bias), backend, ratio, device) for seed in range(seeds)]
+        quartiles = timing.quartiles(shares)
+        rows.append(
+            RoundingRow(
+                backend=backend,
+                dtype="bf16",
+                bias=bias,
+                ratio=ratio,
+                kept=round(quartiles.median, 4),
+                q1=round(quartiles.q1, 4),
+                q3=round(quartiles.q3, 4),
+                interpreted=device.type == "cpu" and backend in ("hybrid", "triton"),
+                **sizes,
+                r_a=RANK,
+                r_b=RANK,
+                dry=dry,
             )
+        )
     return rows
 
 
@@ -116,21 +120,25 @@ def _takes(backend: str, device: torch.device) -> bool:
 
 
 def rounding_markdown(environment: Environment, rows: Sequence[RoundingRow]) -> str:
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
-    shares = {(row["backend"], row["ratio"]): row for row in rows}
+    """The shares by the size of the update, each backend with a bias b0 and without, and what was not measured."""
+    columns = list(dict.fromkeys((row["backend"], row["bias"]) for row in rows))
+    shares = {(row["backend"], row["bias"], row["ratio"]): row for row in rows}
     cells = [
-        [f"{ratio:g}", *(f"{shares[name, ratio]['kept']:.2f}" for name in backends)]
+        [f"{ratio:g}", *(f"{shares[(*column, ratio)]['kept']:.2f}" for column in columns)]
         for ratio in dict.fromkeys(row["ratio"] for row in rows)
     ]
     first = rows[0]
-    interpreted = [NAMES[name] for name in backends if shares[name, first["ratio"]]["interpreted"]]
+    interpreted = [NAMES[name] for name in dict.fromkeys(row["backend"] for row in rows if row["interpreted"])]
+    missing = [name for backend, name in NAMES.items() if backend not in {row["backend"] for row in rows}]
     note = (
         f"{environment_note(environment)} bf16, M={first['M']}, K={first['K']}, N={first['N']}, ranks "
         f"{first['r_a']}+{first['r_b']}, medians over seeds."
     )
     note += f" In Triton's interpreter: {', '.join(interpreted)}." if interpreted else ""
-    table = markdown(["adapters' signal over the frozen output", *(NAMES[name] for name in backends)], cells)
-    return f"{table}\n\n{note}"
+    note += f" Not measured: {', '.join(missing)}, which has no bf16 on this device." if missing else ""
+    headings = ["adapters' signal over the frozen output"]
+    headings += [f"{NAMES[name]}{'' if bias else ', no b0'}" for name, bias in columns]
+    return f"{markdown(headings, cells)}\n\n{note}"
 
 
 def rounding_block(stored: Sequence[Stored]) -> str:
@@ -139,15 +147,17 @@ def rounding_block(stored: Sequence[Stored]) -> str:
 
 
 def rounding_chart(environment: Environment, rows: Sequence[RoundingRow]) -> str:
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axis = figure.subplots()
-    for backend in dict.fromkeys(row["backend"] for row in rows):
-        own = [row for row in rows if row["backend"] == backend]
-        x = [row["ratio"] for row in own]
-        axis.plot(x, [row["kept"] for row in own], marker="o", label=NAMES[backend])
-        axis.fill_between(x, [row["q1"] for row in own], [row["q3"] for row in own], alpha=0.2)
-    axis.set(xscale="log", xlabel="|delta| / |y0|", ylabel="share of delta kept in bf16", ylim=(0, 1.2))
-    axis.legend()
+    """The share kept by the size of the update: layers with a bias, and without."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    for axis, bias in zip(figure.subplots(1, 2, sharey=True), (True, False), strict=True):
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            own = [row for row in rows if (row["backend"], row["bias"]) == (backend, bias)]
+            x = [row["ratio"] for row in own]
+            axis.plot(x, [row["kept"] for row in own], marker="o", label=NAMES[backend])
+            axis.fill_between(x, [row["q1"] for row in own], [row["q3"] for row in own], alpha=0.2)
+        axis.set(title=f"with{'' if bias else 'out'} a bias b0", xscale="log", xlabel="|delta| / |y0|", ylim=(0, 1.2))
+    figure.axes[0].set_ylabel("share of delta kept in bf16")
+    figure.axes[0].legend()
     return svg(figure, "rounding")
 
 

@@ -165,9 +165,13 @@ class LearnRow(TypedDict):
     # equal: naive beside ours from equal seeds; search: of the learning rate; claim: at the rate that the search chose.
     experiment: str
     data: str
-    # "mlp", "attention" or "both"; naive, again (naive, each batch in another order) or ours, then the kind.
+    # "mlp", "attention" or "both"; naive, again (naive, each batch in another order), ours, or once (plain torch, the
+    # sum rounded once), then the kind.
     position: str
     method: str
+    # Of ours, what ran.
+    backend: str | None
+    form: str | None
     trainable: int
     head: int
     dtype: str
