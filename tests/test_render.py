@@ -461,11 +461,7 @@ def test_nothing_predicted_comes_under_a_measured_marker(place, predicted, capsy
     for marker, other in (("measured:roofline", "measured:layer"), ("predicted:layer", "predicted:roofline")):
         place.mark(marker, other)
         assert place(files) == 2
-<<<<<<< HEAD
-        known = "measured:summary, measured:table4, measured:layer, measured:host, predicted:roofline"
-=======
-        known = "measured:table4, measured:claim, measured:layer, measured:host, predicted:roofline"
->>>>>>> 92e9f1a1fe46887d077869bba0c75186d049cae8
+        known = "measured:summary, measured:table4, measured:claim, measured:layer, measured:host, predicted:roofline"
         assert f"README.md has markers for {marker}, expected {known}" in capsys.readouterr().err
 
 

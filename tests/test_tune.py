@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 import hydra_kernels as hk
-from hydra_kernels import machine, tuning
+from hydra_kernels import extension, machine, tuning
 from hydra_kernels.backend import TABLE, aten
 from hydra_kernels.choice import DATA, Machine, choose
 from hydra_kernels.explanation import Call, kernels_of, predict
@@ -231,6 +232,18 @@ def test_on_a_gpu_the_longer_of_its_time_and_the_hosts_counts(gpu_ms, host_s, us
     clock = itertools.cycle((0.0, host_s))
     monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert tuning._times({"step": lambda: None}, SimpleNamespace(type="cuda"), 3) == {"step": pytest.approx(us)}
+
+
+def test_a_measurement_names_all_that_it_depends_on():
+    (tuned,) = tune()
+    assert tuned.versions == {
+        "hydra_kernels": hk.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "native": extension.record().get("sources"),
+        "cpu": machine.cpu_name(),
+    }
 
 
 def test_the_number_of_threads_is_part_of_a_processor():
