@@ -168,10 +168,17 @@ def test_unaligned_rows_give_no_divisibility():
 
 
 def test_descriptors_carry_their_blocks():
-    made = jobs(90, "bf16", Ranks(8, 8), "plain")
-    # The forward's outputs are too few for the larger tile.
-    assert made["gemm forward"].signature["w"] == "tensordesc<bf16[128, 64]>"
-    assert made["gemm dx"].signature["w"] == "tensordesc<bf16[64, 256]>"
+    launches = compile_report.launches(90, "bf16", Ranks(8, 8), VARIANTS["plain"])
+    described = [
+        (launch.arguments["FORWARD"], launch.arguments["w"].block_shape)
+        for launch in launches
+        if compile_report.name_of(launch).startswith("gemm")
+    ]
+    # W0's block of the tile of 128 x 256, and of the one for few outputs.
+    assert described == [(True, [256, 64]), (False, [64, 256]), (True, [128, 64]), (False, [64, 128])]
+    few = jobs(90, "bf16", Ranks(8, 8), "plain")
+    assert few["gemm forward"].signature["w"] == "tensordesc<bf16[128, 64]>"
+    assert few["gemm dx"].signature["w"] == "tensordesc<bf16[64, 128]>"
 
 
 def test_what_two_variants_share_is_one_compilation():
