@@ -123,9 +123,12 @@ def verdict(mutation: Mutation, objects: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of the names of the mutations to run; all by default")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts alone: every N-th mutation")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time")
     arguments = parser.parse_args()
     chosen = [m for m in read() if not arguments.names or any(part in m.name for part in arguments.names)]
+    part, parts = map(int, arguments.part.split("/"))
+    chosen = chosen[part - 1 :: parts]
     if not chosen:
         parser.error(f"no mutation's name contains {' or '.join(arguments.names)}")
 
