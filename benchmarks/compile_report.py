@@ -38,7 +38,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from benchmarks import timing
 from benchmarks.methods import Ranks
-from hydra_kernels.backend import gpu_steps
+from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs
 from hydra_kernels.kernels.language import INTERPRETED
@@ -196,8 +196,8 @@ def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Laun
     for tiles in configs.of(divmod(arch, 10)).with_each_gemm():
         step: list[Launch] = []
         with products_of_fp32(precision):
-            _, kept, saved = gpu_steps.forward(x, op, needs, True, tiles, step.append)
-            gpu_steps.backward(G, kept, saved, needs, True, tiles, step.append)
+            _, kept, saved = steps.forward(x, op, needs, True, tiles, step.append)
+            steps.backward(G, kept, saved, needs, True, tiles, step.append)
         known = [(name_of(launch), config_of(launch)) for launch in found]
         found += [launch for launch in step if (name_of(launch), config_of(launch)) not in known]
     return found

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hydra_kernels.backend import gpu_steps
+from hydra_kernels.backend import triton as steps
 from hydra_kernels.kernels import compose, configs, gemm, reduce, skinny
 from hydra_kernels.kernels.language import INTERPRETED
 from tests.cases import Case
@@ -109,7 +109,7 @@ class Bench:
         self.M, self.K, self.N, self.r_a, self.r_b = case.M, case.K, case.N, case.r_a, case.r_b
         self.R = case.r_a + case.r_b
         self.weight = self.normal(case.N, case.K, std=case.K**-0.5)
-        self.architecture = gpu_steps.tiles_of(device())
+        self.architecture = steps.tiles_of(device())
 
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         v = torch.randn(shape, generator=self.generator, dtype=F64) * std

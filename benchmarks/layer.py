@@ -34,8 +34,8 @@ from benchmarks.passes import Inputs, Pass, captured
 from benchmarks.rows import LayerRow
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, DRY_SHAPES, Entry, Shape, entries_of, trainable
 from benchmarks.verdicts import is_rival
-from hydra_kernels.choice import choose
-from hydra_kernels.machine import here
+from hydra_kernels.choose.choice import choose
+from hydra_kernels.choose.machine import here
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = ("forward", "backward", "step")

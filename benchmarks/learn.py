@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import images, learning, render_learn, timing
 from benchmarks.learning import TINY, Scale
 from benchmarks.rows import LearnRow
-from hydra_kernels.machine import here
+from hydra_kernels.choose.machine import here
 
 KINDS = ("lora", "seqlora", "hydra")
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)

@@ -20,8 +20,8 @@ from transformers import ViTConfig, ViTForImageClassification
 import hydra_kernels as hk
 from benchmarks.images import Images
 from benchmarks.methods import Ranks
-from hydra_kernels.choice import choose
-from hydra_kernels.machine import here
+from hydra_kernels.choose.choice import choose
+from hydra_kernels.choose.machine import here
 from hydra_kernels.model import adapted_layers
 
 CLASSES, HEAD = 5, "classifier"

@@ -33,7 +33,7 @@ from benchmarks import layer, tables, timing
 from benchmarks.methods import Ranks
 from benchmarks.render_roofline import RooflineRow
 from benchmarks.shapes import CUDA_SHAPES, Shape
-from hydra_kernels.backend import gpu_steps
+from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs
 from hydra_kernels.kernels.launch import Launch
@@ -187,8 +187,8 @@ def our_step(shape: Shape, ranks: Ranks, dtype: torch.dtype, fused: bool) -> lis
     needs = {"x"} | {name for name in ADAPTERS if t[name] is not None}
     G = torch.empty(shape.M, shape.N, dtype=dtype, device="meta")
     with Recorder() as recorder:
-        _, op, saved = gpu_steps.forward(x, op, needs, fused, configs.SM90, recorder.launch)
-        gpu_steps.backward(G, op, saved, needs, fused, configs.SM90, recorder.launch)
+        _, op, saved = steps.forward(x, op, needs, fused, configs.SM90, recorder.launch)
+        steps.backward(G, op, saved, needs, fused, configs.SM90, recorder.launch)
     return recorder.kernels
 
 

@@ -20,7 +20,7 @@ from benchmarks.methods import Ranks
 from benchmarks.rows import CeilingRow, LayerRow, Table4Row
 from benchmarks.shapes import CUDA_SHAPES, DRY_SHAPES, Shape
 from hydra_kernels.backend import TABLE
-from hydra_kernels.tuning import Tuned
+from hydra_kernels.choose.tune import Tuned
 
 # Those of the goals: ViT-B/32 fc2, ViT-L fc2, and a language model's layers.
 HEADLINE = (Shape(6400, 3072, 768), Shape(25216, 4096, 1024), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096))

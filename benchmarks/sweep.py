@@ -1,7 +1,8 @@
 """Where the composed form starts to beat the kept one, over M. ``python -m benchmarks.sweep``
 
-Times a step of our Hydra in both forms, paired and in shuffled order, and judges the rule of `hydra_kernels.choice` by
-it: what its form costs over the better one. Both forms are first compared with the naive layer (`benchmarks.layer`).
+Times a step of our Hydra in both forms, paired and in shuffled order, and judges the rule of
+`hydra_kernels.choose.choice` by it: what its form costs over the better one. Both forms are first compared with the
+naive layer (`benchmarks.layer`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from benchmarks.layer import Bench, Settings
 from benchmarks.methods import Ranks
 from benchmarks.rows import SweepRow
 from benchmarks.shapes import Entry, Shape
-from hydra_kernels.choice import choose
-from hydra_kernels.machine import here
+from hydra_kernels.choose.choice import choose
+from hydra_kernels.choose.machine import here
 
 # M over K. Composing reads W0 [N, K] twice more and spares passes over [M, N], so that N plays no part.
 FRACTIONS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)

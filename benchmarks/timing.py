@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from hydra_kernels.machine import cpu_name
+from hydra_kernels.choose.machine import cpu_name
 
 # Above the L2 of any CPU core today, the L2 caches of two cores together.
 CPU_L2_BYTES = 8 << 20

@@ -1,10 +1,11 @@
 """Hydra, LoRA and SeqLoRA adapters (arXiv 2309.06922) whose training step costs hardly more than the frozen layer."""
 
 from . import analysis, convert, reference
+from .autograd import HydraFunction
 from .backend import backends
 from .checkpoint import adapter_state_dict, load_adapters, save_adapters
-from .explanation import explain
-from .function import HydraFunction
+from .choose.explain import explain
+from .choose.tune import tune
 from .functional import hydra_linear
 from .layers import HydraLinear, LoRALinear, SeqLoRALinear
 from .model import (
@@ -15,7 +16,6 @@ from .model import (
     print_trainable_parameters,
     unmerge,
 )
-from .tuning import tune
 
 __version__ = "0.1.0"
 

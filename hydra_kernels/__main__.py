@@ -15,7 +15,7 @@ import torch
 
 from . import __version__, extension
 from .backend import backends
-from .machine import cache_folder, cpu_name
+from .choose.machine import cache_folder, cpu_name
 
 PACKAGES = ("triton", "numpy", "safetensors", "peft", "transformers", "accelerate")
 # Names, or their beginnings, of what changes results or speed; no key of a service begins so.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .backend.interface import LOW_PRECISION
-from .functional import DTYPES, check_dropout, check_finite, check_route, hydra_linear
+from .checks import DTYPES, check_dropout, check_finite, check_route
+from .functional import hydra_linear
 from .reference import merged_parameters
 
 Device = torch.device | str | int | None

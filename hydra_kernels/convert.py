@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .functional import check_finite
+from .checks import check_finite
 from .model import check_targets, inject, layer_class_of, names_containing, near_names
 from .sharding import is_sharded
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .adapter import Adapter, Device, check_count
-from .functional import check_finite, hydra_linear
+from .checks import check_finite
+from .functional import hydra_linear
 from .reference import low_rank
 from .sharding import is_sharded, mesh_dimensions
 

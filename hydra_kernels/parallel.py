@@ -31,13 +31,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn import functional as F
 
 from .adapter import Adapter
+from .autograd import computed_in
 from .backend import TABLE
 from .backend.interface import LOW_PRECISION
-from .choice import Machine, choose
-from .function import computed_in
+from .choose.choice import Machine, choose
+from .choose.machine import here
 from .functional import hydra_linear
 from .layers import HydraLinear
-from .machine import here
 from .reference import low_rank
 from .sharding import is_sharded
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hydra_kernels.choice import Machine, Measured, choose
+from hydra_kernels.choose.choice import Machine, Measured, choose
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 RUNS = dict.fromkeys(("aten", "native", "hybrid", "triton"))

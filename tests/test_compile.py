@@ -16,9 +16,9 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import hydra_kernels as hk
-from hydra_kernels import machine
-from hydra_kernels.backend import operators
-from hydra_kernels.backend.interface import Operands
+from hydra_kernels.backend import TABLE, operators
+from hydra_kernels.backend.interface import Operands, split
+from hydra_kernels.choose import machine
 
 from .cases import PLAIN, operands
 from .test_layers import trained
@@ -176,9 +176,9 @@ def test_operators_pass_opcheck(case, backend, form, permuted):
     fields = dict.fromkeys(Operands._fields) | {"scale_a": 1.0, "scale_b": 1.0, "mask_scale": 1 / 0.7}
     fields |= case.constant_scales | t | {"mask": None if mask is None else mask != 0}
     op = Operands(**fields)
-    packed, needs = operators._packed(op), operators._joined(names)
+    packed, needs = split(op), operators._listed(names)
     opcheck(torch.ops.hydra_kernels.forward.default, (x, *packed, needs, backend, form))
-    _, _, saved = operators.forward(x, op, names, backend, form)
+    _, _, saved = TABLE[backend].forward(x, op, names, form)
     opcheck(torch.ops.hydra_kernels.backward.default, (G, list(saved), *packed, needs, backend, form))
 
 

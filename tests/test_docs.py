@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import hydra_kernels as hk
-from hydra_kernels import machine
+from hydra_kernels.choose import machine
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hydra_kernels.backend import aten, gpu_steps
+from hydra_kernels.backend import aten
+from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs
 from hydra_kernels.kernels.configs import Gemm
@@ -44,8 +45,8 @@ def test_aten_reads_nothing_on_the_host(form):
 @pytest.mark.parametrize("fused", [False, True], ids=["hybrid", "triton"])
 def test_the_kernels_are_launched_without_reading_anything_on_the_host(fused, arch):
     launches: list[Launch] = []
-    h, op, saved = gpu_steps.forward(without_data(M, K), operands(), NEEDS, fused, arch, launches.append)
-    grads = gpu_steps.backward(without_data(M, N), op, saved, NEEDS, fused, arch, launches.append)
+    h, op, saved = steps.forward(without_data(M, K), operands(), NEEDS, fused, arch, launches.append)
+    grads = steps.backward(without_data(M, N), op, saved, NEEDS, fused, arch, launches.append)
     assert h.shape == (M, N)
     assert grads.keys() == NEEDS
     assert len(launches) == (11 if fused else 9)

@@ -21,9 +21,9 @@ from triton.runtime.interpreter import interpreter_builder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import hydra_kernels as hk
-from hydra_kernels.backend import gpu_steps
+from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
-from hydra_kernels.kernels import configs, reduce
+from hydra_kernels.kernels import configs, language, reduce
 from hydra_kernels.kernels import launch as launch_module
 from hydra_kernels.kernels.launch import Launch
 
@@ -62,8 +62,8 @@ def step(
     scales = {f"scale_{side}": t.get(f"scale_{side}", 1.0) for side in "ab"}
     op = Operands(**{name: t.get(name) for name in Operands._fields} | scales | {"mask_scale": 1.0})
     x, needs = t["x"], needs & set(t)
-    h, op, saved = gpu_steps.forward(x, op, needs, fused, arch, run)
-    return {"h": h, **gpu_steps.backward(G, op, saved, needs, fused, arch, run)}
+    h, op, saved = steps.forward(x, op, needs, fused, arch, run)
+    return {"h": h, **steps.backward(G, op, saved, needs, fused, arch, run)}
 
 
 def launched(needs: Set[str], fused: bool = True, case: Case = EVERYTHING) -> list[Launch]:
@@ -129,8 +129,8 @@ def test_tiles_know_how_many_multiprocessors_the_card_has(monkeypatch):
     """A persistent GEMM has a program on each: 114 on an H100 PCIe, 132 on an H200."""
     card = SimpleNamespace(major=9, minor=0, multi_processor_count=114)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(gpu_steps, "INTERPRETED", SimpleNamespace(value=False))
-    arch = gpu_steps.tiles_of.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(language, "INTERPRETED", SimpleNamespace(value=False))
+    arch = steps.tiles_of.__wrapped__(torch.device("cuda", 0))
     assert arch == configs.SM90._replace(multiprocessors=114)
     assert arch.gemm(arch.half, 128 * 114, 256) is arch.half.gemm
     assert configs.SM90.gemm(configs.SM90.half, 128 * 114, 256) is configs.SM90.half.gemm_few

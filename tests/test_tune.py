@@ -12,12 +12,14 @@ import torch
 import triton
 
 import hydra_kernels as hk
-from hydra_kernels import extension, machine, tuning
+from hydra_kernels import extension
 from hydra_kernels.backend import TABLE, aten
-from hydra_kernels.choice import DATA, Machine, choose
-from hydra_kernels.explanation import Call, kernels_of, predict
-from hydra_kernels.machine import CPU, here
-from hydra_kernels.tuning import _store
+from hydra_kernels.choose import machine
+from hydra_kernels.choose import tune as tuning
+from hydra_kernels.choose.choice import DATA, Machine, choose
+from hydra_kernels.choose.explain import Call, kernels_of, predict
+from hydra_kernels.choose.machine import CPU, here
+from hydra_kernels.choose.tune import _store
 
 SHAPE = (64, 48, 32, 3, 2)
 F32, BF16 = torch.float32, torch.bfloat16
@@ -106,7 +108,7 @@ def test_a_crashing_candidate_is_named_and_costs_only_itself(monkeypatch):
 
 
 def test_where_nothing_is_right_it_raises_and_stores_nothing(monkeypatch, folder):
-    monkeypatch.setattr("hydra_kernels.tuning._wrong", lambda *arguments: "wrong")
+    monkeypatch.setattr("hydra_kernels.choose.tune._wrong", lambda *arguments: "wrong")
     with pytest.raises(RuntimeError, match=r"nothing computes \(64, 48, 32, 3, 2\) .*rightly"):
         tune()
     assert not list(folder.iterdir())

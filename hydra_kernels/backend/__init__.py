@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from . import aten, native
-from .gpu import TritonBackend
 from .interface import Backend
+from .operators import Untraceable
+from .triton import TritonBackend
 
 TABLE: dict[str, Backend] = {
     "aten": aten,
-    "native": native,
-    "hybrid": TritonBackend(fused=False),
-    "triton": TritonBackend(fused=True),
+    "native": Untraceable("native", native),
+    "hybrid": Untraceable("hybrid", TritonBackend(fused=False)),
+    "triton": Untraceable("triton", TritonBackend(fused=True)),
 }
 NAMES = ("auto", "reference", *TABLE)
 

@@ -6,8 +6,8 @@ or a field of `Operands`.
 
 from __future__ import annotations
 
-from collections.abc import Set
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence, Set
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ MAX_NATIVE_RANK = 64  # of native's kernels on a GPU
 
 
 class Operands(NamedTuple):
-    """All of one call but x: weight [N, K] of x's dtype, adapters of that dtype or fp32, None where absent. For a
-    backward, weight and bias are None where it does not read them.
+    """The one table of a call's operands but x; csrc/operands.h is the same table in C++.
 
-    ``mask`` [M, R] is boolean with ``mask_scale`` 1/(1-p), or of x's dtype and already scaled with ``mask_scale`` 1.
+    Tensors come first, then numbers, the only fields that have a default other than None: a new operand is one line
+    here and one there. weight is [N, K] of x's dtype, adapters have that dtype or fp32, what is absent is None. In a
+    backward, weight and bias are None where it does not read them. ``mask`` [M, R] is boolean with ``mask_scale``
+    1/(1-p), or of x's dtype and already scaled with ``mask_scale`` 1. A scale is a number, or a 0-dimensional tensor.
     """
 
     weight: Tensor | None
@@ -49,7 +51,23 @@ class Operands(NamedTuple):
         return 0 if self.B_down is None else self.B_down.shape[0]
 
 
-FIRST_OPTION = Operands._fields.index("A_down_bias")  # from here on most calls leave them at their defaults
+ARGUMENTS = ("x", *Operands._fields)  # gradients are named and ordered so
+FIRST_OPTION = len(Operands._fields) - len(Operands._field_defaults)  # most calls leave all options at their defaults
+_FIRST_NUMBER = Operands._fields.index("scale_a")
+
+
+def split(op: Operands) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
+    """The tensors of all fields, None for a number; and the numbers, 1 in the place of a learnable scale."""
+    scales: Any = op[_FIRST_NUMBER:]
+    tensors: Any = [*op[:_FIRST_NUMBER], *(t if isinstance(t, Tensor) else None for t in scales)]
+    return tuple(tensors), tuple([1.0 if isinstance(t, Tensor) else t for t in scales])
+
+
+def joined(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Operands:
+    """The inverse of `split`."""
+    scales = [s if t is None else t for t, s in zip(tensors[_FIRST_NUMBER:], numbers, strict=True)]
+    return Operands(*tensors[:_FIRST_NUMBER], *scales)  # type: ignore[arg-type]
+
 
 # What a forward leaves for its backward besides the operands; which tensors, each backend and form decides for itself.
 Saved = tuple[Tensor | None, ...]

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from . import operators
-from .gpu import KERNEL_DTYPES, too_old
-from .interface import CPU, MAX_NATIVE_RANK, Operands, Saved
+from .interface import ARGUMENTS, CPU, MAX_NATIVE_RANK, Operands, Saved
+from .triton import KERNEL_DTYPES, too_old
 
 _CPU_DTYPES = (torch.float32, torch.float64)
-_GRADIENTS = ("x", *Operands._fields[:-1])
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -46,8 +44,6 @@ def refusal(
 
 
 def forward(x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
-    if operators.traced(x):
-        return operators.forward(x, op, needs, "native", form)
     h, saved = _native().forward(x, op, _bits(needs), form)
     through_W0 = form != "kept" and "B_down" in needs
     if not through_W0:
@@ -56,8 +52,6 @@ def forward(x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor
 
 
 def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
-    if operators.traced(G):
-        return operators.backward(G, op, saved, needs, "native", form)
     return _native().backward(G, op, saved, _bits(needs), form)
 
 
@@ -68,4 +62,4 @@ def _native() -> Any:
 @functools.cache
 def _bits(needs: Set[str]) -> int:
     """A set of gradients as operands.h numbers them."""
-    return sum(1 << i for i, name in enumerate(_GRADIENTS) if name in needs)
+    return sum(1 << i for i, name in enumerate(ARGUMENTS) if name in needs)

@@ -11,12 +11,35 @@ from collections.abc import Sequence, Set
 import torch
 from torch import Tensor
 
-from .interface import Operands, Saved
+from .interface import ARGUMENTS, Backend, Operands, Saved, joined, split
 
-_NUMBERS = ("scale_a", "scale_b", "mask_scale")
-_TENSORS = tuple(name for name in Operands._fields if name not in _NUMBERS)
-_OPERANDS = "Tensor?[] tensors, float scale_a, float scale_b, float mask_scale, str needs, str backend, str form"
+_CALL = "Tensor?[] tensors, float[] numbers, str needs, str backend, str form"  # `split` makes the first two
 _FROM_Z = ("A_up", "B_up", "scale_a", "scale_b")
+_BACKENDS: dict[str, Backend] = {}  # filled by `Untraceable`, read by the operators' bodies
+
+
+class Untraceable:
+    """A backend that no tracer can follow: where one looks on, a whole pass is one operator."""
+
+    def __init__(self, name: str, backend: Backend) -> None:
+        self.name, self.backend = name, backend
+        self.unavailable, self.refusal = backend.unavailable, backend.refusal
+        _BACKENDS[name] = backend
+
+    def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
+        if not traced(x):
+            return self.backend.forward(x, op, needs, form)
+        # A list, which torch 2.11 does not trace `h, *left` to be.
+        left = list(torch.ops.hydra_kernels.forward(x, *split(op), _listed(needs), self.name, form))
+        h, (with_x, *others) = left.pop(0), _are_saved(form, op, needs)
+        return h, op, (x if with_x else None, *(left.pop(0) if saved else None for saved in others))
+
+    def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
+        if not traced(G):
+            return self.backend.backward(G, op, saved, needs, form)
+        names = _listed(needs)
+        grads = torch.ops.hydra_kernels.backward(G, list(saved), *split(op), names, self.name, form)
+        return dict(zip(names.split(","), grads, strict=True))
 
 
 def traced(x: Tensor) -> bool:
@@ -39,21 +62,6 @@ def add_(out: Tensor, v: Tensor) -> Tensor:
     return out + v if torch.compiler.is_compiling() else out.add_(v)
 
 
-def forward(x: Tensor, op: Operands, needs: Set[str], backend: str, form: str) -> tuple[Tensor, Operands, Saved]:
-    """The backend's forward as one operator."""
-    # A list, which torch 2.11 does not trace `h, *left` to be.
-    left = list(torch.ops.hydra_kernels.forward(x, *_packed(op), _joined(needs), backend, form))
-    h, (with_x, *others) = left.pop(0), _are_saved(form, op, needs)
-    return h, op, (x if with_x else None, *(left.pop(0) if saved else None for saved in others))
-
-
-def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], backend: str, form: str) -> dict[str, Tensor]:
-    """The backend's backward as one operator."""
-    joined = _joined(needs)
-    grads = torch.ops.hydra_kernels.backward(G, list(saved), *_packed(op), joined, backend, form)
-    return dict(zip(joined.split(","), grads, strict=True))
-
-
 def _are_saved(form: str, op: Operands, needs: Set[str]) -> tuple[bool, bool, bool]:
     """Which of its three saved tensors a form leaves: x, Z, D; kept: x, Z, y0; effective: x, D, d."""
     from_Z, A_down, B_down = not needs.isdisjoint(_FROM_Z), "A_down" in needs, "B_down" in needs
@@ -66,34 +74,18 @@ def _are_saved(form: str, op: Operands, needs: Set[str]) -> tuple[bool, bool, bo
 
 
 def _forward(
-    x: Tensor,
-    tensors: Sequence[Tensor | None],
-    scale_a: float,
-    scale_b: float,
-    mask_scale: float,
-    needs: str,
-    backend: str,
-    form: str,
+    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float], needs: str, backend: str, form: str
 ) -> list[Tensor]:
-    from . import TABLE
-
-    op = _unpacked(tensors, scale_a, scale_b, mask_scale)
-    h, _, saved = TABLE[backend].forward(x, op, frozenset(needs.split(",")), form)
+    op = joined(tensors, numbers)
+    h, _, saved = _BACKENDS[backend].forward(x, op, frozenset(needs.split(",")), form)
     # An operator may not return an operand, and without a sequential branch D is A_down.
     return [h, *(t.clone() if t is op.A_down or t is op.A_down_bias else t for t in saved[1:] if t is not None)]
 
 
 def _fake_forward(
-    x: Tensor,
-    tensors: Sequence[Tensor | None],
-    scale_a: float,
-    scale_b: float,
-    mask_scale: float,
-    needs: str,
-    backend: str,
-    form: str,
+    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float], needs: str, backend: str, form: str
 ) -> list[Tensor]:
-    op = _unpacked(tensors, scale_a, scale_b, mask_scale)
+    op = joined(tensors, numbers)
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
     shapes = {"composed": ((M, R), (R, K)), "kept": ((M, R), (M, N)), "effective": ((R, K), (R,))}[form]
     _, *others = _are_saved(form, op, set(needs.split(",")))
@@ -104,17 +96,13 @@ def _backward(
     G: Tensor,
     saved: Sequence[Tensor | None],
     tensors: Sequence[Tensor | None],
-    scale_a: float,
-    scale_b: float,
-    mask_scale: float,
+    numbers: Sequence[float],
     needs: str,
     backend: str,
     form: str,
 ) -> list[Tensor]:
-    from . import TABLE
-
-    op, names = _unpacked(tensors, scale_a, scale_b, mask_scale), needs.split(",")
-    grads = TABLE[backend].backward(G, op, tuple(saved), frozenset(names), form)
+    names = needs.split(",")
+    grads = _BACKENDS[backend].backward(G, joined(tensors, numbers), tuple(saved), frozenset(names), form)
     return [grads[name] for name in names]
 
 
@@ -122,14 +110,12 @@ def _fake_backward(
     G: Tensor,
     saved: Sequence[Tensor | None],
     tensors: Sequence[Tensor | None],
-    scale_a: float,
-    scale_b: float,
-    mask_scale: float,
+    numbers: Sequence[float],
     needs: str,
     backend: str,
     form: str,
 ) -> list[Tensor]:
-    op, (M, N) = _unpacked(tensors, scale_a, scale_b, mask_scale), G.shape
+    op, (M, N) = joined(tensors, numbers), G.shape
     special = {"x": lambda: G.new_empty(M, op.weight.shape[1]), "bias": lambda: G.new_empty(N)}
 
     def like(name: str) -> Tensor:
@@ -138,22 +124,8 @@ def _fake_backward(
     return [special[name]() if name in special else like(name) for name in needs.split(",")]
 
 
-def _joined(needs: Set[str]) -> str:
-    return ",".join(name for name in ("x", *Operands._fields) if name in needs)
-
-
-def _packed(op: Operands) -> tuple[list[Tensor | None], float, float, float]:
-    """Tensors, learnable scales among them, and numbers, 1 in the place of a learnable scale."""
-    scales = op.scale_a, op.scale_b, op.mask_scale
-    learnable = [s if isinstance(s, Tensor) else None for s in scales]
-    a, b, c = (1.0 if isinstance(s, Tensor) else s for s in scales)
-    return [*(getattr(op, name) for name in _TENSORS), *learnable], a, b, c
-
-
-def _unpacked(tensors: Sequence[Tensor | None], *numbers: float) -> Operands:
-    n = len(_TENSORS)
-    scales = [number if t is None else t for t, number in zip(tensors[n:], numbers, strict=True)]
-    return Operands(*tensors[:n], *scales)  # type: ignore[arg-type]
+def _listed(needs: Set[str]) -> str:
+    return ",".join([name for name in ARGUMENTS if name in needs])
 
 
 def _accumulate_(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -164,8 +136,8 @@ def _accumulate_(out: Tensor, left: Tensor, right: Tensor) -> None:
 _LIBRARY = torch.library.Library("hydra_kernels", "DEF")
 for _name, _schema, _body, _fake in (
     ("accumulate_", "(Tensor(a!) out, Tensor left, Tensor right) -> ()", _accumulate_, lambda out, left, right: None),
-    ("forward", f"(Tensor x, {_OPERANDS}) -> Tensor[]", _forward, _fake_forward),
-    ("backward", f"(Tensor G, Tensor?[] saved, {_OPERANDS}) -> Tensor[]", _backward, _fake_backward),
+    ("forward", f"(Tensor x, {_CALL}) -> Tensor[]", _forward, _fake_forward),
+    ("backward", f"(Tensor G, Tensor?[] saved, {_CALL}) -> Tensor[]", _backward, _fake_backward),
 ):
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")

@@ -1,7 +1,7 @@
 """explain: what would run for a call on a machine, here or not, why, and how long a step is predicted to take.
 
 The prediction knows bytes and operations alone: a kernel takes max(bytes / bandwidth, operations / rate) of the card's
-figures in ``data/choice.json``, a step the sum of its kernels and a gap a launch.
+figures in ``numbers.json``, a step the sum of its kernels and a gap a launch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend import TABLE
-from .backend.gpu import too_old
-from .backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK
+from ..backend import TABLE
+from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK
+from ..backend.triton import too_old
+from ..kernels import configs
 from .choice import DATA, Choice, Machine, choose
-from .kernels import configs
 from .machine import CPU, device_name, here, table
 
 Capability = tuple[int, int] | str | None

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import machine, reference
-from .backend import TABLE
-from .function import computed_in
-from .functional import hydra_linear
-from .layers import HydraLinear
+from .. import reference
+from ..autograd import computed_in
+from ..backend import TABLE
+from ..functional import hydra_linear
+from ..layers import HydraLinear
+from . import machine
 
 Shape = tuple[int, int, int, int, int]
 CANDIDATES = (

@@ -1,6 +1,6 @@
 """The one place that decides which backend and which form serve a call: a pure function of the call and the machine.
 
-Its numbers, and the winners measured for known cards, stand in ``data/choice.json``; `machine.here` tells what a device
+Its numbers, and the winners measured for known cards, stand in ``numbers.json``; `machine.here` tells what a device
 is, and adds the user's own measurements (`tune`).
 """
 
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK
+from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK
 
 FORMS = ("auto", "composed", "kept", "effective")
-DATA: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "choice.json").read_text(encoding="utf-8"))
+DATA: dict[str, Any] = json.loads((Path(__file__).parent / "numbers.json").read_text(encoding="utf-8"))
 _COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
 _EFFECTIVE_FROM: float = DATA["effective_from_M_over_N"]
 _COMPOSED_FROM_WORK: int = DATA["composed_from_multiply_adds"]

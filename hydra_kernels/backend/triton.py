@@ -1,34 +1,84 @@
-"""A forward and a backward of the composed form (see `aten`) as a sequence of kernels.
+"""Backends `triton` and `hybrid`: the composed form (see `aten`) as a sequence of Triton kernels.
 
 forward     sum_rows: C    compose: D, C's rounding rest, d, U, u    down: Z    gemm: h
 backward    grad_z: dZ, sums over rows    sum_rows: dU    gemm: dx    sum_rows: dD
             reduce: every other gradient but dB_down      through_weight, finish: dB_down
 
-So 4 + 7 launches where every gradient is wanted, and fewer where not. ``fused`` (triton) always takes `gemm`; else
-(hybrid) h and dx each take it where that was measured to be worth it (`Architecture.fuses`), or two GEMMs of cuBLAS.
+So 4 + 7 launches where every gradient is wanted, and fewer where not. `triton` always computes h and dx in `gemm`;
+`hybrid` computes each of them there where that was measured to be faster (`Architecture.fuses`), else in two GEMMs of
+cuBLAS.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor
 
-from ..kernels import compose, gemm, reduce, skinny
-from ..kernels.configs import Architecture, cdiv, of
-from ..kernels.language import INTERPRETED
+from ..kernels import configs
+from ..kernels.configs import Architecture, cdiv
 from ..kernels.launch import Launch
-from .interface import LOW_PRECISION, Operands, Saved
+from .interface import CPU, LOW_PRECISION, Operands, Saved
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LOWEST_CAPABILITY = (8, 0)
 Run = Callable[[Launch], None]  # how a launch is carried out; a report collects them instead
 _ADAPTERS = ("A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias")
+
+
+class TritonBackend:
+    """``fused``: both large products always in our GEMM (`triton`); or each where it pays, any rank (`hybrid`)."""
+
+    def __init__(self, fused: bool) -> None:
+        self.fused = fused
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        from ..kernels.language import INTERPRETED
+
+        if INTERPRETED.value:
+            return None
+        if device.type != "cuda" or torch.version.cuda is None:
+            return (
+                "it needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment for Triton's interpreter on the CPU"
+            )
+        return too_old(torch.cuda.get_device_capability(device))
+
+    def refusal(
+        self, form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False, device: torch.device = CPU
+    ) -> str | None:
+        if dtype not in KERNEL_DTYPES:
+            return f"its kernels have no {dtype}"
+        if form != "composed":
+            return "it has the composed form only"
+        if self.fused and r_a + r_b > configs.MAX_RANK_BLOCK:
+            return f"it fuses ranks up to {configs.MAX_RANK_BLOCK}, and r_a + r_b is {r_a + r_b}; 'hybrid' takes any"
+        return None
+
+    def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
+        return forward(x, op, needs, self.fused, tiles_of(x.device))
+
+    def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
+        return backward(G, contiguous(op), saved, needs, self.fused, tiles_of(G.device))
+
+
+def too_old(capability: tuple[int, int]) -> str | None:
+    """Why the kernels cannot run on GPUs of a capability, or None."""
+    if capability >= LOWEST_CAPABILITY:
+        return None
+    return f"it needs compute capability 8.0 or later, and this GPU has {capability[0]}.{capability[1]}"
 
 
 def forward(
     x: Tensor, op: Operands, needs: Set[str], fused: bool, arch: Architecture, run: Run = Launch.run
 ) -> tuple[Tensor, Operands, Saved]:
+    # Triton is imported at the first use, not with the package.
+    from ..kernels import compose, gemm, skinny
+
     op = contiguous(op)
     precision = _precision(x.dtype)
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
@@ -87,6 +137,8 @@ def _around_cublas(
 def backward(
     G: Tensor, op: Operands, saved: Saved, needs: Set[str], fused: bool, arch: Architecture, run: Run = Launch.run
 ) -> dict[str, Tensor]:
+    from ..kernels import gemm, reduce, skinny
+
     x, Z, D = saved
     if 0 in G.stride():
         G = G.contiguous()  # expanded, as the gradient of a sum: once, where three passes would load single elements
@@ -165,10 +217,12 @@ def contiguous(op: Operands) -> Operands:
 @functools.cache
 def tiles_of(device: torch.device) -> Architecture:
     """Of the device's architecture, for as many multiprocessors as this card has."""
+    from ..kernels.language import INTERPRETED
+
     if INTERPRETED.value:
-        return of(None)
+        return configs.of(None)
     card = torch.cuda.get_device_properties(device)
-    return of((card.major, card.minor))._replace(multiprocessors=card.multi_processor_count)
+    return configs.of((card.major, card.minor))._replace(multiprocessors=card.multi_processor_count)
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .backend import TABLE
-from .backend.interface import Operands
-from .choice import Choice
+from .backend.interface import ARGUMENTS, Operands, joined, split
+from .choose.choice import Choice
 
 
 def autocast_is_on(t: Tensor) -> bool:
@@ -23,14 +23,13 @@ def computed_in(t: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(t.device.type) if autocast_is_on(t) and t.dtype != torch.float64 else t.dtype
 
 
-_FIRST_NUMBER = Operands._fields.index("scale_a")  # of those operands that are numbers, or learnable
-_ARGUMENTS = ("choice", "x", *Operands._fields)
+_ARGUMENTS = ("choice", *ARGUMENTS)
 
 
 class HydraFunction(torch.autograd.Function):
     """``HydraFunction.apply(choice, x, *operands)`` -> h [M, N]: Eq. 9-10 with a hand-written backward.
 
-    Arguments have passed the checks of `hydra_linear`, which is what users call: a `choice.Choice`, x [M, K], the
+    Arguments have passed the checks of `hydra_linear`, which is what users call: a `Choice`, x [M, K], the
     fields of `backend.interface.Operands`, of which those with a default may be left out, all or none. The backward may
     run twice (``retain_graph=True``) but cannot be differentiated: ``create_graph=True`` raises RuntimeError.
     """
@@ -40,13 +39,9 @@ class HydraFunction(torch.autograd.Function):
         needs = frozenset(compress(_ARGUMENTS, ctx.needs_input_grad))
         h, op, saved = TABLE[choice.backend].forward(x, Operands(*operands), needs, choice.form)
         # Every argument of this function, and every tensor saved, costs the host time in every step.
-        tensors: tuple[Any, ...] = op[: len(operands)]
-        numbers: tuple[float | None, ...] = ()
-        if len(operands) == len(op):
-            numbers = tuple(None if isinstance(t, Tensor) else t for t in op[_FIRST_NUMBER:])
-            tensors = (*op[:_FIRST_NUMBER], *(t if isinstance(t, Tensor) else None for t in op[_FIRST_NUMBER:]))
+        tensors, ctx.numbers = split(op) if len(operands) == len(op) else (op[: len(operands)], None)
         ctx.save_for_backward(*tensors, *saved)
-        ctx.needs, ctx.choice, ctx.operands, ctx.numbers = needs, choice, len(operands), numbers
+        ctx.needs, ctx.choice, ctx.operands = needs, choice, len(operands)
         return h
 
     @staticmethod
@@ -63,10 +58,8 @@ class HydraFunction(torch.autograd.Function):
                 "vectorize=True); use backend='aten'"
             )
         tensors, choice, n = ctx.saved_tensors, ctx.choice, ctx.operands
-        op, saved = Operands(*tensors[:n]), tensors[n:]
-        if ctx.numbers:
-            scales = (t if s is None else s for t, s in zip(op[_FIRST_NUMBER:], ctx.numbers, strict=True))
-            op = Operands(*tensors[:_FIRST_NUMBER], *scales)
+        op = Operands(*tensors[:n]) if ctx.numbers is None else joined(tensors[:n], ctx.numbers)
+        saved = tensors[n:]
         backend = TABLE[choice.backend]
         if autocast_is_on(G):
             with torch.autocast(G.device.type, enabled=False):

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from . import extension
-from .backend import TABLE
-from .backend.interface import CPU as CPU
+from .. import extension
+from ..backend import TABLE
+from ..backend.interface import CPU as CPU
 from .choice import DATA, FORMS, Key, Machine, Measured
 
 
@@ -75,7 +75,7 @@ def cache_folder() -> Path:
 
 def versions() -> dict[str, str | None]:
     """What a measurement depends on beside the device: with another of these it says nothing."""
-    from . import __version__
+    from .. import __version__
 
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
     found = {"hydra_kernels": __version__, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton}

@@ -1,0 +1,142 @@
+"""Every check of an argument. An error names the argument, what it was and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import NAMES
+from .backend.interface import ARGUMENTS, LOW_PRECISION, Operands
+from .choose.choice import FORMS
+from .sharding import is_sharded
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts: all but float64
+_ADAPTER_DTYPES = {dtype: (dtype, torch.float32) if dtype in LOW_PRECISION else (dtype,) for dtype in DTYPES}
+_A = ("A_down", "A_up", "A_down_bias", "A_up_bias", "scale_a")
+_B = ("B_down", "B_up", "B_down_bias", "B_up_bias", "scale_b")
+
+
+def check_call(x: Tensor, op: Operands, cast_to: torch.dtype | None) -> tuple[int, int, int, int, int]:
+    """Raises unless the call is right, where ``cast_to`` is autocast's dtype or None; returns M, K, N, r_a, r_b."""
+    M, K, N = _check_frozen(x, op.weight, op.bias, cast_to)
+    device, dtype = x.device, cast_to or x.dtype
+    dtypes = AUTOCAST_DTYPES if cast_to else _ADAPTER_DTYPES[dtype]
+    r_a, r_b = _check_branch(_A, op, K, N, dtypes, device), _check_branch(_B, op, N, N, dtypes, device)
+    if op.mask is not None:
+        _check_tensor("mask", op.mask, (M, r_a + r_b), AUTOCAST_DTYPES if cast_to else (dtype,), device)
+        if op.mask.requires_grad:
+            raise ValueError("mask: it requires grad, but a dropout mask gets none; pass mask.detach()")
+    return M, K, N, r_a, r_b
+
+
+def _check_frozen(x: Any, weight: Any, bias: Any, cast_to: torch.dtype | None) -> tuple[int, int, int]:
+    """Checks x, weight and bias; returns M, K, N."""
+    for name, t in (("x", x), ("weight", weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
+    if weight.requires_grad:
+        remedy = "call weight.requires_grad_(False), or train it through F.linear"
+        if not weight.is_leaf:
+            remedy = "it is part of a parameter that trains, as FSDP1 makes it: use FSDP2 (fully_shard), or detach it"
+        raise ValueError(f"weight: it requires grad, but W0 is frozen and its gradient is never computed; {remedy}")
+    N, K = weight.shape
+    dtypes = AUTOCAST_DTYPES if cast_to else (weight.dtype,)
+    served = AUTOCAST_DTYPES if cast_to else DTYPES
+    if weight.dtype not in served:
+        raise TypeError(f"weight: expected one of {', '.join(map(str, served))}, got {weight.dtype}")
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: expected shape [*, {K}] for a weight of shape [{N}, {K}], got {list(x.shape)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"x: expected {weight.dtype}, as weight has, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x: expected on {weight.device}, where weight is, got {x.device}")
+    if bias is not None:
+        _check_tensor("bias", bias, (N,), dtypes, weight.device)
+    M = 1
+    for size in x.shape[:-1]:
+        M *= size
+    return M, K, N
+
+
+def _check_branch(
+    names: tuple[str, ...], op: Operands, fan_in: int, N: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> int:
+    """Checks one branch, whose operands have these names; returns its rank, 0 where it is absent."""
+    down, up, down_bias, up_bias, scale = [getattr(op, name) for name in names]
+    if isinstance(scale, Tensor):
+        _check_tensor(names[4], scale, (), DTYPES, device)
+    else:
+        check_finite(names[4], scale, "a number or a 0-dimensional tensor")
+    if down is None or up is None:
+        missing = names[0] if down is None else names[1]
+        for name, t in zip(names, (down, up, down_bias, up_bias), strict=False):
+            if t is not None:
+                raise ValueError(f"{name}: given, but {missing} is None; a branch needs both projections")
+        return 0
+    if not isinstance(down, Tensor):
+        raise TypeError(f"{names[0]}: expected a Tensor, got {type(down).__name__}")
+    r = down.shape[0] if down.dim() else 0
+    if r == 0:
+        raise ValueError(f"{names[0]}: expected shape [r >= 1, {fan_in}] or None, got {list(down.shape)}")
+    _check_tensor(names[0], down, (r, fan_in), dtypes, device)
+    dtypes = (down.dtype,)
+    _check_tensor(names[1], up, (N, r), dtypes, device)
+    if down_bias is not None:
+        _check_tensor(names[2], down_bias, (r,), dtypes, device)
+    if up_bias is not None:
+        _check_tensor(names[3], up_bias, (N,), dtypes, device)
+    return r
+
+
+def _check_tensor(
+    name: str, t: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    if t.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}")
+    if t.device != device:
+        raise ValueError(f"{name}: expected on {device}, got {t.device}")
+
+
+def refuse_sharded(x: Tensor, op: Operands) -> None:
+    """Raises TypeError where an operand is a DTensor."""
+    for name, t in zip(ARGUMENTS, (x, *op), strict=True):
+        if is_sharded(t):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor; under FSDP2 call the module, which then sees whole "
+                "parameters; for tensor parallelism use the styles of hydra_kernels.parallel"
+            )
+
+
+def check_route(form: str, backend: str) -> None:
+    """Raises ValueError for an unknown form or backend."""
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    if backend not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {backend!r}")
+
+
+def check_dropout(name: str, p: float) -> None:
+    """Raises unless p is a number in [0, 1)."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name}: expected a number in [0, 1), got {type(p).__name__}")
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {p}")
+
+
+def check_finite(name: str, value: float, kind: str = "a number") -> None:
+    """Raises unless value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {kind}, got {type(value).__name__}")
+    # Under dynamic tracing a float is symbolic, and asking whether it is finite would break the graph.
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")

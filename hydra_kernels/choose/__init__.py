@@ -1,0 +1,1 @@
+"""Which backend and form serve a call: `choice` decides, `machine` knows devices, `tune` measures, `explain` tells."""
