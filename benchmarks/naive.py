@@ -63,30 +63,12 @@ class NaiveHydra(Naive):
         )
 
 
-class NaiveLoRA(Naive):
-    def forward(self, x: Tensor) -> Tensor:
-        return hk.reference.lora_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.A_down,
-            self.A_up,
-            A_down_bias=self.A_down_bias,
-            A_up_bias=self.A_up_bias,
-        )
+class NaiveLoRA(NaiveHydra):
+    """Whose r_b is 0."""
 
 
-class NaiveSeqLoRA(Naive):
-    def forward(self, x: Tensor) -> Tensor:
-        return hk.reference.seqlora_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.B_down,
-            self.B_up,
-            B_down_bias=self.B_down_bias,
-            B_up_bias=self.B_up_bias,
-        )
+class NaiveSeqLoRA(NaiveHydra):
+    """Whose r_a is 0."""
 
 
 NAIVE = {"lora": NaiveLoRA, "seqlora": NaiveSeqLoRA, "hydra": NaiveHydra}

@@ -1,4 +1,4 @@
-"""Eq. 2, 6 and 9-12 of arXiv 2309.06922 as anyone would write them: the oracle (in float64) and the naive baseline.
+"""Eq. 9-12 of arXiv 2309.06922 as anyone would write them: the oracle (in float64) and the naive baseline.
 
 Shapes: x [*, K], weight [N, K], bias [N], A_down [r_a, K], A_up [N, r_a], B_down [r_b, N], B_up [N, r_b], masks [M, r].
 This module imports nothing of the package and is differentiated by autograd.
@@ -34,6 +34,8 @@ def hydra_linear(
 ) -> Tensor:
     """Hydra (Eq. 9-10): ``h = y0 + s_a A_up A_down x + s_b B_up B_down y0`` with ``y0 = W0 x + b0``; returns [*, N].
 
+    Without B_down and B_up it is LoRA (Eq. 2), without A_down and A_up SeqLoRA (Eq. 6).
+
     Arguments are those of :func:`hydra_kernels.hydra_linear`. ``form`` and ``backend`` are accepted so that the two
     functions can be exchanged; there is one way to compute here, and nothing is validated.
     """
@@ -48,60 +50,6 @@ def hydra_linear(
         mask_b = None if mask is None else mask[:, r_a:]
         h = h + low_rank(y0, B_down, B_up, B_down_bias, B_up_bias, scale_b, dropout_p, training, mask_b)
     return h
-
-
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A_down: Tensor,
-    A_up: Tensor,
-    *,
-    A_down_bias: Tensor | None = None,
-    A_up_bias: Tensor | None = None,
-    scale: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    training: bool = True,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """LoRA (Eq. 2): ``h = W0 x + b0 + s A_up A_down x``; returns [*, N].
-
-    Args:
-        x, weight, bias: [*, K], W0 [N, K], b0 [N] or None.
-        A_down, A_up: [r, K] and [N, r].
-        A_down_bias, A_up_bias: [r] and [N], or None.
-        scale: s, a number or a 0-dimensional tensor.
-        dropout_p, training, mask: dropout on the bottleneck, as in `hydra_linear`; mask is [M, r].
-    """
-    delta = low_rank(x, A_down, A_up, A_down_bias, A_up_bias, scale, dropout_p, training, mask)
-    return F.linear(x, weight, bias) + delta
-
-
-def seqlora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    B_down: Tensor,
-    B_up: Tensor,
-    *,
-    B_down_bias: Tensor | None = None,
-    B_up_bias: Tensor | None = None,
-    scale: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    training: bool = True,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """SeqLoRA (Eq. 6): ``h = y0 + s B_up B_down y0`` with ``y0 = W0 x + b0``; returns [*, N].
-
-    Args:
-        x, weight, bias: [*, K], W0 [N, K], b0 [N] or None.
-        B_down, B_up: [r, N] and [N, r].
-        B_down_bias, B_up_bias: [r] and [N], or None.
-        scale: s, a number or a 0-dimensional tensor.
-        dropout_p, training, mask: dropout on the bottleneck, as in `hydra_linear`; mask is [M, r].
-    """
-    y0 = F.linear(x, weight, bias)
-    return y0 + low_rank(y0, B_down, B_up, B_down_bias, B_up_bias, scale, dropout_p, training, mask)
 
 
 def low_rank(
