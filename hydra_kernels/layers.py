@@ -151,7 +151,7 @@ class HydraLinear(Adapter):
             return self.parallel(self, x)
         if not self.adapters_enabled:
             return hydra_linear(x, self.weight, self.bias, None, None, None, None)
-        # Not self.merged_weight: what is found through Module.__getattr__ costs host time in every forward.
+        # Not self.merged_weight: the way through Module.__getattr__ costs host time in every forward.
         merged_weight = self._buffers["merged_weight"]
         if merged_weight is not None:
             return hydra_linear(x, merged_weight, self.merged_bias, None, None, None, None)

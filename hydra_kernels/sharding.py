@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def is_sharded(t: object) -> bool:
-    """Whether t is a DTensor. Nothing is one as long as nobody has imported them, which takes most of a second."""
+    """Whether t is a DTensor. The class is not imported for it, which takes most of a second: until someone has imported
+    it, no tensor is one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
