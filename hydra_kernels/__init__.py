@@ -16,8 +16,9 @@ from .model import (
     print_trainable_parameters,
     unmerge,
 )
+from .version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "HydraFunction",

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .backend import TABLE
-from .backend.interface import ARGUMENTS, Operands, joined, split
-from .choose.choice import Choice
+from .backend.interface import ARGUMENTS, Choice, Operands, joined, split
 
 
 def autocast_is_on(t: Tensor) -> bool:
@@ -29,8 +28,8 @@ _ARGUMENTS = ("choice", *ARGUMENTS)
 class HydraFunction(torch.autograd.Function):
     """``HydraFunction.apply(choice, x, *operands)`` -> h [M, N]: Eq. 9-10 with a hand-written backward.
 
-    Arguments have passed the checks of `hydra_linear`, which is what users call: a `Choice`, x [M, K], the
-    fields of `backend.interface.Operands`, of which those with a default may be left out, all or none. The backward may
+    Arguments have passed the checks of `hydra_linear`, which is what users call: a `Choice`, x [M, K], the fields
+    of `backend.interface.Operands`, of which those with a default may be left out, all or none. The backward may
     run twice (``retain_graph=True``) but cannot be differentiated: ``create_graph=True`` raises RuntimeError.
     """
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .backend import NAMES
-from .backend.interface import ARGUMENTS, LOW_PRECISION, Operands
-from .choose.choice import FORMS
+from .backend.interface import ARGUMENTS, FORMS, LOW_PRECISION, Operands
 from .sharding import is_sharded
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

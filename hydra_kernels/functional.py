@@ -13,9 +13,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import extension, reference
 from .autograd import HydraFunction, autocast_is_on
 from .backend import TABLE
-from .backend.interface import FIRST_OPTION, Operands
+from .backend.interface import FIRST_OPTION, Choice, Operands
 from .checks import AUTOCAST_DTYPES, check_call, check_dropout, check_route, refuse_sharded
-from .choose.choice import Choice, choose
+from .choose.choice import choose
 from .choose.machine import here
 
 

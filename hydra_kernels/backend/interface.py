@@ -12,10 +12,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+FORMS = ("auto", "composed", "kept", "effective")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
 COMPOSED_ONLY = ("hybrid", "triton")
 MAX_NATIVE_RANK = 64  # of native's kernels on a GPU
+
+
+class Choice(NamedTuple):
+    """What runs: ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` is one of FORMS but "auto"; and why."""
+
+    backend: str
+    form: str
+    why_backend: str
+    why_form: str
 
 
 class Operands(NamedTuple):

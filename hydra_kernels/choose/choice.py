@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK
+from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK, Choice
 
-FORMS = ("auto", "composed", "kept", "effective")
 DATA: dict[str, Any] = json.loads((Path(__file__).parent / "numbers.json").read_text(encoding="utf-8"))
 _COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
 _EFFECTIVE_FROM: float = DATA["effective_from_M_over_N"]
@@ -27,15 +26,6 @@ _WHY_LORA = "without a sequential branch nothing needs y0"
 _WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
 _WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
 _WHY_COMPOSED = f"M is at least {_COMPOSED_FROM} K: passes over [M, N] are spared"
-
-
-class Choice(NamedTuple):
-    """What runs: ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` is one of FORMS but "auto"; and why."""
-
-    backend: str
-    form: str
-    why_backend: str
-    why_form: str
 
 
 class Measured(NamedTuple):

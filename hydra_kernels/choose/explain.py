@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backend import TABLE
-from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK
+from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK, Choice
 from ..backend.triton import too_old
 from ..kernels import configs
-from .choice import DATA, Choice, Machine, choose
+from .choice import DATA, Machine, choose
 from .machine import CPU, device_name, here, table
 
 Capability = tuple[int, int] | str | None

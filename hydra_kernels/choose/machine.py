@@ -18,7 +18,9 @@ import torch
 from .. import extension
 from ..backend import TABLE
 from ..backend.interface import CPU as CPU
-from .choice import DATA, FORMS, Key, Machine, Measured
+from ..backend.interface import FORMS
+from ..version import VERSION
+from .choice import DATA, Key, Machine, Measured
 
 
 def here(device: torch.device) -> Machine:
@@ -75,10 +77,8 @@ def cache_folder() -> Path:
 
 def versions() -> dict[str, str | None]:
     """What a measurement depends on beside the device: with another of these it says nothing."""
-    from .. import __version__
-
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
-    found = {"hydra_kernels": __version__, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton}
+    found = {"hydra_kernels": VERSION, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton}
     # On a GPU the host's speed decides small layers.
     return found | {"native": extension.record().get("sources"), "cpu": cpu_name()}
 
