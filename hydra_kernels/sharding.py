@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def is_sharded(t: object) -> bool:
-    """Whether t is a DTensor. It does not import the class, which takes most of a second: before that no tensor is one."""
+    """Whether t is a DTensor. Does not import the class, which takes a second: until then no tensor is one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
