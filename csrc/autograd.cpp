@@ -37,13 +37,13 @@ struct Call : torch::CustomClassHolder {
   Operands numbers;
   Form form;
   Needs needs{0};
-  uint32_t given = 0;  // of the arguments
-  uint32_t kept = 0;   // of those that the backward reads; what the form saved follows them
+  uint32_t given = 0;  // the tensors that autograd knows as inputs
+  uint32_t kept = 0;   // those of them that are saved for the backward; what the form saved follows them
   std::vector<bool> saved;  // which of the form's tensors are defined
 };
 
 struct HydraFunction : torch::autograd::Function<HydraFunction> {
-  // `given` are the tensors that are there: autograd's bookkeeping for each costs host time.
+  // The list holds only tensors that are defined: autograd's bookkeeping for each one costs host time.
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::TensorList&, const Operands& op,
                             const Gradients& all, c10::intrusive_ptr<Call> call) {
     Forward result = hydra::forward(all[X], op, call->needs, call->form);
@@ -84,7 +84,7 @@ struct HydraFunction : torch::autograd::Function<HydraFunction> {
     torch::autograd::variable_list result;
     for (int i = 0; i < GRADIENTS; ++i)
       if (call->given & 1u << i) result.push_back(std::move(grads[i]));
-    result.resize(result.size() + 3);  // of the arguments after the list
+    result.resize(result.size() + 3);  // the arguments after the list have no gradients
     return result;
   }
 };

@@ -1,4 +1,4 @@
-// The Python module hydra_kernels._native: no arithmetic.
+// The Python module hydra_kernels._native. It converts arguments and results; it has no arithmetic.
 #include "autograd.h"
 #include "check.h"
 #include "cpu/products.h"
@@ -91,10 +91,14 @@ py::dict backward(py::handle G, const py::tuple& op, const py::tuple& saved, uin
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of hydra_kernels.";
-  m.def("sizes", torch::wrap_pybind_function(sizes), "(x, *operands that may be tensors) -> (M, K, N, r_a, r_b), or None: Python must judge");
-  m.def("apply", torch::wrap_pybind_function(apply), "(x, Operands, form) -> h, differentiable, for a call whose sizes it told");
-  m.def("forward", torch::wrap_pybind_function(forward), "(x, Operands, bits of the wanted gradients, form) -> (h, saved)");
+  m.def("sizes", torch::wrap_pybind_function(sizes),
+        "(x, *operands that may be tensors) -> (M, K, N, r_a, r_b), or None: Python must judge");
+  m.def("apply", torch::wrap_pybind_function(apply),
+        "(x, Operands, form) -> h, differentiable, for a call that `sizes` vouched for");
+  m.def("forward", torch::wrap_pybind_function(forward),
+        "(x, Operands, bits of the wanted gradients, form) -> (h, saved)");
   m.def("backward", torch::wrap_pybind_function(backward), "(G, Operands, saved, bits, form) -> gradients by name");
-  m.def("operands", torch::wrap_pybind_function(table), "[(name, \"tensor\", \"scale\" or \"number\")] in the order of Operands");
+  m.def("operands", torch::wrap_pybind_function(table),
+        "[(name, \"tensor\", \"scale\" or \"number\")] in the order of Operands");
   m.def("instructions", &hydra::cpu::instructions, "The instruction set of the CPU kernels.");
 }

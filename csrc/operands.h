@@ -1,4 +1,4 @@
-// What a forward and a backward are given and what they owe: backend/interface.py in C++.
+// The arguments and results of a forward and a backward: backend/interface.py in C++.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -93,7 +93,7 @@ struct Needs {
 };
 static_assert(GRADIENTS <= 32, "sets of gradients are 32 bits wide");
 
-// composed: y0 never exists. effective: neither does Z, the forward being x (W0 + U D)^T. kept: y0 is saved.
+// composed: y0 is never computed. effective: nor is Z, since the forward is x (W0 + U D)^T. kept: y0 is saved.
 enum class Form { composed, effective, kept };
 
 // Undefined tensors stand for None.

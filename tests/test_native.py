@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hydra_kernels as hk
 from hydra_kernels import extension
+from hydra_kernels.backend.interface import Operands
 
 from .cases import PLAIN, Case, operands
 from .test_backends import EVERYTHING, F32, F64, NAMES, call, compare, everything
@@ -93,6 +95,24 @@ def test_the_same_bits_in_every_run_and_from_many_threads(form):
     with ThreadPoolExecutor(4) as pool:
         for made in pool.map(lambda _: results(t, G, form), range(12)):
             assert all(torch.equal(made[name], value) and value.any() for name, value in first.items())
+
+
+def test_the_table_of_operands_is_pythons():
+    """Name by name in the same order, and each of the same kind: a tensor, a number that may be learned, a number."""
+    kinds = {torch.Tensor | None: "tensor", float | torch.Tensor: "scale", float: "number"}
+    annotated = typing.get_type_hints(Operands)
+    assert NATIVE.operands() == [(name, kinds[annotated[name]]) for name in Operands._fields]
+
+
+def test_a_call_with_an_operand_too_few_or_too_many_is_refused():
+    right = list(RIGHT.values())
+    for wrong in ([], right[:-1], [*right, 1.0]):
+        with pytest.raises(TypeError, match="sizes: expected x and 13 operands"):
+            NATIVE.sizes(*wrong)
+    op = Operands(*right[1:])
+    for wrong in (op[:-1], (*op, 1.0)):
+        with pytest.raises(TypeError, match="expected the 14 fields of Operands"):
+            NATIVE.apply(right[0], wrong, "composed")
 
 
 RIGHT = {**arguments(), "mask": None, "scale_a": 1.0, "scale_b": 1.0}
