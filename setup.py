@@ -73,9 +73,8 @@ def asked() -> str | None:
 def run(command: list[str], **more: str) -> str:
     """What a command prints. Where it fails, the error's first line says why, the others are the command's last."""
     environment = {**os.environ, "LC_ALL": "C", **more}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, **both)
     if done.returncode:
         print(shlex.join(command), done.stdout, sep="\n", file=sys.stderr)
         said = done.stdout.strip().splitlines() or [f"status {done.returncode}"]
@@ -143,7 +142,7 @@ def nvcc_tools() -> tuple[str, list[str], list[str]]:
 
 
 def touch_what_changed(noted: Path) -> None:
-    """ninja compares times, which a file that is copied or restored may keep: where the content is new, so is the time."""
+    """ninja compares times, which a copied or restored file may keep. So a file with new content gets a new time."""
     before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
     paths = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.glob("csrc/**/*.*"))}
     now = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
@@ -153,16 +152,20 @@ def touch_what_changed(noted: Path) -> None:
     noted.write_text(json.dumps(now, indent=2), encoding="utf-8")
 
 
-def build_file(folder: str, steps: dict[str, tuple[list[str], list[Path]]], link: list[str], libraries: list[str]) -> str:
+def build_file(folder: str, compile_: dict[str, tuple], link: list[str], libraries: list[str]) -> str:
     """What ninja reads: for each compiler a rule and its sources, then the module that the objects are linked to."""
+
+    def quoted(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
     text, objects, tools = f"builddir = {folder}\n", [], f"{folder}/tools.json"
-    for name, (command, sources) in steps.items():
-        text += COMPILE.format(name=name, command=shlex.join(command).replace("$", "$$"))
+    for name, (command, sources) in compile_.items():
+        text += COMPILE.format(name=name, command=quoted(command))
         for source in sources:
             path = source.relative_to(ROOT).as_posix()
             objects.append(f"{folder}/{path}.o")
             text += f"build {objects[-1]}: {name} {path} | {tools}\n"
-    text += LINK.format(command=shlex.join(link).replace("$", "$$"), libraries=shlex.join(libraries).replace("$", "$$"))
+    text += LINK.format(command=quoted(link), libraries=quoted(libraries))
     return text + f"build {folder}/_native.so: link {' '.join(objects)} | {tools}\n"
 
 
@@ -172,7 +175,7 @@ def compile_native(mode: str, target: Path) -> dict[str, object]:
     import torch
 
     compilers = {"c++": run([*compiler, "--version"]).splitlines()[0]}
-    link, targets, steps, environment = [*compiler, "-shared", "-fopenmp"], [], {}, {"NINJA_STATUS": "[%f/%t] "}
+    link, targets, compile_, environment = [*compiler, "-shared", "-fopenmp"], [], {}, {"NINJA_STATUS": "[%f/%t] "}
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     if mode == "cuda":
         nvcc, nvcc_flags, targets = nvcc_tools()
@@ -187,15 +190,16 @@ def compile_native(mode: str, target: Path) -> dict[str, object]:
         cu = sorted(ROOT.glob("csrc/cuda/*.cu"))
         if not cu:
             raise ExecError("csrc/cuda holds no .cu file")
-        steps["nvcc"] = [nvcc, *host, *nvcc_flags, "-MD"], cu
-        # The architectures of one file beside each other. Not in its command, which would compile anew where jobs differ.
+        compile_["nvcc"] = [nvcc, *host, *nvcc_flags, "-MD"], cu
+        # The architectures of one file beside each other. Not in the command, lest another MAX_JOBS compile all again.
         threads = f"--threads={max(1, jobs // len(cu))}"
         environment["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} {threads}"
-    steps["cpp"] = [*compiler, *flags, "-MMD"], [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    cpp = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    compile_["cpp"] = [*compiler, *flags, "-MMD"], cpp
 
     folder = ROOT / "build" / mode
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(build_file(f"build/{mode}", steps, link, libraries), encoding="utf-8")
+    (folder / "build.ninja").write_text(build_file(f"build/{mode}", compile_, link, libraries), encoding="utf-8")
     touch_what_changed(folder / "contents.json")
     # Everything depends on this file, since the depfiles of the C++ compiler leave out the headers of torch.
     tools, versions = folder / "tools.json", json.dumps([compilers, torch.__version__])

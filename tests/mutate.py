@@ -88,7 +88,7 @@ def build_native(folder: Path) -> bool:
 
 
 def copy_sources(folder: Path, built: Path | None = None) -> None:
-    """With what was compiled in the folder ``built``, whose files keep their times: ninja compiles only what changes."""
+    """With what was compiled in the folder ``built``: files keep their times, so ninja compiles only what changes."""
     if built is not None and (built / "build").exists():
         shutil.copytree(built / "build", folder / "build")
     for name in SOURCES:
