@@ -10,32 +10,26 @@ using namespace hydra::python;
 
 bool is_tensor(PyObject* object) { return THPVariable_CheckExact(object) || is_parameter(object); }
 
-// Whether Python's object is of an operand's type, and of no subclass.
-bool is_plain(PyObject* object, const at::Tensor&) { return object == Py_None || is_tensor(object); }
-bool is_plain(PyObject* object, const hydra::Scale&) {
-  if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return is_tensor(object);
-  if (PyFloat_AsDouble(object) != -1 || !PyErr_Occurred()) return true;
+// Whether a field of Python's has exactly an operand's type, and no subclass.
+bool is_plain(PyObject* field, const at::Tensor&) { return field == Py_None || is_tensor(field); }
+bool is_plain(PyObject* field, double) {
+  if (!PyFloat_CheckExact(field) && !PyLong_CheckExact(field)) return false;
+  if (PyFloat_AsDouble(field) != -1 || !PyErr_Occurred()) return true;
   PyErr_Clear();  // an integer that no double can hold
   return false;
 }
+bool is_plain(PyObject* field, const hydra::Scale& scale) { return is_tensor(field) || is_plain(field, scale.value); }
 
-// (M, K, N, r_a, r_b) of a call with x and all operands but those that are always numbers; None where Python must judge.
-py::object sizes(const py::args& arguments) {
-  const auto at = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(arguments.ptr(), i); };
+// (M, K, N, r_a, r_b), or None where Python must judge.
+py::object sizes(py::handle x, const py::tuple& fields) {
   hydra::Operands op;
-  const Py_ssize_t count = arguments.size();
-  Py_ssize_t next = 1;
-  bool plain = count > 0 && is_tensor(at(0));
-  hydra::each_operand([&](hydra::Gradient, auto& operand) {
-    if constexpr (!hydra::is_number<decltype(operand)>) {
-      plain = plain && next < count && is_plain(at(next), operand);
-      if (plain) unpack(at(next), operand);
-      ++next;
-    }
-  }, op);
-  if (next != count) throw py::type_error("sizes: expected x and " + std::to_string(next - 1) + " operands");
+  bool plain = is_tensor(x.ptr());
+  each_field([&](PyObject* field, auto& operand) {
+    plain = plain && is_plain(field, operand);
+    if (plain) unpack(field, operand);
+  }, fields, op);
   hydra::Sizes found;
-  if (!plain || !hydra::vouch_for(tensor(at(0)), op, &found)) return py::none();
+  if (!plain || !hydra::vouch_for(tensor(x.ptr()), op, &found)) return py::none();
   return py::make_tuple(found.M, found.K, found.N, found.r_a, found.r_b);
 }
 
@@ -92,7 +86,7 @@ py::dict backward(py::handle G, const py::tuple& op, const py::tuple& saved, uin
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of hydra_kernels.";
   m.def("sizes", torch::wrap_pybind_function(sizes),
-        "(x, *operands that may be tensors) -> (M, K, N, r_a, r_b), or None: Python must judge");
+        "(x, Operands) -> (M, K, N, r_a, r_b), or None: Python must judge");
   m.def("apply", torch::wrap_pybind_function(apply),
         "(x, Operands, form) -> h, differentiable, for a call that `sizes` vouched for");
   m.def("forward", torch::wrap_pybind_function(forward),

@@ -42,12 +42,17 @@ inline void unpack(PyObject* object, Scale& operand) {
 }
 inline void unpack(PyObject* object, double& operand) { operand = PyFloat_AsDouble(object); }
 
-// From a backend.interface.Operands.
-inline Operands operands(const py::tuple& fields) {
+// Calls visit(field, operand) for each field of a backend.interface.Operands.
+template <class Visit>
+void each_field(const Visit& visit, const py::tuple& fields, Operands& op) {
   if (fields.size() != OPERANDS) throw py::type_error("expected the " + std::to_string(OPERANDS) + " fields of Operands");
-  Operands op;
   Py_ssize_t i = 0;
-  each_operand([&](Gradient, auto& operand) { unpack(PyTuple_GET_ITEM(fields.ptr(), i++), operand); }, op);
+  each_operand([&](Gradient, auto& operand) { visit(PyTuple_GET_ITEM(fields.ptr(), i++), operand); }, op);
+}
+
+inline Operands operands(const py::tuple& fields) {
+  Operands op;
+  each_field([](PyObject* field, auto& operand) { unpack(field, operand); }, fields, op);
   return op;
 }
 

@@ -104,22 +104,20 @@ def test_the_table_of_operands_is_pythons():
     assert NATIVE.operands() == [(name, kinds[annotated[name]]) for name in Operands._fields]
 
 
-def test_a_call_with_an_operand_too_few_or_too_many_is_refused():
-    right = list(RIGHT.values())
-    for wrong in ([], right[:-1], [*right, 1.0]):
-        with pytest.raises(TypeError, match="sizes: expected x and 13 operands"):
-            NATIVE.sizes(*wrong)
-    op = Operands(*right[1:])
-    for wrong in (op[:-1], (*op, 1.0)):
-        with pytest.raises(TypeError, match="expected the 14 fields of Operands"):
-            NATIVE.apply(right[0], wrong, "composed")
+def test_fields_too_few_or_too_many_are_refused():
+    x, *op = RIGHT.values()
+    for wrong in ((), tuple(op), (*Operands(*op), 1.0)):  # none, without mask_scale, one more
+        for function, arguments in (NATIVE.sizes, ()), (NATIVE.apply, ("composed",)):
+            with pytest.raises(TypeError, match="expected the 14 fields of Operands"):
+                function(x, wrong, *arguments)
 
 
 RIGHT = {**arguments(), "mask": None, "scale_a": 1.0, "scale_b": 1.0}
 
 
 def sizes(**changed):
-    return NATIVE.sizes(*({**RIGHT, **changed}.values()))
+    x, *op = ({**RIGHT, **changed}).values()
+    return NATIVE.sizes(x, Operands(*op))
 
 
 def test_a_right_call_is_vouched_for():
