@@ -41,18 +41,6 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "hydra_kernels"
 MODES = ("cuda", "cpp", "none")  # the order in which they are tried
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-COMPILE = """
-rule {name}
-  command = {command} -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-  description = {name} $in
-"""
-LINK = """
-rule link
-  command = {command} $in {libraries} -o $out
-  description = link $out
-"""
 
 
 def source_hash(mode: str) -> str:
@@ -158,15 +146,16 @@ def build_file(folder: str, compile_: dict[str, tuple], link: list[str], librari
     def quoted(words: list[str]) -> str:
         return shlex.join(words).replace("$", "$$")
 
-    text, objects, tools = f"builddir = {folder}\n", [], f"{folder}/tools.json"
+    lines, objects = [f"builddir = {folder}"], []
     for name, (command, sources) in compile_.items():
-        text += COMPILE.format(name=name, command=quoted(command))
+        lines += [f"rule {name}", f"  command = {quoted(command)} -MF $out.d -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {name} $in"]
         for source in sources:
             path = source.relative_to(ROOT).as_posix()
             objects.append(f"{folder}/{path}.o")
-            text += f"build {objects[-1]}: {name} {path} | {tools}\n"
-    text += LINK.format(command=quoted(link), libraries=quoted(libraries))
-    return text + f"build {folder}/_native.so: link {' '.join(objects)} | {tools}\n"
+            lines.append(f"build {objects[-1]}: {name} {path}")
+    lines += ["rule link", f"  command = {quoted(link)} $in {quoted(libraries)} -o $out", "  description = link $out"]
+    return "\n".join([*lines, f"build {folder}/_native.so: link {' '.join(objects)}"]) + "\n"
 
 
 def compile_native(mode: str, target: Path) -> dict[str, object]:
@@ -196,15 +185,15 @@ def compile_native(mode: str, target: Path) -> dict[str, object]:
         environment["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} {threads}"
     cpp = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
     compile_["cpp"] = [*compiler, *flags, "-MMD"], cpp
+    # No source reads this macro. It makes commands differ where a compiler or torch does, so that ninja compiles again.
+    tools = hashlib.sha256(json.dumps([compilers, torch.__version__]).encode()).hexdigest()[:16]
+    for command, _ in compile_.values():
+        command.append(f"-DHYDRA_TOOLS={tools}")
 
     folder = ROOT / "build" / mode
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(build_file(f"build/{mode}", compile_, link, libraries), encoding="utf-8")
     touch_what_changed(folder / "contents.json")
-    # Everything depends on this file, since the depfiles of the C++ compiler leave out the headers of torch.
-    tools, versions = folder / "tools.json", json.dumps([compilers, torch.__version__])
-    if not tools.exists() or tools.read_text(encoding="utf-8") != versions:
-        tools.write_text(versions, encoding="utf-8")
     print(run([find_ninja(), "-f", f"build/{mode}/build.ninja", f"-j{jobs}"], **environment), end="")
     part = target.with_name(f"{target.name}-{os.getpid()}")
     shutil.copy(folder / "_native.so", part)

@@ -107,9 +107,9 @@ def test_the_table_of_operands_is_pythons():
 def test_fields_too_few_or_too_many_are_refused():
     x, *op = RIGHT.values()
     for wrong in ((), tuple(op), (*Operands(*op), 1.0)):  # none, without mask_scale, one more
-        for function, arguments in (NATIVE.sizes, ()), (NATIVE.apply, ("composed",)):
+        for function, form in (NATIVE.sizes, ()), (NATIVE.apply, ("composed",)):
             with pytest.raises(TypeError, match="expected the 14 fields of Operands"):
-                function(x, wrong, *arguments)
+                function(x, wrong, *form)
 
 
 RIGHT = {**arguments(), "mask": None, "scale_a": 1.0, "scale_b": 1.0}
