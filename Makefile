@@ -52,7 +52,7 @@ lint: $(STAMP)
 $(STAMP): $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps $(TORCH_SOURCE) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools ninja
 	HYDRA_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[bench,examples,peft,test,lint]"
 	rm -f $(VENV)/.installed-*
 	touch $@

@@ -1,8 +1,8 @@
 """Builds the compiled part, `hydra_kernels._native`, from csrc; all other metadata lives in pyproject.toml.
 
     HYDRA_BUILD  builds                                                       needs
-    cuda         csrc/*.cpp, csrc/cpu/*.cpp, csrc/cuda/*.cu                   torch, a C++ compiler, nvcc
-    cpp          csrc/*.cpp, csrc/cpu/*.cpp                                   torch, a C++ compiler
+    cuda         csrc/*.cpp, csrc/cpu/*.cpp, csrc/cuda/*.cu                   torch, ninja, a C++ compiler, nvcc
+    cpp          csrc/*.cpp, csrc/cpu/*.cpp                                   torch, ninja, a C++ compiler
     none         nothing: the package is pure Python
     unset        the first of these that succeeds, and never fails the install
 
@@ -10,9 +10,13 @@ The mode, why it is not a higher one, and what it was built with and from go to 
 pip hides what a build prints, and `extension.py` loads nothing that this record does not vouch for.
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME and CXX mean what they mean to torch.
 
+Each mode has a `build.ninja` in a folder of its own, build/cpp or build/cuda, with paths relative to this folder, so
+that a copy of the whole tree builds on from where the tree was.
+
 Not torch's CUDAExtension, which refuses where torch is a CPU build: the .cu files know nothing of torch, so nvcc
-compiles them for either, and its static runtime imports without a driver. Nor torch's BuildExtension: a record cannot
-quote the compiler's words from it, and without ninja it compiles everything anew, one file after another.
+compiles them for either, and its static runtime imports without a driver. Nor torch's BuildExtension, which prints the
+compiler's words and raises without them: the record could not quote them. pybind11 is the one that torch ships: another
+has its own registry of types and would not know torch's.
 """
 
 import hashlib
@@ -25,7 +29,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,19 +38,17 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc"
-OBJECTS = ROOT / "build" / "objects"
 PACKAGE = "hydra_kernels"
 MODES = ("cuda", "cpp", "none")  # the order in which they are tried
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
-def source_hash(csrc: Path, mode: str) -> str:
+def source_hash(mode: str) -> str:
     """That of extension.py, which compares it; loaded by itself, since the package imports torch."""
     spec = importlib.util.spec_from_file_location("extension", ROOT / PACKAGE / "extension.py")
     extension = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(extension)
-    return extension.source_hash(csrc, mode)
+    return extension.source_hash(ROOT / "csrc", mode)
 
 
 def asked() -> str | None:
@@ -56,18 +58,32 @@ def asked() -> str | None:
     return mode
 
 
-def run(command: list[str]) -> str:
+def run(command: list[str], **more: str) -> str:
     """What a command prints. Where it fails, the error's first line says why, the others are the command's last."""
-    english = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(
-        command, env=english, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    environment = {**os.environ, "LC_ALL": "C", **more}
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, **both)
     if done.returncode:
         print(shlex.join(command), done.stdout, sep="\n", file=sys.stderr)
-        lines = done.stdout.strip().splitlines() or [f"status {done.returncode}"]
-        cause = next((line for line in lines if "error:" in line), lines[-1])
-        raise ExecError("\n".join([f"{Path(command[0]).name} failed: {cause}", *lines[-10:]]))
+        said = done.stdout.strip().splitlines() or [f"status {done.returncode}"]
+        failed = next((i for i, line in enumerate(said) if line.startswith("FAILED: ")), None)
+        if failed is not None:  # ninja's account of the first command that failed: its output, itself, its words
+            command = shlex.split(said[failed + 1])
+            said = list(takewhile(lambda line: not line.startswith(("[", "ninja: ")), said[failed + 2 :]))
+        cause = next((line for line in said if "error:" in line), said[-1] if said else "it said nothing")
+        raise ExecError("\n".join([f"{Path(command[0]).name} failed: {cause}", *said[-10:]]))
     return done.stdout
+
+
+def find_ninja() -> str:
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = ""
+    found = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja") or shutil.which("ninja-build")
+    if found is None:
+        raise ExecError("no ninja found: pip install ninja")
+    return found
 
 
 def cpp_tools() -> tuple[list[str], list[str], list[str]]:
@@ -75,12 +91,13 @@ def cpp_tools() -> tuple[list[str], list[str], list[str]]:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
     if not compiler:
         raise ExecError("no C++ compiler found (CXX, or c++, g++ or clang++ in PATH)")
+    find_ninja()
     try:
         from torch.utils import cpp_extension
     except (ImportError, OSError) as error:
         raise ExecError(f"no torch in the build: install it first, give pip --no-build-isolation ({error})") from error
     flags = ["-O3", "-std=c++20", "-fopenmp", "-g0", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall"]
-    flags += ["-DTORCH_EXTENSION_NAME=_native", f"-I{CSRC}", f"-I{sysconfig.get_path('include')}"]
+    flags += ["-DTORCH_EXTENSION_NAME=_native", "-Icsrc", f"-I{sysconfig.get_path('include')}"]
     flags += [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
     libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
     return shlex.split(compiler), flags, [*libraries, "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
@@ -112,15 +129,42 @@ def nvcc_tools() -> tuple[str, list[str], list[str]]:
     return nvcc, ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", *flags], targets
 
 
+def touch_what_changed(noted: Path) -> None:
+    """ninja compares times, which a copied or restored file may keep. So a file with new content gets a new time."""
+    before = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    paths = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.glob("csrc/**/*.*"))}
+    now = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+    for name in now:
+        if before.get(name, now[name]) != now[name]:
+            paths[name].touch()
+    noted.write_text(json.dumps(now, indent=2), encoding="utf-8")
+
+
+def build_file(folder: str, compile_: dict[str, tuple], link: list[str], libraries: list[str]) -> str:
+    """What ninja reads: for each compiler a rule and its sources, then the module that the objects are linked to."""
+
+    def quoted(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    lines, objects = [f"builddir = {folder}"], []
+    for name, (command, sources) in compile_.items():
+        lines += [f"rule {name}", f"  command = {quoted(command)} -MF $out.d -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {name} $in"]
+        for source in sources:
+            path = source.relative_to(ROOT).as_posix()
+            objects.append(f"{folder}/{path}.o")
+            lines.append(f"build {objects[-1]}: {name} {path}")
+    lines += ["rule link", f"  command = {quoted(link)} $in {quoted(libraries)} -o $out", "  description = link $out"]
+    return "\n".join([*lines, f"build {folder}/_native.so: link {' '.join(objects)}"]) + "\n"
+
+
 def compile_native(mode: str, target: Path) -> dict[str, object]:
-    """Compiles and links target; what the record says of it. Objects are named by all they depend on, and reused."""
+    """Compiles and links target; what the record says of it."""
     compiler, flags, libraries = cpp_tools()
     import torch
 
-    cpp = [*sorted(CSRC.glob("*.cpp")), *sorted(CSRC.glob("cpu/*.cpp"))]
     compilers = {"c++": run([*compiler, "--version"]).splitlines()[0]}
-    command, targets, units = [*compiler, *flags], [], []
-    link = [*compiler, "-shared", "-fopenmp"]
+    link, targets, compile_, environment = [*compiler, "-shared", "-fopenmp"], [], {}, {"NINJA_STATUS": "[%f/%t] "}
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     if mode == "cuda":
         nvcc, nvcc_flags, targets = nvcc_tools()
@@ -129,34 +173,30 @@ def compile_native(mode: str, target: Path) -> dict[str, object]:
         major = compilers["nvcc"].partition("release ")[2].partition(".")[0]
         if torch.version.cuda and torch.version.cuda.partition(".")[0] != major:  # a driver need not serve both
             raise ExecError(f"nvcc is of another CUDA than torch's {torch.version.cuda}: {compilers['nvcc']}")
-        command.append("-DHYDRA_WITH_CUDA")
+        flags.append("-DHYDRA_WITH_CUDA")
         host = [f"-ccbin={compiler[-1]}"] if os.environ.get("CXX") else []  # the last word: not ccache
         link = [nvcc, *host, "-shared", "-cudart=static", "-nodlink", "-Xcompiler=-fopenmp"]
-        cu = sorted(CSRC.glob("cuda/*.cu"))
+        cu = sorted(ROOT.glob("csrc/cuda/*.cu"))
         if not cu:
             raise ExecError("csrc/cuda holds no .cu file")
-        threads = f"--threads={max(1, jobs // len(cu))}"  # the architectures of one file beside each other
-        headers = [path for path in sorted(CSRC.glob("cuda/*")) if path.suffix in (".h", ".cuh")]
-        units += [(source, [nvcc, *host, threads, *nvcc_flags], headers) for source in cu]
-    units += [(source, command, sorted(CSRC.rglob("*.h"))) for source in cpp]
+        compile_["nvcc"] = [nvcc, *host, *nvcc_flags, "-MD"], cu
+        # The architectures of one file beside each other. Not in the command, lest another MAX_JOBS compile all again.
+        threads = f"--threads={max(1, jobs // len(cu))}"
+        environment["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} {threads}"
+    cpp = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    compile_["cpp"] = [*compiler, *flags, "-MMD"], cpp
+    # No source reads this macro. It makes commands differ where a compiler or torch does, so that ninja compiles again.
+    tools = hashlib.sha256(json.dumps([compilers, torch.__version__]).encode()).hexdigest()[:16]
+    for command, _ in compile_.values():
+        command.append(f"-DHYDRA_TOOLS={tools}")
 
-    def compiled(unit: tuple[Path, list[str], list[Path]]) -> str:
-        source, command, headers = unit
-        inputs = [json.dumps([command, compilers, torch.__version__]).encode()]
-        inputs += [path.read_bytes() for path in [source, *headers]]
-        key = hashlib.sha256(b"\0".join(inputs)).hexdigest()[:16]
-        done = OBJECTS / f"{source.parent.name}-{source.stem}-{key}.o"
-        if not done.exists():
-            part = done.with_name(f"{done.stem}-{os.getpid()}.o")
-            print(run([*command, "-c", str(source), "-o", str(part)]), end="")  # its warnings
-            part.replace(done)
-        return str(done)
-
-    OBJECTS.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compiled, units))
+    folder = ROOT / "build" / mode
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(build_file(f"build/{mode}", compile_, link, libraries), encoding="utf-8")
+    touch_what_changed(folder / "contents.json")
+    print(run([find_ninja(), "-f", f"build/{mode}/build.ninja", f"-j{jobs}"], **environment), end="")
     part = target.with_name(f"{target.name}-{os.getpid()}")
-    run([*link, *objects, *libraries, "-o", str(part)])
+    shutil.copy(folder / "_native.so", part)
     part.replace(target)  # never in place: another process may run the old one
     return {"file": target.name, "torch": torch.__version__, "architectures": targets, "compilers": compilers}
 
@@ -169,7 +209,7 @@ def build_native(mode: str | None, folder: Path) -> dict[str, object]:
     tried = MODES if mode is None else (mode,)
     why_not = {higher: f"HYDRA_BUILD={mode} was asked for" for higher in MODES[: MODES.index(tried[0])]}
     for built in tried:
-        parts, sources = {}, source_hash(CSRC, built)  # before the compiler reads them
+        parts, sources = {}, source_hash(built)  # before the compiler reads them
         try:
             if built != "none":
                 parts = compile_native(built, folder / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")

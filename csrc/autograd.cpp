@@ -11,24 +11,39 @@ struct BelowAutograd {
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
 
-// By the numbers of operands.h, a scale that is a number as undefined.
+// x and the tensors among the operands, each at the number of its gradient; undefined where an operand is a number.
 Gradients tensors_of(const at::Tensor& x, const Operands& op) {
-  return {x, op.weight, op.bias, op.A_down, op.A_up, op.B_down, op.B_up, op.A_down_bias, op.A_up_bias, op.B_down_bias,
-          op.B_up_bias, op.mask, op.scale_a.tensor, op.scale_b.tensor};
+  Gradients all;
+  all[X] = x;
+  each_operand([&](Gradient i, const auto& operand) {
+    if constexpr (!is_number<decltype(operand)>) all[i] = tensor_of(operand);
+  }, op);
+  return all;
 }
 
-// All of a call that is not a tensor. A set has bit i for operand i.
+void copy_number(const at::Tensor&, at::Tensor&) {}
+void copy_number(const Scale& from, Scale& to) { to.value = from.value; }
+template <class Number>
+void copy_number(Number from, Number& to) { to = from; }
+
+Operands without_tensors(const Operands& op) {
+  Operands numbers;
+  each_operand([](Gradient, const auto& from, auto& to) { copy_number(from, to); }, op, numbers);
+  return numbers;
+}
+
+// All of a call that is not a tensor. A set has bit i for gradient i.
 struct Call : torch::CustomClassHolder {
-  double scale_a, scale_b, mask_scale;
+  Operands numbers;
   Form form;
   Needs needs{0};
-  uint32_t given = 0;  // of the arguments
-  uint32_t kept = 0;   // of those that the backward reads; what the form saved comes after them
+  uint32_t given = 0;  // the tensors that autograd knows as inputs
+  uint32_t kept = 0;   // those of them that are saved for the backward; what the form saved follows them
   std::vector<bool> saved;  // which of the form's tensors are defined
 };
 
 struct HydraFunction : torch::autograd::Function<HydraFunction> {
-  // `given` are the tensors that are there: autograd's bookkeeping for each costs host time.
+  // The list holds only tensors that are defined: autograd's bookkeeping for each one costs host time.
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::TensorList&, const Operands& op,
                             const Gradients& all, c10::intrusive_ptr<Call> call) {
     Forward result = hydra::forward(all[X], op, call->needs, call->form);
@@ -57,20 +72,19 @@ struct HydraFunction : torch::autograd::Function<HydraFunction> {
                 "(is_grads_batched, vectorize=True); use backend='aten'");
     const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
     const auto tensors = ctx->get_saved_variables();
-    Gradients t;
+    Operands op = call->numbers;
     Saved saved;
     auto next = tensors.begin();
-    for (int i = WEIGHT; i < GRADIENTS; ++i)
-      if (call->kept & 1u << i) t[i] = *next++;
+    each_operand([&](Gradient i, auto& operand) {
+      if constexpr (!is_number<decltype(operand)>)
+        if (call->kept & 1u << i) tensor_of(operand) = *next++;
+    }, op);
     for (bool defined : call->saved) saved.push_back(defined ? *next++ : at::Tensor());
-    const Operands op{t[WEIGHT], t[BIAS], t[A_DOWN], t[A_UP], t[B_DOWN], t[B_UP], t[A_DOWN_BIAS], t[A_UP_BIAS],
-                      t[B_DOWN_BIAS], t[B_UP_BIAS], t[MASK], {call->scale_a, t[SCALE_A]}, {call->scale_b, t[SCALE_B]},
-                      call->mask_scale};
     Gradients grads = hydra::backward(G[0], op, saved, call->needs, call->form);
     torch::autograd::variable_list result;
     for (int i = 0; i < GRADIENTS; ++i)
       if (call->given & 1u << i) result.push_back(std::move(grads[i]));
-    result.resize(result.size() + 3);  // of the arguments after the list
+    result.resize(result.size() + 3);  // the arguments after the list have no gradients
     return result;
   }
 };
@@ -80,7 +94,7 @@ struct HydraFunction : torch::autograd::Function<HydraFunction> {
 at::Tensor apply(const at::Tensor& x, const Operands& op, Form form) {
   const Gradients all = tensors_of(x, op);
   auto call = c10::make_intrusive<Call>();
-  call->scale_a = op.scale_a.value, call->scale_b = op.scale_b.value, call->mask_scale = op.mask_scale, call->form = form;
+  call->numbers = without_tensors(op), call->form = form;
   std::vector<at::Tensor> given;
   for (int i = 0; i < GRADIENTS; ++i)
     if (all[i].defined()) {

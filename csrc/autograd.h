@@ -1,4 +1,4 @@
-// HydraFunction in C++, for the calls that check.h vouches for: the same boundary to autograd without Python's.
+// HydraFunction in C++, for calls that check.h vouches for: it costs less host time than Python's.
 #pragma once
 
 #include "host.h"
@@ -8,7 +8,7 @@ namespace hydra {
 // h for x [M, K], with a backward where grad mode is on and an operand requires grad.
 at::Tensor apply(const at::Tensor& x, const Operands& op, Form form);
 
-// The forms below autograd and autocast, on the device of their tensors.
+// One pass of a form, on the device of its tensors, with autograd and autocast switched off.
 Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Form form);
 Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, Form form);
 

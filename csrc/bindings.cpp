@@ -1,4 +1,4 @@
-// The Python module hydra_kernels._native: no arithmetic.
+// The Python module hydra_kernels._native. It converts arguments and results; it has no arithmetic.
 #include "autograd.h"
 #include "check.h"
 #include "cpu/products.h"
@@ -8,21 +8,43 @@ namespace {
 
 using namespace hydra::python;
 
+bool is_tensor(PyObject* object) { return THPVariable_CheckExact(object) || is_parameter(object); }
+
+// Whether a field of Python's has exactly an operand's type, and no subclass.
+bool is_plain(PyObject* field, const at::Tensor&) { return field == Py_None || is_tensor(field); }
+bool is_plain(PyObject* field, double) {
+  if (!PyFloat_CheckExact(field) && !PyLong_CheckExact(field)) return false;
+  if (PyFloat_AsDouble(field) != -1 || !PyErr_Occurred()) return true;
+  PyErr_Clear();  // an integer that no double can hold
+  return false;
+}
+bool is_plain(PyObject* field, const hydra::Scale& scale) { return is_tensor(field) || is_plain(field, scale.value); }
+
 // (M, K, N, r_a, r_b), or None where Python must judge.
-py::object sizes(const py::args& arguments) {
-  if (arguments.size() != 14) throw py::type_error("sizes: expected x, 11 operands and 2 scales");
-  const auto at = [&](int i) { return PyTuple_GET_ITEM(arguments.ptr(), i); };
-  for (int i = 0; i < 14; ++i) {
-    bool number = i >= 12 && (PyFloat_CheckExact(at(i)) || PyLong_CheckExact(at(i)));
-    if (number && PyFloat_AsDouble(at(i)) == -1 && PyErr_Occurred()) PyErr_Clear(), number = false;  // an endless integer
-    if (!number && !THPVariable_CheckExact(at(i)) && !is_parameter(at(i)) && (i >= 12 || at(i) != Py_None)) return py::none();
-  }
-  const hydra::Operands op{tensor(at(1)), tensor(at(2)), tensor(at(3)), tensor(at(4)), tensor(at(5)), tensor(at(6)),
-                           tensor(at(7)), tensor(at(8)), tensor(at(9)), tensor(at(10)), tensor(at(11)), scale(at(12)),
-                           scale(at(13)), 1};
+py::object sizes(py::handle x, const py::tuple& fields) {
+  hydra::Operands op;
+  bool plain = is_tensor(x.ptr());
+  each_field([&](PyObject* field, auto& operand) {
+    plain = plain && is_plain(field, operand);
+    if (plain) unpack(field, operand);
+  }, fields, op);
   hydra::Sizes found;
-  if (!hydra::vouch_for(tensor(at(0)), op, &found)) return py::none();
+  if (!plain || !hydra::vouch_for(tensor(x.ptr()), op, &found)) return py::none();
   return py::make_tuple(found.M, found.K, found.N, found.r_a, found.r_b);
+}
+
+const char* kind(const at::Tensor&) { return "tensor"; }
+const char* kind(const hydra::Scale&) { return "scale"; }
+const char* kind(double) { return "number"; }
+
+// The table of operands.h: (name, kind) of each.
+py::list table() {
+  py::list rows;
+  hydra::Operands op;
+  hydra::each_operand([&](hydra::Gradient i, const auto& operand) {
+    rows.append(py::make_tuple(hydra::NAMES[i], kind(operand)));
+  }, op);
+  return rows;
 }
 
 py::object apply(py::handle x, const py::tuple& op, const std::string& form) {
@@ -63,9 +85,14 @@ py::dict backward(py::handle G, const py::tuple& op, const py::tuple& saved, uin
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of hydra_kernels.";
-  m.def("sizes", torch::wrap_pybind_function(sizes), "(x, weight, ..., B_up_bias, mask, scale_a, scale_b) -> (M, K, N, r_a, r_b), or None: unjudged");
-  m.def("apply", torch::wrap_pybind_function(apply), "(x, Operands, form) -> h, differentiable, for a call whose sizes it told");
-  m.def("forward", torch::wrap_pybind_function(forward), "(x, Operands, bits of the wanted gradients, form) -> (h, saved)");
+  m.def("sizes", torch::wrap_pybind_function(sizes),
+        "(x, Operands) -> (M, K, N, r_a, r_b), or None: Python must judge");
+  m.def("apply", torch::wrap_pybind_function(apply),
+        "(x, Operands, form) -> h, differentiable, for a call that `sizes` vouched for");
+  m.def("forward", torch::wrap_pybind_function(forward),
+        "(x, Operands, bits of the wanted gradients, form) -> (h, saved)");
   m.def("backward", torch::wrap_pybind_function(backward), "(G, Operands, saved, bits, form) -> gradients by name");
+  m.def("operands", torch::wrap_pybind_function(table),
+        "[(name, \"tensor\", \"scale\" or \"number\")] in the order of Operands");
   m.def("instructions", &hydra::cpu::instructions, "The instruction set of the CPU kernels.");
 }

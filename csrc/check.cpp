@@ -9,7 +9,7 @@
 namespace hydra {
 namespace {
 
-// Nothing that a dispatcher would treat otherwise than by its memory: no stand-in, wrapper or lazy negation.
+// Whether t is an ordinary tensor in memory: no fake tensor, no wrapper, no lazy negation.
 bool plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet special(
       {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
@@ -51,7 +51,7 @@ bool branch(Judge judge, const at::Tensor& down, const at::Tensor& up, const at:
 }  // namespace
 
 bool vouch_for(const at::Tensor& x, const Operands& op, Sizes* sizes) {
-  // A mode, a transform or a trace wants to see operators.
+  // A dispatch mode, a transform or a trace must see torch's operators.
   if (c10::impl::TorchDispatchModeTLS::any_modes_set() ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer))

@@ -1,7 +1,7 @@
-// The composed form on a GPU: the kernels of cuda/kernels.h around the frozen products, which are cuBLAS's.
+// The composed form on a GPU: the kernels of cuda/kernels.h, and cuBLAS for the products with W0.
 //
-//   forward    compose, down, then h = Z U^T + u, h += x W0^T: the GEMM adds to the small part before rounding, so that
-//              small updates survive low precision. Under a b0, which may cancel W0 x, x W0^T + b0 comes first.
+//   forward    compose, down, then h = Z U^T + u, h += x W0^T. The GEMM adds to the adapter's part before it rounds, so
+//              that small updates survive low precision. With a b0, which may cancel W0 x, x W0^T + b0 comes first.
 //   backward   grad_z, dx = dZ D, dx += G W0, grad_w, reduce
 #ifdef HYDRA_WITH_CUDA
 #include <ATen/ops/add.h>
@@ -17,7 +17,7 @@
 namespace hydra::gpu {
 namespace {
 
-// The current stream of a device as the launchers take it; a CPU, on which tests run the kernels, has none.
+// The current stream of a device, for the launchers; null on a CPU, where tests run the kernels.
 void* stream_of(at::Device device) {
   return device.is_cuda() ? c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle() : nullptr;
 }
@@ -39,7 +39,7 @@ const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr
 template <class T = void>
 T* output(const at::Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; }
 
-// The one dtype in which the kernels read all adapters and scales: float32 unless all have the base's.
+// The dtype in which the kernels read all adapters and scales: the base's where all of them have it, else float32.
 at::ScalarType adapter_dtype(const at::Tensor& like, const Operands& op) {
   for (const at::Tensor& t : {op.A_down, op.A_up, op.B_down, op.B_up, op.A_down_bias, op.A_up_bias, op.B_down_bias,
                               op.B_up_bias, op.scale_a.tensor, op.scale_b.tensor})
@@ -47,7 +47,7 @@ at::ScalarType adapter_dtype(const at::Tensor& like, const Operands& op) {
   return like.scalar_type();
 }
 
-// What the passes share: sizes, adapters as the kernels read them, scales.
+// What forward and backward share: sizes, adapters as the kernels read them, scales.
 struct Call {
   int64_t N;
   int32_t r_a, r_b;
@@ -104,15 +104,53 @@ Forward forward(const at::Tensor& x_any, const Operands& op, Needs needs) {
   const at::Tensor d = c.floats(with_d, {R}), Z = c.empty(true, {M, R});
   const at::Tensor C = c.floats(c.r_b, {hydra_compose_splits(N, K), c.r_b, K});
   const HydraComposeArguments compose{
-      pointer(c.weight), pointer(c.bias), pointer(c.A_down), pointer(c.A_up), pointer(c.B_down), pointer(c.B_up),
-      pointer(c.a_d), pointer(c.a_u), pointer(c.b_d), pointer(c.b_u), pointer(c.s_a), pointer(c.s_b), output(D),
-      output(rest), output<float>(d), output(U), output(u), output<float>(C), N, K, c.weight.stride(0), c.r_a, c.r_b,
-      c.scale_a, c.scale_b, c.type, c.adapter_type};
+      .w_ptr = pointer(c.weight),
+      .bias_ptr = pointer(c.bias),
+      .A_down_ptr = pointer(c.A_down),
+      .A_up_ptr = pointer(c.A_up),
+      .B_down_ptr = pointer(c.B_down),
+      .B_up_ptr = pointer(c.B_up),
+      .A_down_bias_ptr = pointer(c.a_d),
+      .A_up_bias_ptr = pointer(c.a_u),
+      .B_down_bias_ptr = pointer(c.b_d),
+      .B_up_bias_ptr = pointer(c.b_u),
+      .scale_a_ptr = pointer(c.s_a),
+      .scale_b_ptr = pointer(c.s_b),
+      .D_ptr = output(D),
+      .rest_ptr = output(rest),
+      .d_ptr = output<float>(d),
+      .U_ptr = output(U),
+      .u_ptr = output(u),
+      .C_ptr = output<float>(C),
+      .N = N,
+      .K = K,
+      .stride_wn = c.weight.stride(0),
+      .r_a = c.r_a,
+      .r_b = c.r_b,
+      .scale_a = c.scale_a,
+      .scale_b = c.scale_b,
+      .type = c.type,
+      .adapter_type = c.adapter_type,
+  };
   check(hydra_compose(&compose, c.stream), "compose");
   const at::Tensor z = c.floats(true, {hydra_down_splits(M, K), M, R});
-  const HydraDownArguments down{pointer(x), pointer(D), pointer(rest), output<float>(d), pointer(c.mask), output(Z),
-                                output<float>(z), M, K, x.stride(0), static_cast<int32_t>(R), c.r_a, c.mask_bytes(),
-                                c.mask_scale, c.type};
+  const HydraDownArguments down{
+      .x_ptr = pointer(x),
+      .D_ptr = pointer(D),
+      .rest_ptr = pointer(rest),
+      .d_ptr = output<float>(d),
+      .mask_ptr = pointer(c.mask),
+      .Z_ptr = output(Z),
+      .z_ptr = output<float>(z),
+      .M = M,
+      .K = K,
+      .stride_xm = x.stride(0),
+      .R = static_cast<int32_t>(R),
+      .r_a = c.r_a,
+      .mask_bytes = c.mask_bytes(),
+      .mask_scale = c.mask_scale,
+      .type = c.type,
+  };
   check(hydra_down(&down, c.stream), "down");
   const bool from_Z = needs.any(A_UP, B_UP, SCALE_A, SCALE_B);
   return {around_cublas(c, x, Z, U, u),
@@ -126,7 +164,6 @@ Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& sav
   const int64_t M = G.size(0), N = G.size(1), K = x.defined() ? x.size(1) : 0;
   const Call c(G, op, N);
   const int64_t R = c.R();
-  const auto R32 = static_cast<int32_t>(R);
 
   const int64_t P = hydra_grad_z_partials(M, R, c.type), P_z = hydra_grad_z_sums(M);
   const int64_t Q = hydra_grad_z_splits(M, N, R, c.type), S = x.defined() ? hydra_grad_w_splits(M, K) : 0;
@@ -139,11 +176,34 @@ Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& sav
   const at::Tensor z_sums = c.floats(z_sums_wanted, {P_z, R}), scales = c.floats(of_scales, {P_z, R});
   const at::Tensor up_bias = c.floats(of_scales, {P, Q, 2}), dz = c.floats(dZ_wanted || of_scales, {Q, M, R});
   const HydraGradZArguments grad_z{
-      pointer(G), pointer(c.A_up), pointer(c.B_up), needs.any(SCALE_A) ? pointer(c.a_u) : nullptr,
-      needs.any(SCALE_B) ? pointer(c.b_u) : nullptr, pointer(c.s_a), pointer(c.s_b), pointer(Z), pointer(c.mask),
-      output(dZ), output<float>(dU), output<float>(g), output<float>(z_sums), output<float>(scales),
-      output<float>(up_bias), output<float>(dz), M, N, G.stride(0), c.r_a, c.r_b, c.mask_bytes(), c.mask_scale,
-      c.scale_a, c.scale_b, c.type, c.adapter_type};
+      .G_ptr = pointer(G),
+      .A_up_ptr = pointer(c.A_up),
+      .B_up_ptr = pointer(c.B_up),
+      .A_up_bias_ptr = needs.any(SCALE_A) ? pointer(c.a_u) : nullptr,
+      .B_up_bias_ptr = needs.any(SCALE_B) ? pointer(c.b_u) : nullptr,
+      .scale_a_ptr = pointer(c.s_a),
+      .scale_b_ptr = pointer(c.s_b),
+      .Z_ptr = pointer(Z),
+      .mask_ptr = pointer(c.mask),
+      .dZ_ptr = output(dZ),
+      .dU_ptr = output<float>(dU),
+      .g_ptr = output<float>(g),
+      .z_sums_ptr = output<float>(z_sums),
+      .scales_ptr = output<float>(scales),
+      .up_bias_ptr = output<float>(up_bias),
+      .dz_ptr = output<float>(dz),
+      .M = M,
+      .N = N,
+      .stride_gm = G.stride(0),
+      .r_a = c.r_a,
+      .r_b = c.r_b,
+      .mask_bytes = c.mask_bytes(),
+      .mask_scale = c.mask_scale,
+      .scale_a = c.scale_a,
+      .scale_b = c.scale_b,
+      .type = c.type,
+      .adapter_type = c.adapter_type,
+  };
   check(hydra_grad_z(&grad_z, c.stream), "grad_z");
 
   Gradients grads;
@@ -153,7 +213,16 @@ Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& sav
   }
   const at::Tensor dD = c.floats(x.defined(), {S, R, K});
   if (x.defined()) {
-    const HydraGradWArguments grad_w{pointer(x), pointer(dZ), output<float>(dD), M, K, x.stride(0), R32, c.type};
+    const HydraGradWArguments grad_w{
+        .x_ptr = pointer(x),
+        .dZ_ptr = pointer(dZ),
+        .dD_ptr = output<float>(dD),
+        .M = M,
+        .K = K,
+        .stride_xm = x.stride(0),
+        .R = static_cast<int32_t>(R),
+        .type = c.type,
+    };
     check(hydra_grad_w(&grad_w, c.stream), "grad_w");
   }
 
@@ -166,13 +235,44 @@ Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& sav
   const at::Tensor T = c.floats(through_W0, {c.r_b, K});
   const at::Tensor dB = c.floats(through_W0, {through_W0 ? hydra_reduce_splits(N, K) : 0, N, c.r_b});
   const HydraReduceArguments reduce{
-      pointer(dU) ? output<float>(dU) : nullptr, output<float>(g), output<float>(z_sums), output<float>(scales),
-      output<float>(up_bias), output<float>(dD), through_W0 ? pointer(c.weight) : nullptr,
-      through_W0 ? pointer(c.bias) : nullptr, pointer(c.B_down), pointer(c.s_a), pointer(c.s_b), like(A_DOWN, c.A_down),
-      like(A_UP, c.A_up), like(B_DOWN, c.B_down), like(B_UP, c.B_up), like(A_DOWN_BIAS, c.a_d), like(A_UP_BIAS, c.a_u),
-      like(B_DOWN_BIAS, c.b_d), like(B_UP_BIAS, c.b_u), like(SCALE_A, c.s_a), like(SCALE_B, c.s_b), output(grads[BIAS]),
-      output<float>(T), output<float>(dB), P, P_z, Q, S, N, K, c.weight.defined() ? c.weight.stride(0) : 0, c.r_a, c.r_b, c.scale_a,
-      c.scale_b, c.type, c.adapter_type};
+      .dU_ptr = output<float>(dU),
+      .g_ptr = output<float>(g),
+      .z_sums_ptr = output<float>(z_sums),
+      .scales_ptr = output<float>(scales),
+      .up_bias_ptr = output<float>(up_bias),
+      .dD_ptr = output<float>(dD),
+      .w_ptr = through_W0 ? pointer(c.weight) : nullptr,
+      .bias_ptr = through_W0 ? pointer(c.bias) : nullptr,
+      .B_down_ptr = pointer(c.B_down),
+      .scale_a_ptr = pointer(c.s_a),
+      .scale_b_ptr = pointer(c.s_b),
+      .dA_down_ptr = like(A_DOWN, c.A_down),
+      .dA_up_ptr = like(A_UP, c.A_up),
+      .dB_down_ptr = like(B_DOWN, c.B_down),
+      .dB_up_ptr = like(B_UP, c.B_up),
+      .dA_down_bias_ptr = like(A_DOWN_BIAS, c.a_d),
+      .dA_up_bias_ptr = like(A_UP_BIAS, c.a_u),
+      .dB_down_bias_ptr = like(B_DOWN_BIAS, c.b_d),
+      .dB_up_bias_ptr = like(B_UP_BIAS, c.b_u),
+      .dscale_a_ptr = like(SCALE_A, c.s_a),
+      .dscale_b_ptr = like(SCALE_B, c.s_b),
+      .dbias_ptr = output(grads[BIAS]),
+      .T_ptr = output<float>(T),
+      .dB_ptr = output<float>(dB),
+      .P = P,
+      .P_z = P_z,
+      .Q = Q,
+      .S = S,
+      .N = N,
+      .K = K,
+      .stride_wn = c.weight.defined() ? c.weight.stride(0) : 0,
+      .r_a = c.r_a,
+      .r_b = c.r_b,
+      .scale_a = c.scale_a,
+      .scale_b = c.scale_b,
+      .type = c.type,
+      .adapter_type = c.adapter_type,
+  };
   check(hydra_reduce(&reduce, c.stream), "reduce");
   const auto in_dtype_of = [&](Gradient gradient, const at::Tensor& operand) {
     if (grads[gradient].defined()) grads[gradient] = grads[gradient].to(operand.scalar_type());

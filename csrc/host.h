@@ -1,4 +1,4 @@
-// The forms on each kind of device; which of them runs is the caller's choice.
+// The forms on each kind of device. The caller chooses which one runs.
 #pragma once
 
 #include "operands.h"
@@ -6,14 +6,14 @@
 namespace hydra {
 
 namespace cpu {
-// x [M, K] and G [M, N] in float32 or float64, like all operands. `saved` is what the forward gave.
+// x [M, K] and G [M, N] in float32 or float64, like all operands. `saved` comes from the forward.
 Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Form form);
 Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, Form form);
 }  // namespace cpu
 
 #ifdef HYDRA_WITH_CUDA
 namespace gpu {
-// The composed form alone: x [M, K] and G [M, N] in float32, float16 or bfloat16, adapters of that dtype or float32,
+// Only the composed form: x [M, K] and G [M, N] in float32, float16 or bfloat16, adapters of that dtype or float32,
 // R = r_a + r_b <= 64.
 Forward forward(const at::Tensor& x, const Operands& op, Needs needs);
 Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs);

@@ -34,24 +34,35 @@ inline Saved saved_of(const py::tuple& tensors) {
   return saved;
 }
 
-inline Scale scale(PyObject* object) {
-  if (THPVariable_Check(object)) return {1, THPVariable_Unpack(object)};
-  return {PyFloat_AsDouble(object), {}};
+// Sets an operand, of whichever type, from Python's.
+inline void unpack(PyObject* object, at::Tensor& operand) { operand = tensor(object); }
+inline void unpack(PyObject* object, Scale& operand) {
+  if (THPVariable_Check(object)) operand.tensor = THPVariable_Unpack(object);
+  else operand.value = PyFloat_AsDouble(object);
+}
+inline void unpack(PyObject* object, double& operand) { operand = PyFloat_AsDouble(object); }
+
+// Calls visit(field, operand) for each field of a backend.interface.Operands.
+template <class Visit>
+void each_field(const Visit& visit, const py::tuple& fields, Operands& op) {
+  if (fields.size() != OPERANDS) throw py::type_error("expected the " + std::to_string(OPERANDS) + " fields of Operands");
+  Py_ssize_t i = 0;
+  each_operand([&](Gradient, auto& operand) { visit(PyTuple_GET_ITEM(fields.ptr(), i++), operand); }, op);
 }
 
-// From a backend.interface.Operands.
 inline Operands operands(const py::tuple& fields) {
-  const auto at = [&](int i) { return PyTuple_GET_ITEM(fields.ptr(), i); };
-  return {tensor(at(0)), tensor(at(1)), tensor(at(2)), tensor(at(3)), tensor(at(4)), tensor(at(5)), tensor(at(6)),
-          tensor(at(7)), tensor(at(8)), tensor(at(9)), tensor(at(10)), scale(at(11)), scale(at(12)),
-          PyFloat_AsDouble(at(13))};
+  Operands op;
+  each_field([](PyObject* field, auto& operand) { unpack(field, operand); }, fields, op);
+  return op;
 }
 
 // The keys of every backward, made once.
 inline const std::array<py::str, GRADIENTS>& gradient_names() {
-  static const auto* names = new std::array<py::str, GRADIENTS>{
-      "x", "weight", "bias", "A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias",
-      "mask", "scale_a", "scale_b"};
+  static const auto* names = [] {
+    auto* made = new std::array<py::str, GRADIENTS>;
+    for (int i = 0; i < GRADIENTS; ++i) (*made)[i] = NAMES[i];
+    return made;
+  }();
   return *names;
 }
 

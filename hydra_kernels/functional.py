@@ -121,7 +121,7 @@ def _vouched(x: Tensor, op: Operands, form: str, backend: str) -> Call | None:
     if torch.compiler.is_compiling() or _in_a_dual_level():
         return None
     native = extension.load()
-    sizes = None if native is None else native.sizes(x, *op[:-1])
+    sizes = None if native is None else native.sizes(x, op)
     return None if sizes is None else Call(sizes, x.dtype, form, backend, compiled=native)
 
 

@@ -87,10 +87,10 @@ def build_native(folder: Path) -> bool:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode == 0
 
 
-def copy_sources(folder: Path, objects: Path) -> None:
-    """``objects`` holds what the C++ sources compile to, so that each is compiled once."""
-    (folder / "build").mkdir()
-    (folder / "build" / "objects").symlink_to(objects)
+def copy_sources(folder: Path, built: Path | None = None) -> None:
+    """With what was compiled in the folder ``built``: files keep their times, so ninja compiles only what changes."""
+    if built is not None and (built / "build").exists():
+        shutil.copytree(built / "build", folder / "build")
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
@@ -104,11 +104,11 @@ def is_compiled(mutation: Mutation) -> bool:
     return mutation.file.startswith("csrc/") and not mutation.file.startswith(("csrc/cuda/", "csrc/gpu"))
 
 
-def verdict(mutation: Mutation, objects: Path) -> str:
+def verdict(mutation: Mutation, built: Path) -> str:
     """ "caught", or what is wrong."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy_sources(folder, objects)
+        copy_sources(folder, built if is_compiled(mutation) else None)
         path = folder / mutation.file
         text = path.read_text()
         if text.count(mutation.old) != 1:
@@ -138,10 +138,9 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     SERVER.set_forkserver_preload(LIBRARIES)
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
-        objects, folder = Path(scratch, "objects"), Path(scratch, "sources")
-        objects.mkdir()
+        folder = Path(scratch, "sources")
         folder.mkdir()
-        copy_sources(folder, objects)
+        copy_sources(folder)
         if any(map(is_compiled, chosen)) and not build_native(folder):
             print("the compiled part does not compile without any mutation")
             return 1
@@ -151,7 +150,7 @@ def main() -> int:
             if status != 0:
                 print(f"the tests fail without any mutation: {tests}\n{output[-6000:]}")
                 return 1
-        for mutation, said in zip(chosen, pool.map(partial(verdict, objects=objects), chosen), strict=True):
+        for mutation, said in zip(chosen, pool.map(partial(verdict, built=folder), chosen), strict=True):
             missed += said != "caught"
             print(f"{said:8s} {mutation.file}: {mutation.name}", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} mutations caught in {time.monotonic() - start:.0f} s")

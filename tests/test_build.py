@@ -45,8 +45,17 @@ if arguments == ["--version"]:
     sys.exit(print("nvcc\\nCuda compilation tools, release 99.1\\nBuild 99"))
 if arguments == ["--list-gpu-arch"]:
     sys.exit(print("compute_80\\ncompute_90"))
-taken = [a for a in arguments if a.endswith((".o", ".cu", ".so")) or a in ("-c", "-o", "-shared") or "native." in a]
-sys.exit(subprocess.run(["c++", "-fPIC", *(["-x", "c++"] if "-c" in taken else []), *taken]).returncode)
+with open(__file__ + ".log", "a") as log:
+    print(*arguments, sep="\\t", file=log)
+flags = ("-c", "-o", "-shared", "-MD", "-MF")
+taken = [a for a in arguments if a.endswith((".o", ".o.d", ".cu", ".so")) or a in flags]
+command = [{shutil.which("c++")!r}, "-fPIC", *(["-x", "c++"] if "-c" in taken else []), *taken]
+sys.exit(subprocess.run(command).returncode)
+"""
+COMPILER = f"""#!/bin/sh
+printf '%s\\t' "$@" >> "$0.log"
+echo >> "$0.log"
+exec {shutil.which("c++")} "$@"
 """
 REBUILD = re.escape("pip install --no-build-isolation -e .")
 numbers = itertools.count()
@@ -66,35 +75,44 @@ def mini(tmp_path, monkeypatch):
         "csrc/cuda/answer.cu": '#include "answer.cuh"\nint cuda_answer() { return 2; }\n',
         "csrc/cuda/answer.cuh": "int cuda_answer();\n",
         "cuda/bin/nvcc": NVCC,
+        "tools/c++": COMPILER,
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    (tmp_path / "cuda/bin/nvcc").chmod(0o755)
+    tools = [tmp_path / "cuda/bin/nvcc", tmp_path / "tools/c++"]
+    for tool in tools:
+        tool.chmod(0o755)
     for variable in ("HYDRA_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
     monkeypatch.syspath_prepend(tmp_path)
     spec = importlib.util.spec_from_file_location("builder", ROOT / "setup.py")
     builder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builder)
-    builder.CSRC, builder.OBJECTS = tmp_path / "csrc", tmp_path / "objects"
-    commands, run = [], builder.run
-    monkeypatch.setattr(builder, "run", lambda command: commands.append(command) or run(command))
-    folder = tmp_path / name
+    builder.ROOT, builder.PACKAGE = tmp_path, name
+    folder, logs = tmp_path / name, [Path(f"{tool}.log") for tool in tools]
 
     def loaded():
         return importlib.import_module(f"{name}.extension")
 
     def build(mode=None):
-        commands.clear()
+        for log in logs:
+            log.unlink(missing_ok=True)
         builder.build_native(mode, folder)
         record = json.loads((folder / "_native.json").read_text())
         left = {path.name for path in folder.glob("_native*")}
         assert left == {"_native.json"} | ({record["file"]} if record["mode"] != "none" else set())
         return record
 
+    def commands(of):
+        log = logs[tools.index(of)]
+        return [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
+
     def compiled():
-        return [Path(command[command.index("-c") + 1]).name for command in commands if "-c" in command]
+        """The files that the last build compiled."""
+        found = [command for tool in tools for command in commands(tool)]
+        return sorted(Path(command[command.index("-c") + 1]).name for command in found if "-c" in command)
 
     return SimpleNamespace(
         builder=builder,
@@ -174,6 +192,13 @@ def without_torch(mini, monkeypatch):
     return "no torch in the build: install it first, give pip --no-build-isolation"
 
 
+def without_ninja(mini, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, **more: None if "ninja" in name else which(name, **more))
+    return "no ninja found: pip install ninja"
+
+
 def with_another_compiler(mini, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     return "No such file or directory: 'no-such-compiler'"
@@ -184,14 +209,17 @@ def with_odd_jobs(mini, monkeypatch):
     return "'many'"
 
 
+WITHOUT = [without_compiler, without_torch, without_ninja, with_another_compiler, with_odd_jobs]
+
+
 @compiles
-@pytest.mark.parametrize("case", [without_compiler, without_torch, with_another_compiler, with_odd_jobs])
+@pytest.mark.parametrize("case", WITHOUT)
 def test_without_its_tools_it_is_pure_python_unless_asked_for(mini, monkeypatch, case):
     reason = case(mini, monkeypatch)
     record = mini.build()
     assert record["mode"] == "none"
     assert reason in record["why_not"]["cpp"]
-    if case in (without_compiler, without_torch):
+    if case in (without_compiler, without_torch, without_ninja):
         assert mini.builder.modules() == []
     with pytest.raises(mini.builder.ExecError, match=re.escape(reason)):
         mini.builder.build_native("cpp", mini.folder)
@@ -209,7 +237,8 @@ def test_without_nvcc_or_kernels_there_is_the_rest(mini, monkeypatch):
 @compiles
 def test_only_what_changed_is_compiled_again(mini, monkeypatch):
     mini.build("cuda")
-    assert sorted(mini.compiled()) == ["answer.cu", "native.cpp"]
+    assert mini.compiled() == ["answer.cu", "native.cpp"]
+    monkeypatch.setenv("MAX_JOBS", "3")
     mini.build("cuda")
     assert mini.compiled() == []
     mini.build("cpp")
@@ -219,10 +248,66 @@ def test_only_what_changed_is_compiled_again(mini, monkeypatch):
     assert mini.compiled() == ["native.cpp"]
     (mini.root / "csrc/cuda/answer.cuh").write_text("int cuda_answer();\n\n")
     mini.build("cuda")
-    assert mini.compiled() == ["answer.cu"]
+    assert mini.compiled() == ["answer.cu", "native.cpp"]  # of both: answer.h includes it
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     mini.build("cuda")
     assert mini.compiled() == ["answer.cu"]
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    mini.build("cuda")
+    assert mini.compiled() == ["answer.cu", "native.cpp"]
+    monkeypatch.setenv("PATH", f"{another_version(mini)}:{os.environ['PATH']}")
+    mini.build("cuda")
+    assert mini.compiled() == ["answer.cu", "native.cpp"]
+    mini.build("cuda")
+    assert mini.compiled() == []
+
+
+def another_version(mini):
+    """A folder with a C++ compiler that does the same and gives another version."""
+    folder = mini.root / "other"
+    folder.mkdir()
+    says = '#!/bin/sh\ncase "$*" in --version) echo c++ 99;; *) exec {} "$@";; esac\n'
+    (folder / "c++").write_text(says.format(shutil.which("c++")))
+    (folder / "c++").chmod(0o755)
+    return folder
+
+
+@compiles
+def test_a_source_that_is_as_old_as_before_but_differs_is_compiled(mini):
+    """As where a folder is restored or copied with its times."""
+    mini.build("cuda")
+    header = mini.root / "csrc/answer.h"
+    times = header.stat()
+    header.write_text(HEADER.replace("cuda_answer()", "(cuda_answer() + 5)"))
+    os.utime(header, ns=(times.st_atime_ns, times.st_mtime_ns))
+    mini.build("cuda")
+    assert mini.compiled() == ["native.cpp"]
+    assert mini.loaded().load().answer() == 7
+
+
+@compiles
+def test_a_copy_of_the_tree_builds_on(mini):
+    mini.build("cuda")
+    mini.builder.ROOT = Path(shutil.copytree(mini.root, mini.root / "copy"))
+    mini.build("cuda")
+    assert mini.compiled() == []
+    (mini.root / "copy/csrc/cuda/answer.cu").write_text('#include "answer.cuh"\nint cuda_answer() { return 9; }\n')
+    mini.build("cuda")
+    assert mini.compiled() == ["answer.cu"]
+    (mini.root / "setup.py").unlink()  # as where it is installed: extension.py then compares no sources
+    assert mini.loaded().load().answer() == 9
+
+
+@compiles
+def test_a_module_in_use_is_not_written_over(mini):
+    mini.build("cpp")
+    with open(binary(mini), "rb") as old:
+        before = old.read()
+        (mini.root / "csrc/native.cpp").write_text(CPP.replace("(ANSWER)", "(ANSWER + 10)"))
+        mini.build("cpp")
+        old.seek(0)
+        assert old.read() == before
+    assert binary(mini).read_bytes() != before
 
 
 def test_architectures_are_those_of_torchs_variable(mini, monkeypatch):
@@ -263,7 +348,7 @@ def test_nvcc_is_of_torchs_cuda_and_uses_the_compiler_that_was_asked_for(mini, m
     monkeypatch.setattr(torch.version, "cuda", "99.0")
     monkeypatch.setenv("CXX", shutil.which("c++"))
     mini.build("cuda")
-    of_nvcc = [command for command in mini.commands if command[0].endswith("nvcc") and "-o" in command]
+    of_nvcc = [command for command in mini.commands(mini.root / "cuda/bin/nvcc") if "-o" in command]
     assert len(of_nvcc) == 2
     assert all(f"-ccbin={shutil.which('c++')}" in command for command in of_nvcc)
 

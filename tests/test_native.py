@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hydra_kernels as hk
 from hydra_kernels import extension
+from hydra_kernels.backend.interface import Operands
 
 from .cases import PLAIN, Case, operands
 from .test_backends import EVERYTHING, F32, F64, NAMES, call, compare, everything
@@ -95,11 +97,27 @@ def test_the_same_bits_in_every_run_and_from_many_threads(form):
             assert all(torch.equal(made[name], value) and value.any() for name, value in first.items())
 
 
+def test_the_table_of_operands_is_pythons():
+    """Name by name in the same order, and each of the same kind: a tensor, a number that may be learned, a number."""
+    kinds = {torch.Tensor | None: "tensor", float | torch.Tensor: "scale", float: "number"}
+    annotated = typing.get_type_hints(Operands)
+    assert NATIVE.operands() == [(name, kinds[annotated[name]]) for name in Operands._fields]
+
+
+def test_fields_too_few_or_too_many_are_refused():
+    x, *op = RIGHT.values()
+    for wrong in ((), tuple(op), (*Operands(*op), 1.0)):  # none, without mask_scale, one more
+        for function, form in (NATIVE.sizes, ()), (NATIVE.apply, ("composed",)):
+            with pytest.raises(TypeError, match="expected the 14 fields of Operands"):
+                function(x, wrong, *form)
+
+
 RIGHT = {**arguments(), "mask": None, "scale_a": 1.0, "scale_b": 1.0}
 
 
 def sizes(**changed):
-    return NATIVE.sizes(*({**RIGHT, **changed}.values()))
+    x, *op = ({**RIGHT, **changed}).values()
+    return NATIVE.sizes(x, Operands(*op))
 
 
 def test_a_right_call_is_vouched_for():

@@ -1,4 +1,4 @@
-// The forms on a CPU: the frozen products through ATen, everything with a side of R in `products`.
+// The forms on a CPU. The products with W0 are ATen's; those with a side of R are in products.h.
 //
 //   U = [s_a A_up, s_b B_up] [N, R]    u = s_a a_u + s_b b_u [N]    C = B_down W0    c = B_down b0
 //   D = [A_down; C] [R, K]    d = [a_d, c + b_d] [R]
@@ -24,7 +24,7 @@
 namespace hydra::cpu {
 namespace {
 
-constexpr int64_t BLOCK = 32;  // rows of an output that a thread finishes before the next
+constexpr int64_t BLOCK = 32;  // rows of an output that a thread computes at a time
 
 template <class T>
 T number(const Scale& scale) {
@@ -39,7 +39,7 @@ const T* vector(const at::Tensor& t) {
 // out[n, r] = s in[n, r].
 template <class T>
 void scaled_copy(const T* in, int64_t in_stride, T s, T* out, int64_t out_stride, int64_t rows, int64_t ranks) {
-  const auto copy = [=](auto width) {  // a width that the compiler knows becomes vectors
+  const auto copy = [=](auto width) {  // the compiler vectorises loops of a known width
     for (int64_t n = 0; n < rows; ++n)
       for (int64_t r = 0; r < static_cast<int64_t>(width); ++r) out[n * out_stride + r] = s * in[n * in_stride + r];
   };
@@ -75,7 +75,7 @@ struct Adapters {
   Buffer<T> U_transposed() const {
     Buffer<T> out(N * R);
     const auto transpose = [this](const T* up, int64_t ranks, T s, T* rows) {
-      constexpr int64_t LINE = 16;  // rows of up at a time, whose transposed fill whole lines of memory
+      constexpr int64_t LINE = 16;  // rows of `up` at a time; transposed, they fill whole cache lines
       for (int64_t first = 0; first < N; first += LINE)
         for (int64_t r = 0; r < ranks; ++r)
           for (int64_t n = first; n < std::min(N, first + LINE); ++n) rows[r * N + n] = s * up[n * ranks + r];
@@ -85,7 +85,7 @@ struct Adapters {
     return out;
   }
 
-  // b0 + u, or u alone; false where that is zero.
+  // Writes u, or b0 + u. False where all of it is absent: then nothing is written.
   bool bias(T* out, bool with_b0) const {
     bool found = false;
     const auto add = [&](const at::Tensor& t, T s) {
@@ -101,7 +101,7 @@ struct Adapters {
   }
 };
 
-// D [R, K], and d [R] or undefined where it is zero.
+// D [R, K], and d [R], which is undefined where it is zero.
 template <class T>
 std::pair<at::Tensor, at::Tensor> stacked_down(const Adapters<T>& ad, const Rows<T>& W, int64_t K) {
   if (!ad.r_b) return {ad.A_down, ad.a_d};
@@ -145,11 +145,11 @@ void affine(at::Tensor& out, const at::Tensor& v, const at::Tensor& matrix, cons
   else at::mm_out(out, v, matrix.t());
 }
 
-// Where few rows meet a weight that no cache holds, oneDNN's product with its transposed takes 0.76 (16 rows of 4096) to
-// 0.94 (256 rows) of MKL's time on the processors measured (Sapphire Rapids); elsewhere it takes as much or more.
+// With few rows and a weight that no cache holds, oneDNN's x W0^T takes 0.76 (16 rows of 4096) to 0.94 (256 rows) of MKL's
+// time on the processors measured (Sapphire Rapids). With more rows or a smaller weight it takes as long or longer.
 constexpr int64_t ROWS_FOR_ONEDNN = 256, WEIGHT_FOR_ONEDNN = 1 << 23;
 
-// y0 = v matrix^T + bias, by the library that is faster for so many rows.
+// y0 = v matrix^T + bias, by the faster library for these sizes.
 at::Tensor frozen_output(const at::Tensor& v, const at::Tensor& matrix, const at::Tensor& bias) {
   using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
                                c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
@@ -192,7 +192,7 @@ Forward composed_forward(const at::Tensor& x, const Operands& op, Needs needs, c
   const Buffer<T> U = ad.U_transposed(), bias(N);
   const T* base = ad.bias(bias.data(), true) ? bias.data() : nullptr;
   at::Tensor Z = at::empty({M, R}, x.options()), h = at::empty({M, N}, x.options());
-  // The low-rank part first: the GEMM adds to it.
+  // The low-rank part comes first, because the GEMM adds to it.
   spread(M, 2 * M * R * (K + N), [&, &D = D, &d = d](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; m += BLOCK) {
       const int64_t count = std::min(BLOCK, last - m);
@@ -233,7 +233,7 @@ Forward kept_forward(const at::Tensor& x, const Operands& op, Needs needs, const
   return {h, {needs.any(A_DOWN) ? x : at::Tensor(), wants_dU ? Z : at::Tensor(), needs.any(B_DOWN) ? y0 : at::Tensor()}};
 }
 
-// The gradients that follow from the sums of a sweep, but for those of the down projections.
+// The gradients that follow from the sums of a sweep, except those of the down projections.
 template <class T>
 void from_sums(Gradients& grads, const at::Tensor& G, const Operands& op, const Adapters<T>& ad, Needs needs,
                const Sums<T>& sums) {
@@ -267,7 +267,7 @@ void from_sums(Gradients& grads, const at::Tensor& G, const Operands& op, const 
   if (ad.r_a) branch(A_UP, SCALE_A, A_DOWN_BIAS, A_UP_BIAS, ad.A_up, ad.a_u, ad.s_a, 0, ad.r_a);
   if (ad.r_b) branch(B_UP, SCALE_B, B_DOWN_BIAS, B_UP_BIAS, ad.B_up, ad.b_u, ad.s_b, ad.r_a, ad.r_b);
   if (needs.any(BIAS)) {
-    grads[BIAS] = g;  // last: written over here
+    grads[BIAS] = g;  // last, since this overwrites g
     T* out = grads[BIAS].template mutable_data_ptr<T>();
     if (ad.r_b)
       run(Combine<T>{1, ad.N, ad.r_b, z + ad.r_a, 1, 0, vector<T>(ad.B_down), ad.N, out, ad.N, out, ad.N});
@@ -296,7 +296,7 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   s.mask = &mask, s.wants_dU = wants_dU, s.K = K, s.r_b = r_b;
   if (wants_dU && !effective) s.Z = vector<T>(Z);
   if (wants_dU && effective) s.x = x.data, s.x_stride = x.stride, s.D = vector<T>(D), s.d = vector<T>(d);
-  // Composed, dA_down and T are rows of one product.
+  // In the composed and the effective form dA_down and T are rows of one product.
   const bool both = !kept && needs.any(A_DOWN) && needs.any(B_DOWN);
   if (needs.any(A_DOWN)) s.a = {0, both ? R : r_a, K, x.data, x.stride};
   if (needs.any(B_DOWN) && kept) s.b = {r_a, r_b, N, y0.data, y0.stride};

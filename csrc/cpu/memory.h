@@ -9,12 +9,12 @@
 
 namespace hydra::cpu {
 
-// t, contiguous, as its memory says: torch's lazy negation resolved.
+// t as contiguous memory, with torch's lazy negation carried out.
 inline at::Tensor own(const at::Tensor& t) {
   return t.defined() ? (t.is_neg() ? t.resolve_neg() : t).contiguous() : t;
 }
 
-// A matrix whose rows are contiguous, t itself where its rows are.
+// A matrix with contiguous rows: t itself where it has them, else a copy.
 template <class T>
 struct Rows {
   at::Tensor owner;
@@ -35,7 +35,7 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t size) : memory_(c10::GetCPUAllocator()->allocate(size * sizeof(T))) {
-    // As torch does with its own: whoever reads what nobody wrote, shows it.
+    // As torch fills its own memory: NaN in a result shows that something was read before it was written.
     const auto& context = at::globalContext();
     if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
       std::fill_n(data(), size, std::numeric_limits<T>::quiet_NaN());

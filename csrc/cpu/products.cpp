@@ -1,4 +1,4 @@
-// Which instruction set runs: torch's own choice, so that ATEN_CPU_CAPABILITY rules both.
+// Which instruction set runs: the one that torch uses, so that ATEN_CPU_CAPABILITY sets both.
 #include "products.h"
 
 #include <ATen/Version.h>

@@ -1,11 +1,11 @@
-// The two products with a side of R = r_a + r_b that a CPU adapter is made of, for one thread.
+// The two kinds of product with a side of R = r_a + r_b. A call runs on one thread.
 //
 //   dots      out[i, j] = base[i, j] + sum_p left[i, p] right[j, p]      Z = x D^T, dZ = G U, dB_down = T W0^T
 //   combine   out[i, c] = base[i, c] + sum_p left(p, i) right[p, c]      dD = dZ^T x, dU = Z^T G, C = B_down W0,
 //                                                                        Z U^T, dZ D, W0 + U D
 //
-// base may be out itself, a row for all i (ld_base = 0), or null for zeros. Rows of right, out and base are contiguous, in dots those of left too.
-// Sums run over blocks of p, in an order that depends on the sizes alone.
+// base may be out itself, one row for all i (ld_base = 0), or null, which means zeros. The rows of right, out and base are
+// contiguous; in dots those of left too. Sums run over blocks of p, in an order that depends only on the sizes.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ struct Combine {
   int64_t ld_base;
   T* out;  // [rows, columns]
   int64_t ld_out;
-  int64_t left_ahead = 0, right_ahead = 0;  // so many elements after those in use, what the caller reads next
+  int64_t left_ahead = 0, right_ahead = 0;  // to prefetch: how far beyond the current elements the caller's next ones lie
 };
 
 // The instruction set that this processor has and ATEN_CPU_CAPABILITY allows: "avx512", "avx2" or "plain".

@@ -1,13 +1,13 @@
-// The loops of products.h in vectors of VECTOR_BYTES, included once by the file of each instruction set.
+// The loops of products.h in vectors of VECTOR_BYTES. The file of each instruction set includes this one.
 
 #include "products.h"
 
 namespace hydra::cpu {
-namespace {  // each instruction set has its own, which the linker must not merge
+namespace {  // each instruction set has its own copy, and the linker must not merge them
 
 #define HYDRA_INLINE inline __attribute__((always_inline))
 
-// Aligned as its elements are: rows may start anywhere.
+// Aligned only as its elements are, because rows may start anywhere.
 template <class T, int LANES>
 struct VectorOf {
   typedef T type __attribute__((vector_size(LANES * sizeof(T)), aligned(alignof(T)), may_alias));
@@ -22,9 +22,9 @@ HYDRA_INLINE const Vector<T, LANES>& at(const T* p) { return *reinterpret_cast<c
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int SIDE = VECTOR_BYTES >= 64 ? 4 : 2;  // of a tile of dots, SIDE^2 accumulators
-constexpr int ROWS = VECTOR_BYTES >= 64 ? 16 : 8;  // of a tile of combine, as many accumulators
-constexpr int64_t DOTS_DEPTH = 1024;  // of a block of p: its operands stay in the first cache
+constexpr int SIDE = VECTOR_BYTES >= 64 ? 4 : 2;  // a tile of dots has SIDE x SIDE accumulators
+constexpr int ROWS = VECTOR_BYTES >= 64 ? 16 : 8;  // a tile of combine has so many rows, an accumulator each
+constexpr int64_t DOTS_DEPTH = 1024;  // length of a block of p, whose operands stay in the L1 cache
 
 template <class T, int LANES>
 HYDRA_INLINE T sum(Vector<T, LANES> v) {
@@ -35,7 +35,7 @@ HYDRA_INLINE T sum(Vector<T, LANES> v) {
   return total[0];
 }
 
-// A tile of rows x columns <= SIDE x SIDE dots; what a row or column too many computes is not stored.
+// A tile of at most SIDE x SIDE dots. It always computes SIDE x SIDE, and stores those that exist.
 template <class T>
 void dots_tile(const Dots<T>& d, int64_t i0, int64_t j0, int64_t p0, int64_t depth, const T* base, int64_t ld_base) {
   constexpr int LANES = VECTOR_BYTES / sizeof(T);
@@ -53,7 +53,7 @@ void dots_tile(const Dots<T>& d, int64_t i0, int64_t j0, int64_t p0, int64_t dep
     for (int j = 0; j < SIDE; ++j) r[j] = at<T, LANES>(right[j] + p);
     for (int i = 0; i < SIDE; ++i) {
       const V l = at<T, LANES>(left[i] + p);
-      if (j0 == 0) __builtin_prefetch(left[i] + p + SIDE * d.ld_left);  // the next tile's rows, each on a page of its own
+      if (j0 == 0) __builtin_prefetch(left[i] + p + SIDE * d.ld_left);  // rows of the next tile; each is on a page of its own
       for (int j = 0; j < SIDE; ++j) acc[i][j] += l * r[j];
     }
   }
@@ -75,7 +75,7 @@ template <class T>
 void run_dots(const Dots<T>& d) {
   const T* base = d.base;
   int64_t ld_base = d.ld_base, p0 = 0;
-  do {  // once at least: an empty sum is written too
+  do {  // at least once: an empty sum must be written too
     const int64_t depth = least(DOTS_DEPTH, d.depth - p0);
     for (int64_t i0 = 0; i0 < d.rows; i0 += SIDE)
       for (int64_t j0 = 0; j0 < d.columns; j0 += SIDE) dots_tile(d, i0, j0, p0, depth, base, ld_base);
@@ -108,7 +108,7 @@ struct CombineBlock {
     }
   }
 
-  // All columns from c0 on, in vectors of LANES and at last of single elements.
+  // All columns from c0 on, in vectors of LANES, then in ever shorter ones down to single elements.
   template <int R, int LANES>
   HYDRA_INLINE void columns(int64_t i0, int64_t c0) const {
     for (; c0 + LANES <= c.columns; c0 += LANES) tile<R, LANES>(i0, c0);
@@ -127,7 +127,7 @@ template <class T>
 void run_combine(const Combine<T>& c) {
   const T* base = c.base;
   int64_t ld_base = c.ld_base, p0 = 0;
-  // Long rows lie on a page each: 32 of them at a time. Of short ones, as many as the first cache holds.
+  // Each long row is on a page of its own: 32 at a time. Of short ones as many as fit into the L1 cache.
   const int64_t block = c.columns > 64 ? 32 : 512;
   do {
     const int64_t depth = least(block, c.depth - p0);

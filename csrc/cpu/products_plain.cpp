@@ -1,4 +1,4 @@
-// Sixteen bytes a vector: what every x86-64 and every 64-bit ARM processor has.
+// Vectors of 16 bytes, which every x86-64 and every 64-bit ARM processor has.
 #define VECTOR_BYTES 16
 #include "products_impl.h"
 

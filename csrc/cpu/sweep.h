@@ -1,11 +1,12 @@
-// One sweep over the rows of a backward, block by block: G, x and y0 are read from memory once, for everything that has
-// a side of R.
+// One sweep over the rows of a backward, block by block, so that G, x and y0 are read from memory only once for all
+// products with a side of R.
 //
 //   dZ = mask * (G U) [M, R]    dU = G^T Z [N, R]    z = sum_m dZ [R]
-//   composed:   Z is given, or mask-free and x D^T + d again    dD = dZ^T x [R, K]    dx so far = dZ D
-//   kept:       dA_down = dZ_a^T x, dB_down = dZ_b^T y0    dy0 = G + dZ_b B_down    dx so far = dZ_a A_down
+//   composed:   Z is given                          dD = dZ^T x [R, K]    dx so far = dZ D
+//   effective:  Z = x D^T + d is computed again     dD = dZ^T x [R, K]
+//   kept:       Z is given, dA_down = dZ_a^T x, dB_down = dZ_b^T y0    dy0 = G + dZ_b B_down    dx so far = dZ_a A_down
 //
-// Each thread takes consecutive blocks and has sums of its own, added at last in the order of the threads.
+// Each thread takes consecutive blocks and has sums of its own. At the end they are added in the order of the threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -17,7 +18,7 @@
 
 namespace hydra::cpu {
 
-// The dropout mask [M, R]: booleans and 1/(1-p), or values.
+// The dropout mask [M, R]: booleans with the scale 1/(1-p), or values that are scaled already.
 template <class T>
 struct Mask {
   at::Tensor owner;
@@ -31,7 +32,7 @@ struct Mask {
     if (owner.scalar_type() == at::kBool) flags = owner.const_data_ptr<bool>();
     else values = owner.const_data_ptr<T>();
   }
-  // Z holds rows [row, row + rows) of an [M, R], `stride` apart.
+  // Z holds the rows [row, row + rows) of an [M, R] matrix, `stride` elements apart.
   void apply(T* Z, int64_t stride, int64_t row, int64_t rows, int64_t R) const {
     if (!flags && !values) return;
     for (int64_t m = 0; m < rows; ++m)
@@ -42,7 +43,7 @@ struct Mask {
   }
 };
 
-// A product of the sweep with R columns: columns [first, first + ranks) of dZ with v [M, width].
+// One product dZ'^T v of the sweep: dZ' is columns [first, first + ranks) of dZ, and v is [M, width].
 template <class T>
 struct Down {
   int64_t first = 0, ranks = 0, width = 0;
@@ -50,7 +51,7 @@ struct Down {
   int64_t v_stride = 0;
 };
 
-// Ranks as the sweep stores them: whole vectors, the ranks too many zero.
+// R as the sweep stores it: rounded up to whole vectors; the extra ranks are zero.
 inline int64_t padded(int64_t R) { return (R + 7) / 8 * 8; }
 
 template <class T>
@@ -61,7 +62,7 @@ struct Sweep {
   const T* U = nullptr;  // [N, padded(R)]; null where dZ is not wanted
   const Mask<T>* mask = nullptr;
   bool wants_dU = false;
-  const T* Z = nullptr;              // [M, R], or null: then from the next four
+  const T* Z = nullptr;              // [M, R], or null: then it is computed from the next four
   const T *x = nullptr, *D = nullptr, *d = nullptr;  // [M, K], [R, K], [R] or null
   int64_t x_stride = 0, K = 0;
   Down<T> a, b;  // a.ranks = 0 where dA_down is not wanted, and so on
@@ -73,14 +74,14 @@ struct Sweep {
   int64_t R_E = 0;
 };
 
-// What a sweep sums: dU [N, padded(R)], the a's and b's products and z [R], of `threads` threads one after another.
+// What a sweep sums, for each thread: dU [N, padded(R)], the products a and b, and z [R], at these offsets.
 template <class T>
 struct Sums {
   int64_t dU, a, b, z, size, threads;
   Buffer<T> memory;
 
   T* of(int64_t thread) const { return memory.data() + thread * size; }
-  // Adds the threads' sums up in those of the first, which is the result.
+  // Adds the sums of all threads to those of the first, which are the result.
   void reduce() const {
     if (threads == 1) return;
     at::parallel_for(0, size, 1 << 14, [&](int64_t begin, int64_t end) {
@@ -90,9 +91,9 @@ struct Sums {
   }
 };
 
-constexpr int64_t FLOPS_OF_A_THREAD = 1 << 18;  // below which waking it costs more
+constexpr int64_t FLOPS_OF_A_THREAD = 1 << 18;  // with fewer, waking a thread costs more than it saves
 
-// Over how many threads to spread so many operations on so many items.
+// The number of threads for so many operations on so many items.
 inline int64_t threads_for(int64_t flops, int64_t items) {
   const int64_t most = std::min<int64_t>(at::get_num_threads(), std::max<int64_t>(items, 1));
   return std::clamp<int64_t>(flops / FLOPS_OF_A_THREAD, 1, most);
@@ -149,7 +150,7 @@ Sums<T> sweep(const Sweep<T>& s) {
   at.z = at.b + s.b.ranks * s.b.width;
   at.size = (at.z + s.R + 15) / 16 * 16;
   at.memory = Buffer<T>(at.size * threads);
-  // Blocks of x and G that stay in the second cache.
+  // Blocks of x and G that fit into the L2 cache.
   const int64_t block = std::clamp<int64_t>((256 << 10) / (std::max<int64_t>(width, 1) * sizeof(T)), 8, 32) / 8 * 8;
   const int64_t rows_of_thread = (s.M + threads - 1) / threads;
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -159,7 +160,7 @@ Sums<T> sweep(const Sweep<T>& s) {
       const int64_t last = std::min(s.M, (t + 1) * rows_of_thread);
       const int64_t begin_row = std::min(s.M, t * rows_of_thread);
       int64_t row = begin_row;
-      do {  // once at least: sums over no rows are written too
+      do {  // at least once: sums over no rows must be written too
         const int64_t rows = std::max<int64_t>(0, std::min(block, last - row));
         sweep_block(s, row, rows, row + 2 * block <= last ? block : 0, row == begin_row, Z.data(), dZ.data(), at.of(t), at);
         row += block;

@@ -1,8 +1,8 @@
-// D = [A_down; C], C = B_down W0; rest = C - its rows of D; d = [a_d, B_down b0 + b_d]; U = [s_a A_up, s_b B_up];
+// D = [A_down; C], C = B_down W0; rest = C - C rounded; d = [a_d, B_down b0 + b_d]; U = [s_a A_up, s_b B_up];
 // u = s_a a_u + s_b b_u. Shapes: W0 [N, K], D [R, K], rest [r_b, K], d [R], U [N, R], u [N].
 //
-// C in fp32: partial sums over S splits of the rows of W0, then a second launch that sums them in order and computes
-// what else there is, a job for each range of blocks.
+// C is computed in fp32: partial sums over S splits of the rows of W0. A second launch adds them in order and computes
+// everything else; each range of its blocks has one job.
 #include "tiles.cuh"
 
 namespace {

@@ -1,7 +1,7 @@
 // Z = mask * (x D^T + x [0; rest]^T + d): x [M, K], D [R, K], rest [R - r_a, K], d [R], mask [M, R], Z [M, R].
 //
-// A block owns 64 rows of x and one of Q ranges of columns, so that few rows still fill the card; a second launch sums
-// the Q parts in order, adds d and masks. Both products meet in one accumulator before anything is rounded.
+// A block owns 64 rows of x and one of Q ranges of columns, so that few rows still fill the card. A second launch adds
+// the Q parts in order, adds d and masks. Both products are summed in one accumulator, before anything is rounded.
 #include "tiles.cuh"
 
 namespace {

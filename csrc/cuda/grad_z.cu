@@ -1,18 +1,18 @@
-// dZ = mask * (G [A_up, B_up]) s, and partial sums over rows of what else a pass over G yields: G [M, N], Z, dZ, mask
+// dZ = mask * (G [A_up, B_up]) s, and partial sums over rows of everything else that needs G: G [M, N], Z, dZ, mask
 // [M, R], dU = G^T Z [P, N, R], g = sum_m G [P, N], z_sums = sum_m dZ [P_z, R], scales = sum_m (G [A_up, B_up])_r Z_r
 // [P_z, R], up_bias = <g, a_u>, <g, b_u> [P, Q, 2].
 //
-// A block owns up to 256 rows of G, tall since dU's partial sums cost 4 R / rows bytes for an element of G, and one of
-// Q ranges of columns. A second launch sums the Q parts of dZ in order, masks and rounds them.
+// A block owns up to 256 rows of G and one of Q ranges of columns. It has so many rows because dU's partial sums cost
+// 4 R / rows bytes for each element of G. A second launch adds the Q parts of dZ in order, masks and rounds them.
 #include "tiles.cuh"
 
 namespace {
 
-// Tiles of rows to a block: what registers hold of dZ, and shared memory of Z.
+// Tiles of rows in a block: as many as there are registers for dZ and shared memory for Z.
 __host__ __device__ constexpr int tiles_of_block(int64_t ranks, int64_t bytes) {
   return smaller(4, 256 / (ranks * bytes));
 }
-// Of the second launch: rows to a block, or more where there would be too many blocks, whose sums `reduce` adds up.
+// The second launch: rows in a block, and the most blocks, whose sums `reduce` adds up; beyond that a block has more rows.
 constexpr int64_t SUM_ROWS = 32, MAX_SUMS = 2 * PROGRAMS;
 
 template <typename T, int RANKS>
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, 1) grad_z_kernel(HydraGradZArguments 
   }
 }
 
-// RANKS threads to a row.
+// A row has RANKS threads.
 template <typename T, int RANKS>
 __global__ void __launch_bounds__(THREADS) finish_kernel(HydraGradZArguments p, int64_t splits, int64_t rows) {
   SHARED_ARRAY(float, sums, THREADS);
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(HydraGradZArguments p, 
     if (p.dZ_ptr == nullptr) continue;
     T& dZ = static_cast<T*>(p.dZ_ptr)[i];
     assign(dZ, dz * scale * mask_at<T>(p.mask_ptr, i, p.mask_bytes, p.mask_scale));
-    // Of the rounded dZ, as in dZ^T x: where b0 cancels W0 x the two sums must cancel too.
+    // The sum of the rounded dZ, which dZ^T x uses as well: where b0 cancels W0 x, the two sums must cancel too.
     z_sum += to_float(dZ);
   }
   const auto write = [&](float* to, float v) {

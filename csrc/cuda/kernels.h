@@ -1,21 +1,21 @@
-// The CUDA kernels of backend `native`, as the host calls them: one struct of arguments and one launcher a pass.
+// The CUDA kernels of backend `native`, as the host calls them: for each pass a struct of arguments and a launcher.
 //
 // Composed form, R = r_a + r_b from 1 to 64 (csrc/cuda/*.cu hold the formulas); N, K at least 1:
-//   forward     hydra_compose   D = [A_down; B_down W0], C's rounding rest, d, U, u         reads W0 once
+//   forward     hydra_compose   D = [A_down; C], C = B_down W0, its rest, d, U, u          reads W0 once
 //               hydra_down      Z = mask * (x D^T + x [0; rest]^T + d)                      reads x once
 //   backward    hydra_grad_z    dZ, partial sums of dU = G^T Z, sum_m G, sum_m dZ, scales   reads G once
 //               hydra_grad_w    partial sums of dD = dZ^T x                                 reads x once
 //               hydra_reduce    every gradient of adapters, scales and b0 from the partial sums    reads W0 once
 //
 // Every launcher enqueues on `stream` (a cudaStream_t) of the current device, allocates nothing, reads no device memory
-// on the host, and returns a cudaError_t (0: enqueued; 1, cudaErrorInvalidValue: R > 64, or a type that is none).
-// The caller allocates outputs, partial sums and workspaces, whose sizes are pure functions of shapes and type (last
-// lines): so bits depend on the architecture alone, not on the run. Where M = 0, hydra_down and hydra_grad_z write nothing.
+// on the host, and returns a cudaError_t (0: enqueued; 1, cudaErrorInvalidValue: R > 64, or no such type).
+// The caller allocates outputs, partial sums and workspaces. Their sizes depend only on shapes and type (functions at the
+// end), so that every run on one architecture gives the same bits. Where M = 0, hydra_down and hydra_grad_z write nothing.
 //
 // "type" is that of W0, b0, x, G, D, rest, Z, dZ, U, u; "adapter_type" that of the adapters, their biases, scales by
-// pointer, and their gradients: equal to type, or fp32. Everything is contiguous but W0, x and G, whose rows may lie
-// at any stride with unit inner stride (rows of 16-byte lines are fast). null means absent or, for an output, unwanted.
-// No input may overlap an output; nothing needs to be initialised.
+// pointer, and their gradients: equal to type, or fp32. Everything is contiguous except W0, x and G: their rows may
+// be any stride apart, with contiguous elements (rows that are aligned to 16 bytes are fast). null means absent or, for an
+// output, not wanted. No input may overlap an output; nothing needs to be initialised.
 #pragma once
 
 #include <cstdint>
@@ -66,9 +66,9 @@ struct HydraDownArguments {
   int64_t K;
   int64_t stride_xm;  // elements from row to row of x
   int32_t R;
-  int32_t r_a;         // the rows of D above those that rest belongs to
+  int32_t r_a;         // rest belongs to the rows of D after these
   int32_t mask_bytes;  // 1: mask is uint8, 0 or 1; 0: of type
-  float mask_scale;    // what mask is multiplied with
+  float mask_scale;    // the mask is multiplied by it
   HydraType type;
 };
 
@@ -87,8 +87,8 @@ struct HydraGradZArguments {
   float* g_ptr;          // [P, N], written, or null: of sum_m G
   float* z_sums_ptr;     // [P_z, R], written, or null: of sum_m of the rounded dZ; P_z = hydra_grad_z_sums(M)
   float* scales_ptr;     // [P_z, R], written, or null: of <G [A_up, B_up], Z> by rank
-  float* up_bias_ptr;    // [P, Q, 2], written where scales is: of <G, a_u> and <G, b_u>; null where scales is
-  float* dz_ptr;         // workspace [Q, M, R]; Q = hydra_grad_z_splits(M, N, R, type); null where dZ and scales are
+  float* up_bias_ptr;    // [P, Q, 2], written, or null as scales is: of <G, a_u> and <G, b_u>
+  float* dz_ptr;         // workspace [Q, M, R]; Q = hydra_grad_z_splits(M, N, R, type); null where dZ and scales both are
   int64_t M;
   int64_t N;
   int64_t stride_gm;  // elements from row to row of G
@@ -114,15 +114,15 @@ struct HydraGradWArguments {
 };
 
 struct HydraReduceArguments {
-  const float* dU_ptr;      // of grad_z; null where dA_up and dB_up are
-  const float* g_ptr;       // null where dbias, dA_up_bias and dB_up_bias are
+  const float* dU_ptr;      // of grad_z; null where dA_up and dB_up both are
+  const float* g_ptr;       // null where dbias, dA_up_bias and dB_up_bias all are
   const float* z_sums_ptr;  // read for biases of down projections, dbias over B_down, dB_down over b0; else null
-  const float* scales_ptr;  // null where dscale_a and dscale_b are
+  const float* scales_ptr;  // null where dscale_a and dscale_b both are
   const float* up_bias_ptr;
-  const float* dD_ptr;      // of grad_w; null where dA_down and dB_down are
-  const void* w_ptr;        // W0 [N, K]; read for dB_down alone
-  const void* bias_ptr;     // b0 [N], or null; read for dB_down alone
-  const void* B_down_ptr;   // [r_b, N], or null; read for dbias alone
+  const float* dD_ptr;      // of grad_w; null where dA_down and dB_down both are
+  const void* w_ptr;        // W0 [N, K]; read only for dB_down
+  const void* bias_ptr;     // b0 [N], or null; read only for dB_down
+  const void* B_down_ptr;   // [r_b, N], or null; read only for dbias
   const void* scale_a_ptr;  // as for compose
   const void* scale_b_ptr;
   void* dA_down_ptr;  // gradients, written, of adapter_type and their operands' shapes; null where not wanted
@@ -143,7 +143,7 @@ struct HydraReduceArguments {
   int64_t Q;        // hydra_grad_z_splits(M, N, R, type)
   int64_t S;        // of grad_w: hydra_grad_w_splits(M, K); 0 where M = 0
   int64_t N;
-  int64_t K;        // read for dA_down and dB_down alone
+  int64_t K;        // read only for dA_down and dB_down
   int64_t stride_wn;
   int32_t r_a;
   int32_t r_b;
@@ -159,7 +159,7 @@ int hydra_grad_z(const HydraGradZArguments*, void* stream);
 int hydra_grad_w(const HydraGradWArguments*, void* stream);
 int hydra_reduce(const HydraReduceArguments*, void* stream);
 
-// Into how many parts a pass divides its sums; no CUDA call. Those of M are 0 where M = 0.
+// The number of parts into which a pass divides its sums; no CUDA call. Where M = 0, sums over M have 0 parts.
 int64_t hydra_compose_splits(int64_t N, int64_t K);
 int64_t hydra_down_splits(int64_t M, int64_t K);
 int64_t hydra_grad_z_partials(int64_t M, int64_t R, HydraType type);

@@ -4,8 +4,8 @@
 //     dA_up = s_a dU_a    dA_down = dD_a    da_u = s_a g    da_d = z_a    ds_a from scales and up_bias    (b likewise)
 //     db0 = g + z_b B_down                  dB_down = T W0^T + z_b b0^T, T in fp32
 //
-// A launch for all sums, whose blocks' numbers tell their jobs; then T W0^T, each block at 64 rows of W0 and a part of
-// the columns; then the sums of those parts.
+// Three launches: all sums, where a block's number says which job it has; then T W0^T, where a block has 64 rows of W0 and
+// a part of the columns; then the sums of those parts.
 #include "tiles.cuh"
 
 namespace {
@@ -54,7 +54,7 @@ __device__ void gradients_of_columns(const HydraReduceArguments& p, int64_t n, f
   if (n < p.N) assign(static_cast<T*>(p.dbias_ptr)[n], g);
 }
 
-// The jobs of one block each: r < R, then the two scales.
+// Jobs of one block each: every rank r < R here, then the two scales.
 template <typename T>
 __device__ void gradient_of_rank(const HydraReduceArguments& p, int r) {
   const bool wide = p.adapter_type == HYDRA_FLOAT32, of_a = r < p.r_a;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(THREADS, 1) through_weight_kernel(HydraReduceA
   });
 }
 
-// dB_down at one rank and 128 columns.
+// A block has one rank and 128 columns of dB_down.
 template <typename T>
 __global__ void __launch_bounds__(THREADS) finish_kernel(HydraReduceArguments p, int64_t splits) {
   const int64_t n = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x, r = blockIdx.y;

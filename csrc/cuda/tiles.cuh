@@ -1,11 +1,11 @@
 // What the kernels share: tiles between global and shared memory, products of tiles, conversions, sums.
 //
-// A tile is 64 rows of 128 bytes of x, G or W0 in shared memory. Its other factor, which has at most 64 ranks, lies
-// beside it rank by rank, the index that the product sums over innermost; both products of a pass,
+// A tile is 64 rows of 128 bytes of x, G or W0 in shared memory. The other factor of a product has at most 64 ranks; it
+// lies beside the tile rank by rank, with the index that the product sums over innermost. So one function computes both
 //     rows       out[i, r] = sum_k tile[i, k] other[r, k]      (x D^T, G [A_up, B_up], W0 T^T)
 //     columns    out[k, r] = sum_i tile[i, k] other[r, i]      (G^T Z, x^T dZ, W0^T B_down^T)
-// are then one function. A warp computes 16 outputs i or k by 8 ranks a step: in bf16 and fp16 on tensor cores, in fp32
-// by fused multiply-adds, always with fp32 sums. A thread prefetches its share of the next tile in registers.
+// A warp computes 16 outputs i or k by 8 ranks in a step: in bf16 and fp16 on tensor cores, in fp32 by fused multiply-adds,
+// always with fp32 sums. Each thread prefetches its share of the next tile into registers.
 #pragma once
 
 #include "kernels.h"
@@ -31,7 +31,7 @@ constexpr int64_t PROGRAMS = 528;  // blocks that keep memory busy: four on each
 #endif
 
 template <typename P> constexpr int COLUMNS = 128 / sizeof(P);
-// 16 bytes more than the data: the eight rows that a warp reads at once lie in different banks.
+// 16 bytes more than the data, so that the eight rows that a warp reads at once lie in different banks.
 template <typename P> constexpr int STRIDE = COLUMNS<P> + 16 / sizeof(P);
 template <typename P> constexpr int ROW_STRIDE = ROWS + 16 / sizeof(P);  // of the other factor, summed over rows
 // Warps that share 16 columns of a tile divide the ranks.
@@ -40,8 +40,8 @@ template <typename P> constexpr int SHARERS = WARPS * 16 / COLUMNS<P>;
 __host__ __device__ constexpr int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Into how many parts of the same whole number of steps a sum is divided, for `blocks` blocks a part, so that all run at
-// once; 0 for no steps.
+// The number of parts into which a sum of `steps` steps is divided: parts of whole steps and equal size, the last one
+// excepted, each computed by `blocks` blocks, so that all blocks run at once. 0 where there are no steps.
 constexpr int64_t splits_of(int64_t steps, int64_t blocks) {
   if (steps == 0 || blocks == 0) return 0;
   return cdiv(steps, cdiv(steps, PROGRAMS > blocks ? PROGRAMS / blocks : 1));
@@ -54,7 +54,7 @@ __device__ inline void assign(float& to, float v) { to = v; }
 __device__ inline void assign(__half& to, float v) { to = __float2half_rn(v); }
 __device__ inline void assign(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
 
-// v as a T holds it.
+// v rounded to T.
 template <typename T>
 __device__ float rounded(float v) {
   T t;
@@ -62,8 +62,8 @@ __device__ float rounded(float v) {
   return to_float(t);
 }
 
-// The bits of an element of adapters, which are of T or, where wide is set, fp32; 0 where it is not inside. Kept as bits
-// until it is stored, a load holds back none that follows.
+// The bits of an element of an adapter, which is a T or, where wide is set, fp32; 0 where it is outside. They are converted
+// only when they are stored, so that a load does not have to wait for the one before it.
 template <typename T>
 __device__ uint32_t bits_of(const void* ptr, int64_t i, bool wide, bool inside = true) {
   if (!inside) return 0;
@@ -92,7 +92,7 @@ __device__ float scale_of(const void* ptr, float value, bool wide) {
   return ptr == nullptr ? value : load<T>(ptr, 0, wide);
 }
 
-// A matrix in global memory, and whether its rows are lines of 16 bytes.
+// A matrix in global memory, and whether its rows are aligned to 16 bytes.
 template <typename T>
 struct Matrix {
   const T* ptr;
@@ -104,7 +104,7 @@ struct Matrix {
         lines((reinterpret_cast<uintptr_t>(p) | static_cast<uint64_t>(stride) * sizeof(T)) % 16 == 0) {}
 };
 
-// A thread's share of a tile of HEIGHT rows on its way from a matrix of T to shared memory of P; zero outside.
+// A thread's share of a tile of HEIGHT rows, in registers between a matrix of T and shared memory of P; zero outside.
 template <typename T, typename P, int HEIGHT = ROWS>
 struct Share {
   static constexpr int WIDTH = 16 / sizeof(T), LANES = COLUMNS<P> / WIDTH, STEPS = cdiv(HEIGHT * LANES, THREADS);
@@ -146,8 +146,8 @@ struct Share {
   }
 };
 
-// A thread's share of the other factor, RANKS by DEPTH: element (r, k) is element(r, k), converted when it is stored.
-// Neighbours differ in the rank where RANKS_FIRST is set, else in k: as the source is laid out.
+// A thread's share of the other factor, RANKS by DEPTH: its element (r, k) is element(r, k), converted when it is stored.
+// Neighbouring threads take neighbouring ranks where RANKS_FIRST is set, else neighbouring k: as memory holds the source.
 template <typename S, int RANKS, int DEPTH, bool RANKS_FIRST>
 struct Other {
   static constexpr int STEPS = RANKS * DEPTH / THREADS;
@@ -172,7 +172,7 @@ struct Other {
   }
 };
 
-// The same in batches, so that few registers hold it, neighbours differing in the rank.
+// Loads and stores the whole factor in batches, which takes few registers. Neighbouring threads take neighbouring ranks.
 template <int RANKS, int DEPTH, typename P, typename Element, typename Convert>
 __device__ void fill(P* to, int stride, const Element& element, const Convert& convert) {
   constexpr int STEPS = RANKS * DEPTH / THREADS, BATCH = smaller(STEPS, 8);
@@ -209,8 +209,8 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }
 #endif
 
-// acc[n] += a other^T, 16 by 8 outputs: a(i, k) is a[i, k] of the tile, or where TRANSPOSED its [k, i]. Lane 4 g + t
-// has the outputs g, g + 8 of the ranks 8 n + 2t, 8 n + 2t + 1.
+// acc[n] += a other^T, 16 by 8 outputs: a(i, k) is element [i, k] of the tile, or [k, i] where TRANSPOSED is set. Lane
+// 4 g + t has the outputs g and g + 8 of the ranks 8 n + 2 t and 8 n + 2 t + 1.
 template <bool TRANSPOSED, int DEPTH, typename P, int N>
 __device__ void product(float (&acc)[N][4], const P* a, const P* other, int stride) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -257,7 +257,7 @@ __device__ void product(float (&acc)[N][4], const P* a, const P* other, int stri
   }
 }
 
-// Calls put(i, r, value) for each output of `product` that this thread has; r counts from the first of the N * 8 ranks.
+// Calls put(i, r, value) for each output of `product` that this thread has; r counts from the first of the 8 N ranks.
 template <int N, typename Put>
 __device__ void each_output(const float (&acc)[N][4], const Put& put) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -327,14 +327,14 @@ __device__ inline float sum_of_partials(const float* ptr, int64_t P, int64_t siz
   return sum;
 }
 
-// The factor of element i of a mask of T, or of bytes: 0 or 1.
+// What a mask multiplies element i by; the mask is of T, or of bytes that are 0 or 1.
 template <typename T>
 __device__ float mask_at(const void* mask, int64_t i, bool bytes, float scale) {
   if (mask == nullptr) return 1.0f;
   return scale * (bytes ? static_cast<const uint8_t*>(mask)[i] : to_float(static_cast<const T*>(mask)[i]));
 }
 
-// Calls run<T, RANKS>() with the type and the ranks padded to 16, 32 or 64; cudaErrorInvalidValue where there is none.
+// Calls run<T, RANKS>() with the type and the ranks padded to 16, 32 or 64; cudaErrorInvalidValue where none fits.
 template <typename Run>
 int dispatch(HydraType type, int64_t ranks, const Run& run) {
   const auto by_rank = [&]<typename T>(T) {
