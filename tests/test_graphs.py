@@ -87,7 +87,7 @@ def test_a_launch_goes_to_its_tensors_device(current, entered, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Guard)
     with FakeTensorMode():
         x = torch.empty(2, device="cuda:1")
-    Launch.of(Kernel(), (1,), {"x_ptr": x}, Gemm(32, 32, 16, 1, 1)).run()
+    Launch.of(Kernel(), (1,), Gemm(32, 32, 16, 1, 1), x_ptr=x).run()
     assert ran == [1]
     assert seen == entered
     assert now == [current]

@@ -103,7 +103,7 @@ def test_more_ranks_than_a_program_holds_are_left_to_cublas():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("K", "N"), [(96, 80), (80, 96), (96, 96)])
 def test_hybrid_with_each_gemm_of_either_kind(K, N, bias):
-    arch = configs.INTERPRETER._replace(fused_from=96)
+    arch = configs.INTERPRETER._replace(half=configs.INTERPRETER.half._replace(fused_from=96))
     t, G = operands(replace(ALIGNED, K=K, N=N, bias=bias), BF16)
     wanted = set(t) - {"weight", "mask"}
     true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)

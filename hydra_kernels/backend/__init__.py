@@ -12,8 +12,8 @@ from .triton import TritonBackend
 TABLE: dict[str, Backend] = {
     "aten": aten,
     "native": Untraceable("native", native),
-    "hybrid": Untraceable("hybrid", TritonBackend(fused=False)),
-    "triton": Untraceable("triton", TritonBackend(fused=True)),
+    "hybrid": Untraceable("hybrid", TritonBackend(always_fused=False)),
+    "triton": Untraceable("triton", TritonBackend(always_fused=True)),
 }
 NAMES = ("auto", "reference", *TABLE)
 

@@ -5,7 +5,7 @@ backward    grad_z: dZ, sums over rows    sum_rows: dU    gemm: dx    sum_rows: 
             reduce: every other gradient but dB_down      through_weight, finish: dB_down
 
 So 4 + 7 launches where every gradient is wanted, and fewer where not. `triton` always computes h and dx in `gemm`;
-`hybrid` computes each of them there where that was measured to be faster (`Architecture.fuses`), else in two GEMMs of
+`hybrid` computes each of them there where that was measured to be faster (`Tiles.fuses`), else in two GEMMs of
 cuBLAS.
 """
 
@@ -25,15 +25,15 @@ from .interface import CPU, LOW_PRECISION, Operands, Saved
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOWEST_CAPABILITY = (8, 0)
-Run = Callable[[Launch], None]  # how a launch is carried out; a report collects them instead
+Run = Callable[[Launch], None]  # what is done with each launch: it runs, or a report collects it
 _ADAPTERS = ("A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias")
 
 
 class TritonBackend:
-    """``fused``: both large products always in our GEMM (`triton`); or each where it pays, any rank (`hybrid`)."""
+    """``always_fused`` (`triton`): h and dx always by our GEMM. Else (`hybrid`) where it is faster, for any rank."""
 
-    def __init__(self, fused: bool) -> None:
-        self.fused = fused
+    def __init__(self, always_fused: bool) -> None:
+        self.always_fused = always_fused
 
     def unavailable(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -55,15 +55,15 @@ class TritonBackend:
             return f"its kernels have no {dtype}"
         if form != "composed":
             return "it has the composed form only"
-        if self.fused and r_a + r_b > configs.MAX_RANK_BLOCK:
+        if self.always_fused and r_a + r_b > configs.MAX_RANK_BLOCK:
             return f"it fuses ranks up to {configs.MAX_RANK_BLOCK}, and r_a + r_b is {r_a + r_b}; 'hybrid' takes any"
         return None
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
-        return forward(x, op, needs, self.fused, tiles_of(x.device))
+        return forward(x, op, needs, self.always_fused, tiles_of(x.device))
 
     def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
-        return backward(G, contiguous(op), saved, needs, self.fused, tiles_of(G.device))
+        return backward(G, contiguous(op), saved, needs, self.always_fused, tiles_of(G.device))
 
 
 def too_old(capability: tuple[int, int]) -> str | None:
@@ -74,7 +74,7 @@ def too_old(capability: tuple[int, int]) -> str | None:
 
 
 def forward(
-    x: Tensor, op: Operands, needs: Set[str], fused: bool, arch: Architecture, run: Run = Launch.run
+    x: Tensor, op: Operands, needs: Set[str], always_fused: bool, arch: Architecture, run: Run = Launch.run
 ) -> tuple[Tensor, Operands, Saved]:
     # Triton is imported at the first use, not with the package.
     from ..kernels import compose, gemm, skinny
@@ -84,18 +84,18 @@ def forward(
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
     h = x.new_empty(M, N)
     tiles = arch.tiles(x.dtype, precision, [x, op.weight, h])
-    fused = fused or arch.fuses(tiles, N, R)
+    fuse_h = always_fused or tiles.fuses(N, R)
     up_bias = op.A_up_bias is not None or op.B_up_bias is not None
     down_bias = op.A_down_bias is not None or op.B_down_bias is not None or (op.bias is not None and op.r_b > 0)
     D, U = x.new_empty(R, K), x.new_empty(N, R)
     rest = x.new_empty(op.r_b, K) if op.r_b > 0 and (x.dtype in LOW_PRECISION or precision == "tf32") else None
     d = x.new_empty(R, dtype=torch.float32) if down_bias else None
     u = None
-    if up_bias or (fused and op.bias is not None):
-        u = x.new_empty(N, dtype=torch.float32 if fused else x.dtype)
+    if up_bias or (fuse_h and op.bias is not None):
+        u = x.new_empty(N, dtype=torch.float32 if fuse_h else x.dtype)
     adapters = {name: getattr(op, name) for name in _ADAPTERS}
     scales = op.scale_a, op.scale_b
-    with_bias = fused and op.bias is not None
+    with_bias = fuse_h and op.bias is not None
     C = b_sums = None
     if op.B_down is not None:
         S, B_down = arch.splits(tiles, N, K), op.B_down.to(x.dtype)
@@ -108,7 +108,7 @@ def forward(
 
     Z = x.new_empty(M, R)
     run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, tiles.down, precision))
-    if fused:
+    if fuse_h:
         run(gemm.forward(x, op.weight, u, Z, U, h, arch.gemm(tiles, M, N), arch.multiprocessors, precision))
     else:
         _around_cublas(x, op.weight, op.bias, Z, U, u, h)
@@ -125,28 +125,34 @@ def _around_cublas(
 ) -> None:
     """h = x W0^T + Z U^T + (b0 + u)."""
     if bias is None:
-        # The small part first: the GEMM adds to it before rounding, so small updates survive low precision.
+        # The small part first: the GEMM then adds to it before rounding, so small updates survive low precision.
         (torch.mm(Z, U.t(), out=h) if u is None else torch.addmm(u, Z, U.t(), out=h)).addmm_(x, weight.t())
         return
-    # b0 may cancel W0 x, so the two must meet before anything is rounded, as in the naive layer.
+    # b0 may cancel W0 x, so the two are added before anything is rounded, as in the naive layer.
     torch.addmm(bias, x, weight.t(), out=h).addmm_(Z, U.t())
     if u is not None:
         h.add_(u)
 
 
 def backward(
-    G: Tensor, op: Operands, saved: Saved, needs: Set[str], fused: bool, arch: Architecture, run: Run = Launch.run
+    G: Tensor,
+    op: Operands,
+    saved: Saved,
+    needs: Set[str],
+    always_fused: bool,
+    arch: Architecture,
+    run: Run = Launch.run,
 ) -> dict[str, Tensor]:
     from ..kernels import gemm, reduce, skinny
 
     x, Z, D = saved
     if 0 in G.stride():
-        G = G.contiguous()  # expanded, as the gradient of a sum: once, where three passes would load single elements
+        G = G.contiguous()  # expanded, like the gradient of a sum; three passes would load its elements one by one
     precision = _precision(G.dtype)
     dx = {"x": G.new_empty(len(G), D.shape[1])} if "x" in needs else {}
     tiles = arch.tiles(G.dtype, precision, [t for t in (G, x, op.weight, *dx.values()) if t is not None])
-    (M, N), r_a, r_b, scales = G.shape, op.r_a, op.r_b, (op.scale_a, op.scale_b)
-    R = r_a + r_b
+    (M, N), K, r_a, r_b = G.shape, 0 if x is None else x.shape[1], op.r_a, op.r_b
+    R, scales = r_a + r_b, (op.scale_a, op.scale_b)
     grads = {name: torch.empty_like(getattr(op, name)) for name in reduce.GRADIENTS if name in needs and name != "bias"}
     if "bias" in needs:
         grads["bias"] = G.new_empty(N)
@@ -154,7 +160,7 @@ def backward(
     def partial(wanted: bool, *shape: int) -> Tensor | None:
         return G.new_empty(shape, dtype=torch.float32) if wanted else None
 
-    P, S = cdiv(M, tiles.grad_z.BLOCK_ROWS), 0 if x is None else arch.splits(tiles, M, x.shape[1])
+    P, S = cdiv(M, tiles.grad_z.BLOCK_ROWS), 0 if x is None else arch.splits(tiles, M, K)
     of_scales = "scale_a" in needs or "scale_b" in needs
     z_sums = not needs.isdisjoint(("A_down_bias", "B_down_bias")) or (
         r_b > 0 and ("bias" in needs or ("B_down" in needs and op.bias is not None))
@@ -164,7 +170,7 @@ def backward(
         g=partial(not needs.isdisjoint(("bias", "A_up_bias", "B_up_bias")), P, N),
         z_sums=partial(z_sums, P, R),
         scales=partial(of_scales, P, R + 2),
-        dD=partial(x is not None, S, R, 0 if x is None else x.shape[1]),
+        dD=partial(x is not None, S, R, K),
     )
     dZ = G.new_empty(M, R) if z_sums or x is not None or "x" in needs else None
     up_biases = (op.A_up_bias if "scale_a" in needs else None, op.B_up_bias if "scale_b" in needs else None)
@@ -176,7 +182,7 @@ def backward(
     if partials.dU is not None:
         run(skinny.sum_rows(G, Z, partials.dU, tiles.sum_rows, precision))
     if "x" in needs:
-        if fused or arch.fuses(tiles, D.shape[1], R):
+        if always_fused or tiles.fuses(D.shape[1], R):
             config = arch.gemm(tiles, *dx["x"].shape)
             run(gemm.dx(G, op.weight, dZ, D, dx["x"], config, arch.multiprocessors, precision))
         else:
@@ -184,7 +190,7 @@ def backward(
     if partials.dD is not None:
         run(skinny.sum_rows(x, dZ, partials.dD, tiles.sum_rows, precision))
     if grads:
-        through_W0, K = "B_down" in needs, 0 if x is None else x.shape[1]
+        through_W0 = "B_down" in needs
         T, z_b = partial(through_W0, r_b, K), partial(through_W0 and op.bias is not None, r_b)
         shape, B_down = (N, K, r_a, r_b), op.B_down if "bias" in needs else None
         run(reduce.reduce(partials, P, B_down, scales, shape, grads, T, z_b, tiles.reduce))
@@ -201,12 +207,12 @@ def _for_backward(op: Operands, needs: Set[str]) -> Operands:
 
 
 def _stacked_up(op: Operands, dtype: torch.dtype) -> Tensor:
-    """[A_up, B_up]^T [R, N], whose rows wide loads take at any rank."""
+    """[A_up, B_up]^T [R, N]: wide loads can take its rows at any rank, those of [N, R] not."""
     return torch.cat([up.t().to(dtype) for up in (op.A_up, op.B_up) if up is not None]).contiguous()
 
 
 def contiguous(op: Operands) -> Operands:
-    """Adapters and mask as the kernels read them; weight may have any strides."""
+    """Adapters, bias and mask made contiguous, as the kernels read them; weight may have any strides."""
     mask = op.mask
     if mask is not None:
         mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()
@@ -216,7 +222,7 @@ def contiguous(op: Operands) -> Operands:
 
 @functools.cache
 def tiles_of(device: torch.device) -> Architecture:
-    """Of the device's architecture, for as many multiprocessors as this card has."""
+    """The tiles of the device's architecture, with the number of multiprocessors that this card has."""
     from ..kernels.language import INTERPRETED
 
     if INTERPRETED.value:

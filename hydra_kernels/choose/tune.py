@@ -20,18 +20,16 @@ from ..autograd import computed_in
 from ..backend import TABLE
 from ..functional import hydra_linear
 from ..layers import HydraLinear
-from . import machine
+from . import accuracy, machine
 
 Shape = tuple[int, int, int, int, int]
 CANDIDATES = (
     *(("hybrid", "composed"), ("triton", "composed"), ("aten", "composed"), ("aten", "kept")),
     *(("native", "composed"), ("native", "kept"), ("native", "effective")),
 )
-# Beyond twice the naive layer's error, in epsilons: what is left where the naive layer happens to be exact.
-_SLACK = {torch.float64: 64, torch.float32: 2, torch.float16: 1, torch.bfloat16: 1}
-_TF32_SLACK = 2**-9  # Triton's products truncate operands to tf32, cuBLAS's round them to nearest
-_COLD_BYTES = 64 << 20  # on a CPU; on a GPU twice its L2
-_STEPS_IN_A_ROW = 4  # of which the last is timed: by then the host is ahead of the GPU, if it can be
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_COLD_BYTES = 64 << 20  # overwritten before each step on a CPU; on a GPU twice its L2
+_STEPS_IN_A_ROW = 4  # the last of them is timed: by then the host is ahead of the GPU, if it can be
 
 
 class Tuned(NamedTuple):
@@ -140,7 +138,7 @@ def _jobs(
             or min(shape[:3]) < 1
         ):
             raise ValueError(f"model_or_shapes: expected (M, K, N, r_a, r_b) of positive integers, got {shape}")
-        if of not in _SLACK or shape[3] + shape[4] == 0:
+        if of not in _DTYPES or shape[3] + shape[4] == 0:
             raise ValueError(f"model_or_shapes: {shape} in {of} has no branch, or no such dtype is served")
     return list(dict.fromkeys(jobs))
 
@@ -148,10 +146,10 @@ def _jobs(
 def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> Tuned:
     r_a, r_b = shape[3:]
     tf32 = dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    slack = _TF32_SLACK if tf32 else _SLACK[dtype] * torch.finfo(dtype).eps
+    slack = accuracy.slack_of(dtype, tf32)
     t, G = _operands(shape, dtype, device)
     exact = _step(reference.hydra_linear, {k: v if v is None else v.double() for k, v in t.items()}, G.double())
-    naive = _errors(_step(reference.hydra_linear, t, G), exact)
+    naive = list(map(accuracy.errors, _step(reference.hydra_linear, t, G), exact))
     steps: dict[str, Callable[[], object]] = {}
     failed: dict[str, str] = {}
     for backend, form in CANDIDATES:
@@ -164,7 +162,7 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
             return hydra_linear(x, *tensors, form=form, backend=backend)  # type: ignore[arg-type]
 
         try:
-            wrong = _wrong(_errors(_step(run, t, G), exact), naive, slack)
+            wrong = _wrong(_step(run, t, G), exact, naive, slack)
         except Exception as error:  # a compiler's or a driver's: the other candidates must be measured all the same
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if wrong is not None:
@@ -216,26 +214,16 @@ def _step(function: Callable[..., Tensor], t: dict[str, Tensor | None], G: Tenso
         return [h.detach(), *torch.autograd.grad(h, leaves, G)]
 
 
-def _errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """Largest and root mean square error of each, relative to the exact one's."""
-    pairs = []
-    for value, true in zip(got, exact, strict=True):
-        difference = value.double() - true
-        pairs.append(
-            (
-                (difference.abs().max() / true.abs().max()).item(),
-                (difference.square().mean() / true.square().mean()).sqrt().item(),
-            )
-        )
-    return pairs
-
-
-def _wrong(errors: Sequence[tuple[float, float]], naive: Sequence[tuple[float, float]], slack: float) -> str | None:
-    for place, (mine, theirs) in enumerate(zip(errors, naive, strict=True)):
-        for error, allowed in zip(mine, theirs, strict=True):
-            if not error <= 2 * allowed + slack:  # NaN fails too
+def _wrong(
+    got: Sequence[Tensor], exact: Sequence[Tensor], naive: Sequence[tuple[float, float]], slack: float
+) -> str | None:
+    """What errs more than the rule of `accuracy` allows for the naive layer's errors, or None."""
+    for place, (value, true, least) in enumerate(zip(got, exact, naive, strict=True)):
+        for error, naive_error in zip(accuracy.errors(value, true), least, strict=True):
+            limit = accuracy.allowed(naive_error, slack)
+            if not error / limit <= 1:  # what is not finite fails too
                 what = "the output" if place == 0 else f"gradient {place}"
-                return f"{what} is wrong by {error:.2e}, allowed {2 * allowed + slack:.2e}"
+                return f"{what} is wrong by {error:.2e}, allowed {limit:.2e}"
     return None
 
 

@@ -1,10 +1,11 @@
-"""What a forward needs of the adapters, element by element: one launch, in which a program's number tells its job.
+"""What a forward needs of the adapters, made element by element in one launch; the program number selects the job.
 
-r_a, r_b ranks, R = r_a + r_b. From `skinny.sum_rows` over W0, in partial sums over ranges of its N rows:
-    C = B_down W0 [S, r_b, K]    B_down b0 [S, r_b]
+r_a, r_b are the ranks, R = r_a + r_b. `skinny.sum_rows` has left S partial sums of C = B_down W0 [r_b, K] and of
+B_down b0 [r_b], each over a range of W0's N rows. From them and the adapters:
 
-    D = [A_down; C] in x's dtype    rest = C - its rows of D    d = [a_d, B_down b0 + b_d]
-    U = [s_a A_up, s_b B_up]        u = s_a a_u + s_b b_u, and b0 where wanted
+    D = [A_down; C]             [R, K] in x's dtype        rest = C - (C as rounded in D)    [r_b, K]
+    d = [a_d, B_down b0 + b_d]  [R] in fp32
+    U = [s_a A_up, s_b B_up]    [N, R]                     u = s_a a_u + s_b b_u (+ b0)      [N]
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .configs import Reduce, cdiv
 from .language import leading, scalar, store, sum_of_partials
-from .launch import Launch, scale_arguments
+from .launch import Launch, Scales
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def rows_of_C(
     C_ptr, D_ptr, rest_ptr, pid, S, K, r_a, r_b,
     PRECISION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """C in D's last r_b rows, and its rest, at one block of r_b K elements."""
+    """One block of C's r_b K elements: into D's last r_b rows, and what rounding them lost into rest."""
     offs, size = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), tl.full((1,), r_b, tl.int64) * K
     inside = offs < size
     C = sum_of_partials(C_ptr, S, size, offs, inside, BLOCK_P)
@@ -38,7 +39,7 @@ def rows_of_C(
 
 @triton.jit
 def rows_of_A(A_down_ptr, D_ptr, pid, K, r_a, BLOCK_E: tl.constexpr):
-    """A_down in D's first r_a rows, at one block of r_a K elements."""
+    """One block of A_down's r_a K elements, into D's first r_a rows."""
     offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = offs < tl.full((1,), r_a, tl.int64) * K
     store(D_ptr + offs, tl.load(A_down_ptr + offs, mask=inside, other=0.0).to(tl.float32), inside)
@@ -49,7 +50,7 @@ def scaled_up(
     A_up_ptr, B_up_ptr, scale_a, scale_b, U_ptr, pid, N, r_a, r_b,
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """U at one block of N R elements."""
+    """One block of U's N R elements."""
     R = r_a + r_b
     offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside, n, r = offs < tl.full((1,), R, tl.int64) * N, offs // R, offs % R
@@ -68,7 +69,7 @@ def up_bias(
     bias_ptr, A_up_bias_ptr, B_up_bias_ptr, scale_a, scale_b, u_ptr, pid, N,
     WITH_BIAS: tl.constexpr, LOADED_A: tl.constexpr, LOADED_B: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """u at one block of N."""
+    """One block of u's N elements."""
     offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = offs < N
     u = tl.zeros((BLOCK_E,), tl.float32)
@@ -86,7 +87,7 @@ def down_bias(
     A_down_bias_ptr, B_down_bias_ptr, b_sums_ptr, d_ptr, pid, S, r_a, r_b,
     BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """d at one block of R."""
+    """One block of d's R elements."""
     offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     of_b = (offs >= r_a) & (offs < r_a + r_b)
     d = tl.zeros((BLOCK_E,), tl.float32)
@@ -102,15 +103,8 @@ def down_bias(
 @triton.jit(do_not_specialize=["S", "end_C", "end_A", "end_U", "end_u"])
 def compose_kernel(
     bias_ptr,  # b0 [N], or None
-    A_down_ptr,
-    A_up_ptr,
-    B_up_ptr,
-    A_down_bias_ptr,
-    A_up_bias_ptr,
-    B_down_bias_ptr,
-    B_up_bias_ptr,
-    scale_a,
-    scale_b,
+    A_down_ptr, A_up_ptr, B_up_ptr, A_down_bias_ptr, A_up_bias_ptr, B_down_bias_ptr, B_up_bias_ptr,  # None where absent
+    scale_a, scale_b,
     C_ptr,  # [S, r_b, K] fp32, or None
     b_sums_ptr,  # [S, r_b] fp32, or None
     D_ptr,  # [R, K], written
@@ -118,22 +112,12 @@ def compose_kernel(
     d_ptr,  # [R] fp32, written, or None
     U_ptr,  # [N, R], written
     u_ptr,  # [N], written, or None
-    end_C,  # the first program number after each job
-    end_A,
-    end_U,
-    end_u,
-    S,
-    N,
-    K,
-    r_a,
-    r_b,
+    end_C, end_A, end_U, end_u,  # the first program number after each job
+    S, N, K, r_a, r_b,
     WITH_BIAS: tl.constexpr,  # whether u includes b0
-    LOADED_A: tl.constexpr,  # whether scale_a is a pointer
-    LOADED_B: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
+    PRECISION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     if pid < end_C:
         if C_ptr is not None:
@@ -155,32 +139,26 @@ def compose_kernel(
 
 
 def compose(
-    bias: Tensor | None,
-    adapters: dict[str, Tensor | None],
-    scales: tuple[float | Tensor, float | Tensor],
-    C: Tensor | None,
-    b_sums: Tensor | None,
-    D: Tensor,
-    rest: Tensor | None,
-    d: Tensor | None,
-    U: Tensor,
-    u: Tensor | None,
-    with_bias: bool,
-    config: Reduce,
-    precision: str,
-) -> Launch:
+    bias: Tensor | None, adapters: dict[str, Tensor | None], scales: Scales, C: Tensor | None, b_sums: Tensor | None,
+    D: Tensor, rest: Tensor | None, d: Tensor | None, U: Tensor, u: Tensor | None,
+    with_bias: bool, config: Reduce, precision: str,
+) -> Launch:  # fmt: skip
     """Writes D [R, K], rest [r_b, K], d [R], U [N, R] and u [N]; u includes b0 where with_bias is set."""
-    (R, K), N = D.shape, U.shape[0]
-    r_b = 0 if C is None else C.shape[1]
+    (R, K), N, (s_a, s_b), a = D.shape, U.shape[0], scales, adapters
+    S, r_b = (0, 0) if C is None else C.shape[:2]
     sizes = (r_b * K, (R - r_b) * K, N * R, 0 if u is None else N, 0 if d is None else R)
-    *ends, programs = accumulate(cdiv(size, config.BLOCK_E) for size in sizes)
-    arguments = {
-        "bias_ptr": bias,
-        **{f"{name}_ptr": t for name, t in adapters.items() if name != "B_down"},
-        **scale_arguments(scales),
-        **{"C_ptr": C, "b_sums_ptr": b_sums, "D_ptr": D, "rest_ptr": rest, "d_ptr": d, "U_ptr": U, "u_ptr": u},
-        **dict(zip(("end_C", "end_A", "end_U", "end_u"), ends, strict=True)),
-        **{"S": 0 if C is None else len(C), "N": N, "K": K, "r_a": R - r_b, "r_b": r_b},
-        **{"WITH_BIAS": with_bias, "PRECISION": precision, "BLOCK_E": config.BLOCK_E, "BLOCK_P": config.BLOCK_P},
-    }
-    return Launch.of(compose_kernel, (programs,), arguments, config)
+    end_C, end_A, end_U, end_u, programs = accumulate(cdiv(size, config.BLOCK_E) for size in sizes)
+    return Launch.of(
+        compose_kernel, (programs,), config,
+        bias_ptr=bias,
+        A_down_ptr=a["A_down"], A_up_ptr=a["A_up"], B_up_ptr=a["B_up"],
+        A_down_bias_ptr=a["A_down_bias"], A_up_bias_ptr=a["A_up_bias"],
+        B_down_bias_ptr=a["B_down_bias"], B_up_bias_ptr=a["B_up_bias"],
+        scale_a=s_a, scale_b=s_b,
+        C_ptr=C, b_sums_ptr=b_sums,
+        D_ptr=D, rest_ptr=rest, d_ptr=d, U_ptr=U, u_ptr=u,
+        end_C=end_C, end_A=end_A, end_U=end_U, end_u=end_u,
+        S=S, N=N, K=K, r_a=R - r_b, r_b=r_b,
+        WITH_BIAS=with_bias, LOADED_A=isinstance(s_a, Tensor), LOADED_B=isinstance(s_b, Tensor),
+        PRECISION=precision, BLOCK_E=config.BLOCK_E, BLOCK_P=config.BLOCK_P,
+    )  # fmt: skip

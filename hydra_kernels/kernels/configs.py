@@ -1,8 +1,8 @@
 """Every tile of every kernel: typed data by architecture, and why each number is what it is.
 
-`of` picks by compute capability; a GPU that is not listed gets plain loads and the smallest shared memory, which run on
-every one. Those of sm_90 were measured on an H200; the others follow from the limits in the comments and from the
-compile report (`python -m benchmarks.compile_report`: no spills, shared memory within the limit).
+`of` picks them by compute capability. A GPU that is not listed gets the tiles of sm_86, which run everywhere: they need
+the least shared memory and load through pointers. The tiles of sm_90 were measured on an H200; the others follow from
+the limits in the comments and from `python -m benchmarks.compile_report` (no spills, shared memory within the limit).
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FULL = 0.93  # share of multiprocessors with a tile from which on the larger one is faster (an H200, 8192x4096x4096)
-MAX_RANK_BLOCK = 64  # columns of R that a program holds: registers for an accumulator of 64 columns beside the GEMM's
+# The larger GEMM tile is faster where at least this share of the multiprocessors has a tile to compute, on average over
+# the rounds (measured on an H200 at 8192x4096x4096).
+_FULL = 0.93
+MAX_RANK_BLOCK = 64  # ranks that a program holds: registers for an accumulator of 64 columns beside the GEMM's
 
 
 def rank_block(R: int) -> int:
@@ -33,9 +35,9 @@ class Gemm(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False  # load and store through the tensor memory accelerator
-    persistent: bool = False  # a program a multiprocessor, each of which computes many tiles
-    GROUP_M: int = 8  # blocks of rows that share columns of W: their tiles fit every L2
-    max_registers: int | None = None  # 255 where ptxas, left to itself, spills a few bytes for an idle occupancy
+    persistent: bool = False  # one program for each multiprocessor, and each computes many tiles
+    GROUP_M: int = 8  # blocks of rows that share columns of W: their tiles fit into every L2
+    max_registers: int | None = None  # 255 where ptxas would spill a few bytes for an occupancy that nothing uses
 
 
 class Skinny(NamedTuple):
@@ -55,44 +57,44 @@ class Reduce(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """One configuration of each kernel; ROWS and COLUMNS are those of the wide operand: x, G or W0."""
+    """One configuration of each kernel. BLOCK_ROWS and BLOCK_COLUMNS are those of the wide operand: x, G or W0."""
 
     gemm: Gemm
     down: Skinny
     grad_z: Skinny
-    sum_rows: Skinny  # rows of a line of 128 bytes
+    sum_rows: Skinny  # a row of its tile is one line of 128 bytes
     through: Skinny
-    reduce: Reduce  # and of every other kernel that works element by element
-    gemm_few: Gemm | None = None  # for outputs that would leave many multiprocessors without a tile in the last round
+    reduce: Reduce  # and every other kernel that works element by element
+    gemm_few: Gemm | None = None  # for outputs where `gemm` leaves many multiprocessors idle in the last round
+    fused_from: int | None = None  # columns of output from which on `gemm` was measured to beat cuBLAS; None: nowhere
+
+    def fuses(self, N: int, R: int) -> bool:
+        """Whether an output of N columns is faster from `gemm` than from cuBLAS and a second pass over the output."""
+        return self.fused_from is not None and self.fused_from <= N and R <= MAX_RANK_BLOCK
 
 
 class Architecture(NamedTuple):
-    """The tiles of one architecture, by what the operands allow."""
+    """The tiles of one architecture, one set for each kind of operands."""
 
     name: str
     half: Tiles  # aligned float16 and bfloat16
     tf32: Tiles  # aligned float32 in tf32
-    small: Tiles  # anything else: single elements are loaded, or products run without matrix instructions
+    small: Tiles  # all else: elements are loaded one by one, or products run without matrix instructions
     multiprocessors: int
-    fused_from: int | None = None  # columns of output from which on `gemm` was measured to be worth it
 
     @property
     def programs(self) -> int:
-        """That keep memory busy: two a multiprocessor, on an H200 up to 30 % faster than one."""
+        """How many keep memory busy: two on each multiprocessor, on an H200 up to 30 % faster than one."""
         return 2 * self.multiprocessors
 
     def tiles(self, dtype: torch.dtype, precision: str, operands: list[Tensor]) -> Tiles:
-        """For products in dtype and precision ("ieee" or "tf32") of W0, x and G."""
+        """For products of these operands (W0, x, G) in dtype and precision ("ieee" or "tf32")."""
         if not all(map(aligned, operands)) or (dtype == torch.float32 and precision == "ieee"):
             return self.small
         return self.tf32 if dtype == torch.float32 else self.half
 
-    def fuses(self, tiles: Tiles, N: int, R: int) -> bool:
-        """Whether an output of N columns is faster from `gemm` than from cuBLAS and one more pass over it."""
-        return self.fused_from is not None and tiles is self.half and self.fused_from <= N and R <= MAX_RANK_BLOCK
-
     def gemm(self, tiles: Tiles, M: int, N: int) -> Gemm:
-        """That of the tiles for an output [M, N]."""
+        """Which GEMM of the tiles computes an output [M, N]."""
         if tiles.gemm_few is None:
             return tiles.gemm
         count = cdiv(M, tiles.gemm.BLOCK_M) * cdiv(N, tiles.gemm.BLOCK_N)
@@ -100,31 +102,31 @@ class Architecture(NamedTuple):
         return tiles.gemm if count >= _FULL * rounds * self.multiprocessors else tiles.gemm_few
 
     def with_each_gemm(self) -> list[Architecture]:
-        """Itself with one GEMM tile for outputs of every size, for each of its two: what checks go through."""
+        """For checks: this architecture once for each of its GEMM tiles, which then computes outputs of every size."""
         gemms = [config for config in (self.half.gemm, self.half.gemm_few) if config is not None]
         return [self._replace(half=self.half._replace(gemm=config, gemm_few=None)) for config in gemms]
 
     def splits(self, tiles: Tiles, M: int, K: int) -> int:
-        """Into how many ranges of rows sum_rows divides M: few partial sums, yet `programs` programs."""
+        """Into how many ranges sum_rows divides the M rows: as few as give `programs` programs."""
         columns = cdiv(K, tiles.sum_rows.BLOCK_COLUMNS)
         return max(1, min(cdiv(self.programs, columns), cdiv(M, tiles.sum_rows.BLOCK_ROWS)))
 
     def splits_of_columns(self, tiles: Tiles, N: int, K: int) -> int:
-        """Into how many ranges of columns through_weight divides K, likewise."""
+        """Into how many ranges through_weight divides the K columns, likewise."""
         return min(cdiv(self.programs, cdiv(N, tiles.through.BLOCK_ROWS)), cdiv(K, tiles.through.BLOCK_COLUMNS))
 
 
 def aligned(t: Tensor) -> bool:
-    """Fewer than 2^31 rows of 16-byte lines, as wide loads and the tensor memory accelerator want them.
+    """Whether wide loads and the tensor memory accelerator can take t: fewer than 2^31 rows of whole 16-byte lines.
 
-    Of a stride Triton's compiler knows only whether 16 elements divide it.
+    The stride must be a multiple of 16 elements: that is all that Triton's compiler is told of it.
     """
     lines = t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() > 0
     return lines and t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.shape[0] < 2**31
 
 
-# 32 rows in the GEMM: from 64 on Triton 3.6 compiles full fp32 to tf32 on sm_100 and sm_103 (its tcgen05 path overlooks
-# the precision). 8 warps in down and grad_z: fewer would spill tiles of R = 64 in full fp32.
+# gemm has 32 rows: from 64 on, Triton 3.6 compiles full fp32 to tf32 on sm_100 and sm_103 (its tcgen05 path overlooks
+# the precision). down and grad_z have 8 warps: with fewer, tiles of R = 64 in full fp32 would spill.
 _SMALL = Tiles(
     gemm=Gemm(32, 64, 16, 4, 3, max_registers=255),
     down=Skinny(32, 32, 8, 2, max_registers=255),
@@ -141,7 +143,7 @@ _HALF = Tiles(
     through=Skinny(64, 64, 4, 4, max_registers=255),
     reduce=Reduce(128, 32, 4, 1),
 )
-# Elements of 4 bytes: half as many columns to a line.
+# Elements of 4 bytes: a line holds half as many columns.
 _TF32 = _HALF._replace(
     gemm=Gemm(128, 128, 16, 8, 3, max_registers=255),
     down=Skinny(64, 32, 4, 3),
@@ -154,7 +156,7 @@ _TF32 = _HALF._replace(
 SM80 = Architecture("sm_80", _HALF, _TF32, _SMALL, multiprocessors=108)
 # 100 KiB of shared memory: one stage less.
 SM86 = Architecture("sm_86", _HALF._replace(gemm=Gemm(128, 128, 32, 8, 3)), _TF32, _SMALL, multiprocessors=128)
-# wgmma wants two warpgroups on 128 x 256, loaded by the tensor memory accelerator; 227 KiB of shared memory.
+# wgmma takes 128 x 256 with two warpgroups, loaded by the tensor memory accelerator; 227 KiB of shared memory.
 SM90 = Architecture(
     "sm_90",
     _HALF._replace(
@@ -162,11 +164,11 @@ SM90 = Architecture(
         gemm_few=Gemm(128, 128, 64, 4, 3, descriptors=True),
         down=Skinny(64, 128, 4, 4),
         grad_z=Skinny(64, 128, 4, 4),
+        fused_from=1024,
     ),
     _TF32,
     _SMALL,
     multiprocessors=132,
-    fused_from=1024,
 )
 # The accumulators live in tensor memory, so registers leave room for a wide tile; 227 KiB of shared memory.
 SM100 = Architecture(
@@ -176,9 +178,9 @@ SM100 = Architecture(
     _SMALL,
     multiprocessors=148,
 )
-# The shared memory and the matrix instructions of sm_86; descriptors would cost a stack frame.
+# It has the shared memory and the matrix instructions of sm_86; descriptors would cost a stack frame.
 SM120 = SM86._replace(name="sm_120", multiprocessors=170)
-# Tiles so small that a test's shapes have several in each direction, and a remainder.
+# So small that the shapes of tests have several tiles in each direction, and a remainder.
 _TINY = Tiles(
     gemm=Gemm(32, 32, 16, 1, 1, descriptors=True, persistent=True, GROUP_M=2),
     down=Skinny(32, 32, 1, 1),
@@ -197,5 +199,5 @@ BY_CAPABILITY = {
 
 
 def of(capability: tuple[int, int] | None) -> Architecture:
-    """The tiles for a compute capability, those of sm_86 for one that is not listed; None is the interpreter."""
+    """The tiles for a compute capability; None is the interpreter."""
     return INTERPRETER if capability is None else BY_CAPABILITY.get(capability, SM86)

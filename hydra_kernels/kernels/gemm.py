@@ -1,17 +1,15 @@
-"""out = X W + P Q + bias: the frozen product with the low-rank part in its accumulator, for the forward and for dx.
+"""out = X W + P Q + bias: the frozen product and the low-rank part in one accumulator, for the forward and for dx.
 
 Forward, x [M, K], W0 [N, K]:    h = x W0^T + Z U^T + b    Z [M, R], U [N, R], b [N] in fp32
 dx, G [M, N], W0 [N, K]:         dx = G W0 + dZ D          dZ [M, R], D [R, K]
 
-Both are one kernel with M rows, N columns and inner dimension K in its own naming: for dx those are M, K and N. A
-persistent configuration has as many programs as multiprocessors, which walk over all tiles: on an H200 the forward then
-takes 0.8 of the time of a program a tile. Z is not summed in the K loop: those products cost more than the pass over x
-that they would save, but where N is small.
+Both are one kernel. It calls the rows of its output M, the columns N and the inner dimension K; for dx, N and K are
+therefore swapped. A persistent configuration starts as many programs as there are multiprocessors, and each computes
+many tiles: on an H200 the forward then takes 0.8 of the time that one program for each tile takes. Z comes from a pass
+of its own. To sum it in the K loop would save that pass over x, but costs more, except where N is small.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -30,7 +28,7 @@ def compute_tile(
     FORWARD: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out. Tiles walk down GROUP_M blocks of rows before the next column, so that those of W stay in L2."""
+    """One tile of out. Tiles are numbered down GROUP_M blocks of rows, then across, so that blocks of W stay in L2."""
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first_m = tile // (GROUP_M * blocks_n) * GROUP_M
     group = min(blocks_m - first_m, GROUP_M)
@@ -75,35 +73,20 @@ def compute_tile(
         tl.store(out_ptrs, acc, mask=mask_m[:, None] & mask_n[None, :])
 
 
-# The number of rows must not decide what is compiled: a last short batch would wait for it.
+# M is not specialized: else a last, short batch would be compiled anew.
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x,  # [M, K]: a pointer, or a tensor descriptor
-    w,  # W0, likewise; rows are N in the forward and K for dx
+    w,  # W0, likewise; its rows are N in the forward and K for dx
     bias_ptr,  # [N] fp32, or None
     out,  # [M, N] contiguous, written: a pointer, or a tensor descriptor
     p_ptr,  # Z or dZ [M, R] contiguous
     q_ptr,  # [R, N] with strides: U^T or D
-    M,
-    N,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_wk,
-    stride_wn,
-    stride_qr,
-    stride_qn,
-    FORWARD: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    M, N, K, R,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
+    FORWARD: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     if PERSISTENT:
         for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
             compute_tile(
@@ -112,7 +95,7 @@ def gemm_kernel(
                 FORWARD, DESCRIPTORS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
             )  # fmt: skip
     else:
-        # Not the same loop with one pass: Triton pipelines that less well.
+        # Not a loop that runs once: Triton pipelines that less well.
         compute_tile(
             tl.program_id(0), x, w, bias_ptr, out, p_ptr, q_ptr, M, N, K, R,
             stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
@@ -121,58 +104,48 @@ def gemm_kernel(
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    Z: Tensor,
-    U: Tensor,
-    h: Tensor,
-    config: Gemm,
-    programs: int,
-    precision: str,
-) -> Launch:
-    """h [M, N] for x [M, K], weight [N, K], Z [M, R], U [N, R]; so many programs where config is persistent."""
-    (M, K), (N, R) = x.shape, U.shape
-    arguments = {
-        **_operands(x, weight, (config.BLOCK_N, config.BLOCK_K), h, config),
-        **{"bias_ptr": bias, "p_ptr": Z, "q_ptr": U, "M": M, "N": N, "K": K, "R": R},
-        **{"stride_xm": x.stride(0), "stride_xk": x.stride(1)},
-        **{"stride_wk": weight.stride(1), "stride_wn": weight.stride(0), "stride_qr": 1, "stride_qn": R},
-        **{"FORWARD": True, "PERSISTENT": config.persistent, "PRECISION": precision},
-    }
-    return _launch(arguments, config, programs)
+    x: Tensor, weight: Tensor, bias: Tensor | None, Z: Tensor, U: Tensor, h: Tensor,
+    config: Gemm, programs: int, precision: str,
+) -> Launch:  # fmt: skip
+    """h [M, N] for x [M, K], weight [N, K], Z [M, R], U [N, R]. A persistent config starts at most ``programs``."""
+    return _launch(
+        x, weight, bias, h, Z, U, config, programs, precision, is_forward=True,
+        stride_wk=weight.stride(1), stride_wn=weight.stride(0), stride_qr=1, stride_qn=U.shape[1],
+    )  # fmt: skip
 
 
 def dx(
     G: Tensor, weight: Tensor, dZ: Tensor, D: Tensor, out: Tensor, config: Gemm, programs: int, precision: str
 ) -> Launch:
-    """dx [M, K] for G [M, N], weight [N, K], dZ [M, R], D [R, K]; programs as in `forward`."""
-    (M, N), (R, K) = G.shape, D.shape
-    arguments = {
-        **_operands(G, weight, (config.BLOCK_K, config.BLOCK_N), out, config),
-        **{"bias_ptr": None, "p_ptr": dZ, "q_ptr": D, "M": M, "N": K, "K": N, "R": R},
-        **{"stride_xm": G.stride(0), "stride_xk": G.stride(1)},
-        **{"stride_wk": weight.stride(0), "stride_wn": weight.stride(1), "stride_qr": K, "stride_qn": 1},
-        **{"FORWARD": False, "PERSISTENT": config.persistent, "PRECISION": precision},
-    }
-    return _launch(arguments, config, programs)
+    """dx [M, K] for G [M, N], weight [N, K], dZ [M, R], D [R, K]; ``programs`` as in `forward`."""
+    return _launch(
+        G, weight, None, out, dZ, D, config, programs, precision, is_forward=False,
+        stride_wk=weight.stride(0), stride_wn=weight.stride(1), stride_qr=D.shape[1], stride_qn=1,
+    )  # fmt: skip
 
 
-def _operands(x: Tensor, weight: Tensor, w_block: tuple[int, int], out: Tensor, config: Gemm) -> dict[str, Any]:
-    """All three as tensor descriptors, or all as they are."""
-    tensors = {"x": x, "w": weight, "out": out}
-    if not config.descriptors:
-        return {**tensors, "DESCRIPTORS": False}
-    blocks = {"x": (config.BLOCK_M, config.BLOCK_K), "w": w_block, "out": (config.BLOCK_M, config.BLOCK_N)}
-    described = {
-        name: TensorDescriptor(t, list(t.shape), list(t.stride()), list(blocks[name])) for name, t in tensors.items()
-    }
-    return {**described, "DESCRIPTORS": True}
+def _launch(
+    x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, p: Tensor, q: Tensor,
+    config: Gemm, programs: int, precision: str,
+    *, is_forward: bool, stride_wk: int, stride_wn: int, stride_qr: int, stride_qn: int,
+) -> Launch:  # fmt: skip
+    """All in the kernel's naming."""
+    (M, K), N, R = x.shape, out.shape[1], p.shape[1]
+    BLOCK_M, BLOCK_N, BLOCK_K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    w_block = (BLOCK_N, BLOCK_K) if is_forward else (BLOCK_K, BLOCK_N)
+    tiles = cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
+    return Launch.of(
+        gemm_kernel, (min(tiles, programs) if config.persistent else tiles,), config,
+        x=_operand(x, (BLOCK_M, BLOCK_K), config), w=_operand(w, w_block, config), bias_ptr=bias,
+        out=_operand(out, (BLOCK_M, BLOCK_N), config), p_ptr=p, q_ptr=q,
+        M=M, N=N, K=K, R=R,
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wk=stride_wk, stride_wn=stride_wn,
+        stride_qr=stride_qr, stride_qn=stride_qn,
+        FORWARD=is_forward, DESCRIPTORS=config.descriptors, PERSISTENT=config.persistent, PRECISION=precision,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=rank_block(R), GROUP_M=config.GROUP_M,
+    )  # fmt: skip
 
 
-def _launch(arguments: dict[str, Any], config: Gemm, programs: int) -> Launch:
-    tiles = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K}
-    tiles |= {"BLOCK_R": rank_block(arguments["R"]), "GROUP_M": config.GROUP_M}
-    count = cdiv(arguments["M"], config.BLOCK_M) * cdiv(arguments["N"], config.BLOCK_N)
-    programs = min(count, programs) if config.persistent else count
-    return Launch.of(gemm_kernel, (programs,), arguments | tiles, config)
+def _operand(t: Tensor, block: tuple[int, int], config: Gemm) -> Tensor | TensorDescriptor:
+    """t itself, or its descriptor where config loads and stores through descriptors."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block)) if config.descriptors else t

@@ -11,10 +11,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, with fp32 sums."""
+    """acc + a b, summed in fp32."""
     if PRECISION == "ieee" and a.dtype == tl.float32:
-        # A chain of additions a block: one over the whole inner dimension errs more than twice as much as cuBLAS's. The
-        # compiler would join acc + dot(a, b, 0) into one again.
+        # Each block is summed alone and then added: one chain of additions over the whole inner dimension errs more
+        # than twice as much as cuBLAS. `acc * 0.0` and not 0, which the compiler would join into one chain again.
         return acc + tl.dot(a, b, acc * 0.0, input_precision=PRECISION)
     if INTERPRETED:
         a = a.to(tl.float32)
@@ -24,7 +24,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def rounded(v, dtype: tl.constexpr):
-    """v, which is fp32, to the nearest value of dtype, ties to even."""
+    """v (fp32) rounded to the nearest value of dtype, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = v.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -34,7 +34,7 @@ def rounded(v, dtype: tl.constexpr):
 
 @triton.jit
 def leading(v, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """What of v, which is fp32, a product in dtype and PRECISION keeps: v - leading(v) is what it would lose."""
+    """The part of v (fp32) that a product in dtype and PRECISION keeps; it would lose v - leading(v)."""
     if dtype == tl.float32:
         if PRECISION == "tf32":
             bits = v.to(tl.int32, bitcast=True)
@@ -46,13 +46,13 @@ def leading(v, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def store(ptrs, v, mask):
-    """v, which is fp32, rounded to what ptrs point to."""
+    """Stores v (fp32), rounded to the dtype that ptrs point to."""
     tl.store(ptrs, rounded(v, ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def scalar(s, LOADED: tl.constexpr):
-    """A scale in fp32, shape [1]: s is a number, or where LOADED is set a pointer to one."""
+    """A scale in fp32, of shape [1]. s is a number, or a pointer to one where LOADED is set."""
     if LOADED:
         s = tl.load(s)
     return tl.full((1,), s, tl.float32)
@@ -66,7 +66,7 @@ def scale_of_rank(scale_a, scale_b, offs_r, r_a, LOADED_A: tl.constexpr, LOADED_
 
 @triton.jit
 def sum_of_partials(ptr, P, size, offs, mask, BLOCK_P: tl.constexpr):
-    """The elements at offs of P arrays of this size, summed over the arrays."""
+    """The elements at offs, summed over P arrays of `size` elements that lie one after the other."""
     total = tl.zeros((offs.shape[0],), tl.float32)
     for p in range(0, P, BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P).to(tl.int64)

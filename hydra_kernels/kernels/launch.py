@@ -1,4 +1,4 @@
-"""A kernel with its grid and arguments: what runs, what the compile report compiles, and what tests count."""
+"""A kernel with its grid and arguments. The backend runs it; the compile report, the roofline and tests collect it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from .configs import Gemm, Reduce, Skinny
+
+# s_a and s_b: a number, or a tensor that the kernel loads, so that the host never reads it.
+Scales = tuple[float | Tensor, float | Tensor]
 
 _log = logging.getLogger("hydra_kernels")
 _announced: set[tuple[Any, ...]] = set()
@@ -23,9 +26,7 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
     @classmethod
-    def of(
-        cls, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: Gemm | Skinny | Reduce
-    ) -> Launch:
+    def of(cls, kernel: Any, grid: tuple[int, ...], config: Gemm | Skinny | Reduce, **arguments: Any) -> Launch:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if config.max_registers is not None:
             options["maxnreg"] = config.max_registers
@@ -45,18 +46,10 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.arguments, **self.options)
 
     def _announce(self) -> None:
-        """Logs a first compilation, which takes seconds. Triton may find it in its cache of earlier runs."""
+        """Logs a first compilation, which takes seconds unless an earlier run left it in Triton's cache."""
         dtypes = [v.dtype for v in self.arguments.values() if isinstance(v, Tensor)]
         constants = [v for name, v in self.arguments.items() if name.isupper() and len(name) > 1]
         key = (self.kernel.__name__, *dtypes, *constants, *self.options.values())
         if key not in _announced:
             _announced.add(key)
             _log.info("compiling %s for %s", self.kernel.__name__, ", ".join(map(str, dict.fromkeys(dtypes))))
-
-
-def scale_arguments(scales: tuple[float | Tensor, float | Tensor]) -> dict[str, Any]:
-    """s_a and s_b as kernels take them: numbers, or tensors that the kernel loads, which the host never reads."""
-    names = ("scale_a", "scale_b"), ("LOADED_A", "LOADED_B")
-    return dict(zip(names[0], scales, strict=True)) | {
-        name: isinstance(s, Tensor) for name, s in zip(names[1], scales, strict=True)
-    }

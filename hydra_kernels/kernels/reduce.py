@@ -1,4 +1,4 @@
-"""The last kernels of a backward: `reduce` sums partial sums into gradients; dB_down takes two more, a pass over W0.
+"""The last kernels of a backward. `reduce` adds partial sums up to gradients; dB_down takes two more, one over W0.
 
 From grad_z, over P blocks of rows:   g = sum_m G [P, N], z = sum_m dZ [P, R], scales [P, R + 2]
 From sum_rows, over splits of rows:   dU^T [Q, R, N], and dD [S, R, K], whose last r_b rows are T
@@ -6,9 +6,9 @@ From sum_rows, over splits of rows:   dU^T [Q, R, N], and dD [S, R, K], whose la
     dA_up = s_a dU_a    dA_down = dD_a    da_u = s_a g    da_d = z_a    ds_a from scales    (b likewise)
     db0 = g + z_b B_down                  dB_down = T W0^T + z_b b0^T, T in two parts where products round it
 
-`reduce` is one launch for all that it sums, T [r_b, K] and z_b [r_b] too: a program's number tells its job. Then
-`through_weight` leaves T W0^T in partial sums over ranges of K, so that a small W0 has enough programs, and `finish`
-adds them. Every sum runs in the same order each time.
+`reduce` is one launch for all its sums, T [r_b, K] and z_b [r_b] included; the program number selects the job. Then
+`through_weight` computes T W0^T in partial sums over ranges of K, so that a small W0 has enough programs too, and
+`finish` adds them up. Every sum is added in the same order each time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .configs import Reduce, Skinny, cdiv, rank_block
 from .language import dot, leading, scalar, store, sum_of_partials
-from .launch import Launch, scale_arguments
+from .launch import Launch, Scales
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def up_gradients(
     dU_ptr, scale_a, scale_b, dA_up_ptr, dB_up_ptr, pid, Q, N, r_a, r_b,
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dA_up [N, r_a] and dB_up [N, r_b] at one block of the R N elements of dU^T."""
+    """dA_up [N, r_a] and dB_up [N, r_b] from one block of the R N elements of dU^T."""
     offs, size = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), tl.full((1,), r_a + r_b, tl.int64) * N
     inside = offs < size
     dU = sum_of_partials(dU_ptr, Q, size, offs, inside, BLOCK_P)
@@ -45,7 +45,7 @@ def up_gradients(
 def down_gradients(
     dD_ptr, dA_down_ptr, T_ptr, pid, S, K, r_a, r_b, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dA_down [r_a, K] and T [r_b, K] at one block of the R K elements of dD."""
+    """dA_down [r_a, K] and T [r_b, K] from one block of the R K elements of dD."""
     offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     of_a, size = tl.full((1,), r_a, tl.int64) * K, tl.full((1,), r_a + r_b, tl.int64) * K
     dD = sum_of_partials(dD_ptr, S, size, offs, offs < size, BLOCK_P)
@@ -62,7 +62,7 @@ def gradients_of_columns(
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """db0, da_u and db_u [N] at one block."""
+    """One block of the N elements of db0, da_u and db_u."""
     offs = pid.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = offs < N
     g = sum_of_partials(g_ptr, P, N, offs, inside, BLOCK_P)
@@ -114,45 +114,22 @@ def gradients_of_ranks(
             store(dscale_b_ptr, tl.sum(ds_b, 0), None)
 
 
-# The number of rows must not decide what is compiled: a last short batch would wait for it.
+# The counts that follow from M are not specialized: else a last, short batch would be compiled anew.
 @triton.jit(do_not_specialize=["P", "Q", "S", "end_up", "end_down", "end_columns"])
 def reduce_kernel(
-    dU_ptr,  # partial sums, None where nothing needs them
-    g_ptr,
-    z_sums_ptr,
-    scales_ptr,
-    dD_ptr,
+    dU_ptr, g_ptr, z_sums_ptr, scales_ptr, dD_ptr,  # partial sums, None where nothing needs them
     B_down_ptr,  # [r_b, N], or None
-    scale_a,
-    scale_b,
-    dA_down_ptr,  # gradients, None where not wanted
-    dA_up_ptr,
-    dB_up_ptr,
-    dA_down_bias_ptr,
-    dA_up_bias_ptr,
-    dB_down_bias_ptr,
-    dB_up_bias_ptr,
-    dscale_a_ptr,
-    dscale_b_ptr,
-    dbias_ptr,
-    T_ptr,  # [r_b, K] fp32, or None
-    z_ptr,  # [r_b] fp32, or None
-    end_up,  # the first program number after each job
-    end_down,
-    end_columns,
-    P,
-    N,
-    K,
-    r_a,
-    r_b,
-    Q,
-    S,
-    LOADED_A: tl.constexpr,  # whether scale_a is a pointer
-    LOADED_B: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    scale_a, scale_b,
+    dA_down_ptr, dA_up_ptr, dB_up_ptr,  # gradients, written, None where not wanted
+    dA_down_bias_ptr, dA_up_bias_ptr, dB_down_bias_ptr, dB_up_bias_ptr,
+    dscale_a_ptr, dscale_b_ptr, dbias_ptr,
+    T_ptr,  # [r_b, K] fp32, written, or None
+    z_ptr,  # [r_b] fp32, written, or None
+    end_up, end_down, end_columns,  # the first program number after each job
+    P, Q, S, N, K, r_a, r_b,
+    LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
+    BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     if pid < end_up:
         if dU_ptr is not None:
@@ -176,22 +153,68 @@ def reduce_kernel(
         )  # fmt: skip
 
 
+# The gradients that a backward writes beside dx, named as operands.
+GRADIENTS = (
+    *("A_down", "A_up", "B_down", "B_up"),
+    *("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias", "scale_a", "scale_b", "bias"),
+)
+
+
+class Partials(NamedTuple):
+    """What `grad_z` and `sum_rows` left, in fp32; None where nothing needs it."""
+
+    dU: Tensor | None  # [Q, R, N]: transposed
+    g: Tensor | None  # [P, N]
+    z_sums: Tensor | None  # [P, R]
+    scales: Tensor | None  # [P, R + 2]
+    dD: Tensor | None  # [S, R, K]
+
+
+def reduce(
+    partials: Partials, P: int, B_down: Tensor | None, scales: Scales, shape: tuple[int, int, int, int],
+    grads: dict[str, Tensor], T: Tensor | None, z_b: Tensor | None, config: Reduce,
+) -> Launch:  # fmt: skip
+    """Fills grads (named as operands; B_down is left to `finish`) and, where they are not None, T [r_b, K] and
+    z_b [r_b], from P partial sums; shape is (N, K, r_a, r_b)."""
+    (N, K, r_a, r_b), (s_a, s_b), grad = shape, scales, grads.get
+    dU, g, z_sums, scale_sums, dD = partials
+
+    def programs(elements: int, *written: Tensor | None) -> int:
+        return cdiv(elements, config.BLOCK_E) if any(t is not None for t in written) else 0
+
+    end_up, end_down, end_columns, end = accumulate((
+        programs(N * (r_a + r_b), grad("A_up"), grad("B_up")),
+        programs((r_a if T is None else r_a + r_b) * K, grad("A_down"), T),
+        programs(N, grad("bias"), grad("A_up_bias"), grad("B_up_bias")),
+        programs(1, grad("A_down_bias"), grad("B_down_bias"), z_b, grad("scale_a"), grad("scale_b")),
+    ))  # fmt: skip
+    return Launch.of(
+        reduce_kernel, (end,), config,
+        dU_ptr=dU, g_ptr=g, z_sums_ptr=z_sums, scales_ptr=scale_sums, dD_ptr=dD,
+        B_down_ptr=B_down,
+        scale_a=s_a, scale_b=s_b,
+        dA_down_ptr=grad("A_down"), dA_up_ptr=grad("A_up"), dB_up_ptr=grad("B_up"),
+        dA_down_bias_ptr=grad("A_down_bias"), dA_up_bias_ptr=grad("A_up_bias"),
+        dB_down_bias_ptr=grad("B_down_bias"), dB_up_bias_ptr=grad("B_up_bias"),
+        dscale_a_ptr=grad("scale_a"), dscale_b_ptr=grad("scale_b"), dbias_ptr=grad("bias"),
+        T_ptr=T, z_ptr=z_b,
+        end_up=end_up, end_down=end_down, end_columns=end_columns,
+        P=P, Q=0 if dU is None else len(dU), S=0 if dD is None else len(dD), N=N, K=K, r_a=r_a, r_b=r_b,
+        LOADED_A=isinstance(s_a, Tensor), LOADED_B=isinstance(s_b, Tensor),
+        BLOCK_R=rank_block(r_b), BLOCK_E=config.BLOCK_E, BLOCK_P=config.BLOCK_P,
+    )  # fmt: skip
+
+
 @triton.jit
 def through_weight_kernel(
     T_ptr,  # [r_b, K] fp32
     w_ptr,  # W0 [N, K] with strides
     partials_ptr,  # [splits, r_b, N] fp32, written
-    N,
-    K,
-    r_b,
+    N, K, r_b,
     columns_of_split,  # whole blocks
-    stride_wn,
-    stride_wk,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    stride_wn, stride_wk,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1).to(tl.int64)
     offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -219,18 +242,28 @@ def through_weight_kernel(
     tl.store(partials_ptrs, acc, mask=mask_r[:, None] & mask_n[None, :])
 
 
+def through_weight(T: Tensor, weight: Tensor, partials: Tensor, config: Skinny, precision: str) -> Launch:
+    """Partial sums [splits, r_b, N] of T W0^T for T [r_b, K] and weight [N, K]."""
+    (r_b, K), N, splits = T.shape, weight.shape[0], len(partials)
+    BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_ROWS, config.BLOCK_COLUMNS, rank_block(r_b)
+    return Launch.of(
+        through_weight_kernel, (cdiv(N, BLOCK_N), splits, cdiv(r_b, BLOCK_R)), config,
+        T_ptr=T, w_ptr=weight, partials_ptr=partials,
+        N=N, K=K, r_b=r_b, columns_of_split=cdiv(cdiv(K, splits), BLOCK_K) * BLOCK_K,
+        stride_wn=weight.stride(0), stride_wk=weight.stride(1),
+        PRECISION=precision, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["splits"])
 def finish_kernel(
     partials_ptr,  # [splits, r_b, N] fp32
     z_ptr,  # [r_b] fp32, or None
     bias_ptr,  # b0 [N]
     dB_down_ptr,  # [r_b, N], written
-    splits,
-    N,
-    r_b,
-    BLOCK_E: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    splits, N, r_b,
+    BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     offs, size = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), tl.full((1,), r_b, tl.int64) * N
     inside = offs < size
     dB_down = sum_of_partials(partials_ptr, splits, size, offs, inside, BLOCK_P)
@@ -240,85 +273,12 @@ def finish_kernel(
     store(dB_down_ptr + offs, dB_down, inside)
 
 
-# Every gradient it writes; dx is the GEMM's.
-GRADIENTS = (
-    *("A_down", "A_up", "B_down", "B_up"),
-    *("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias", "scale_a", "scale_b", "bias"),
-)
-
-
-class Partials(NamedTuple):
-    """What `grad_z` and `sum_rows` leave, in fp32; None where nothing needs it."""
-
-    dU: Tensor | None  # [Q, R, N]: transposed
-    g: Tensor | None  # [P, N]
-    z_sums: Tensor | None  # [P, R]
-    scales: Tensor | None  # [P, R + 2]
-    dD: Tensor | None  # [S, R, K]
-
-
-def reduce(
-    partials: Partials,
-    P: int,
-    B_down: Tensor | None,
-    scales: tuple[float | Tensor, float | Tensor],
-    shape: tuple[int, int, int, int],
-    grads: dict[str, Tensor],
-    T: Tensor | None,
-    z_b: Tensor | None,
-    config: Reduce,
-) -> Launch:
-    """Fills grads, named as operands, but B_down, and T [r_b, K] and z_b [r_b] where they are not None, from P partial
-    sums; shape is (N, K, r_a, r_b)."""
-    N, K, r_a, r_b = shape
-    wanted = {**grads, "T": T, "z_b": z_b}
-
-    def programs(names: tuple[str, ...], size: int, block: int) -> int:
-        return cdiv(size, block) if any(wanted.get(name) is not None for name in names) else 0
-
-    counts = (
-        programs(("A_up", "B_up"), N * (r_a + r_b), config.BLOCK_E),
-        programs(("A_down", "T"), (r_a if T is None else r_a + r_b) * K, config.BLOCK_E),
-        programs(("bias", "A_up_bias", "B_up_bias"), N, config.BLOCK_E),
-        programs(("A_down_bias", "B_down_bias", "z_b", "scale_a", "scale_b"), 1, 1),
-    )
-    ends = list(accumulate(counts))
-    arguments = {
-        **{"dU_ptr": partials.dU, "g_ptr": partials.g, "z_sums_ptr": partials.z_sums, "scales_ptr": partials.scales},
-        **{"dD_ptr": partials.dD, "B_down_ptr": B_down},
-        **scale_arguments(scales),
-        **{f"d{name}_ptr": grads.get(name) for name in GRADIENTS if name != "B_down"},
-        **{"T_ptr": T, "z_ptr": z_b},
-        **dict(zip(("end_up", "end_down", "end_columns"), ends, strict=False)),
-        **{"P": P, "Q": _length(partials.dU), "S": _length(partials.dD)},
-        **{"N": N, "K": K, "r_a": r_a, "r_b": r_b},
-        **{"BLOCK_R": rank_block(r_b), "BLOCK_E": config.BLOCK_E, "BLOCK_P": config.BLOCK_P},
-    }
-    return Launch.of(reduce_kernel, (ends[-1],), arguments, config)
-
-
-def _length(t: Tensor | None) -> int:
-    return 0 if t is None else len(t)
-
-
-def through_weight(T: Tensor, weight: Tensor, partials: Tensor, config: Skinny, precision: str) -> Launch:
-    """Partial sums [splits, r_b, N] of T W0^T for T [r_b, K] and weight [N, K]."""
-    (r_b, K), N, (splits, _, _) = T.shape, weight.shape[0], partials.shape
-    arguments = {
-        **{"T_ptr": T, "w_ptr": weight, "partials_ptr": partials, "N": N, "K": K, "r_b": r_b},
-        **{"columns_of_split": cdiv(cdiv(K, splits), config.BLOCK_COLUMNS) * config.BLOCK_COLUMNS},
-        **{"stride_wn": weight.stride(0), "stride_wk": weight.stride(1), "PRECISION": precision},
-        **{"BLOCK_N": config.BLOCK_ROWS, "BLOCK_K": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(r_b)},
-    }
-    grid = (cdiv(N, config.BLOCK_ROWS), splits, cdiv(r_b, rank_block(r_b)))
-    return Launch.of(through_weight_kernel, grid, arguments, config)
-
-
 def finish(partials: Tensor, z_b: Tensor | None, bias: Tensor | None, dB_down: Tensor, config: Reduce) -> Launch:
-    """dB_down [r_b, N] for what `through_weight` and `reduce` wrote; z_b is None where bias is."""
+    """dB_down [r_b, N] from what `through_weight` and `reduce` wrote; z_b is None where bias is."""
     splits, r_b, N = partials.shape
-    arguments = {
-        **{"partials_ptr": partials, "z_ptr": z_b, "bias_ptr": bias, "dB_down_ptr": dB_down},
-        **{"splits": splits, "N": N, "r_b": r_b, "BLOCK_E": config.BLOCK_E, "BLOCK_P": config.BLOCK_P},
-    }
-    return Launch.of(finish_kernel, (cdiv(r_b * N, config.BLOCK_E),), arguments, config)
+    return Launch.of(
+        finish_kernel, (cdiv(r_b * N, config.BLOCK_E),), config,
+        partials_ptr=partials, z_ptr=z_b, bias_ptr=bias, dB_down_ptr=dB_down,
+        splits=splits, N=N, r_b=r_b,
+        BLOCK_E=config.BLOCK_E, BLOCK_P=config.BLOCK_P,
+    )  # fmt: skip

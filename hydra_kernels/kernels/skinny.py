@@ -1,13 +1,14 @@
-"""The passes with R columns around the two frozen products: what they read is read once, what they write is small.
+"""The passes with R columns around the two frozen products: each reads one large matrix once and writes little.
 
-r_a, r_b ranks, R = r_a + r_b; in the code offs_r numbers the columns of both branches, [0, r_a) the parallel one's.
+r_a, r_b are the ranks, R = r_a + r_b. offs_r counts the columns of both branches: [0, r_a) are the parallel branch's.
 
-down, a pass over x:        Z = mask * (x D^T + x [0; rest]^T + d)
-grad_z, a pass over G:      dZ = mask * (G [A_up, B_up]) s    and partial sums over rows: sum_m G, sum_m dZ,
-                            <G [A_up, B_up], Z> + <G, u of the branch> for the gradients of the scales
-sum_rows, a pass over any:  partial sums over rows: C = B_down W0 (and B_down b0), dU^T = Z^T G, dD = dZ^T x
+down, one pass over x:          Z = mask * (x D^T + x [0; rest]^T + d)
+grad_z, one pass over G:        dZ = mask * (G [A_up, B_up]) s    and partial sums over rows: sum_m G, sum_m dZ, and
+                                <G [A_up, B_up], Z> + <G, u of the branch> for the gradients of the scales
+sum_rows, one pass over x [M, K]:   y^T x in partial sums over rows; so C = B_down W0 (and B_down b0), dU^T = Z^T G,
+                                dD = dZ^T x
 
-Where R exceeds BLOCK_R, the grid's last axis runs over blocks of ranks and the pass is repeated for each.
+Where R exceeds BLOCK_R, the grid's last axis runs over blocks of ranks, and the pass is repeated for each block.
 """
 
 from __future__ import annotations
@@ -18,29 +19,22 @@ from torch import Tensor
 
 from .configs import Skinny, cdiv, rank_block
 from .language import dot, rounded, scale_of_rank, store
-from .launch import Launch, scale_arguments
+from .launch import Launch, Scales
 
 
 @triton.jit(do_not_specialize=["M"])
 def down_kernel(
     x_ptr,  # [M, K] with strides
-    D_ptr,
-    rest_ptr,
-    d_ptr,
+    D_ptr,  # [R, K]
+    rest_ptr,  # [R - r_a, K], or None
+    d_ptr,  # [R] fp32, or None
     mask_ptr,  # [M, R], or None
     mask_scale,
     Z_ptr,  # [M, R], written
-    M,
-    K,
-    R,
-    r_a,
-    stride_xm,
-    stride_xk,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    M, K, R, r_a,
+    stride_xm, stride_xk,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     first, rows = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
     offs_m, offs_r = first + rows, tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
@@ -64,14 +58,28 @@ def down_kernel(
     store(Z_ptr + first * R + tile, z, inside)
 
 
+def down(
+    x: Tensor, D: Tensor, rest: Tensor | None, d: Tensor | None, mask: Tensor | None, mask_scale: float, Z: Tensor,
+    config: Skinny, precision: str,
+) -> Launch:  # fmt: skip
+    """Z [M, R] for x [M, K] and what `compose` wrote."""
+    (M, K), R = x.shape, D.shape[0]
+    BLOCK_M, BLOCK_R = config.BLOCK_ROWS, rank_block(R)
+    return Launch.of(
+        down_kernel, (cdiv(M, BLOCK_M), cdiv(R, BLOCK_R)), config,
+        x_ptr=x, D_ptr=D, rest_ptr=rest, d_ptr=d, mask_ptr=mask, mask_scale=mask_scale, Z_ptr=Z,
+        M=M, K=K, R=R, r_a=R if rest is None else R - rest.shape[0],
+        stride_xm=x.stride(0), stride_xk=x.stride(1),
+        PRECISION=precision, BLOCK_M=BLOCK_M, BLOCK_K=config.BLOCK_COLUMNS, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M"])
 def grad_z_kernel(
     G_ptr,  # [M, N] with strides
     up_ptr,  # [A_up, B_up]^T [R, N]
-    A_up_bias_ptr,  # where the gradient of its scale is wanted
-    B_up_bias_ptr,
-    scale_a,
-    scale_b,
+    A_up_bias_ptr, B_up_bias_ptr,  # each where the gradient of its scale is wanted, else None
+    scale_a, scale_b,
     Z_ptr,  # [M, R], or None
     mask_ptr,  # [M, R], or None
     mask_scale,
@@ -79,19 +87,11 @@ def grad_z_kernel(
     g_ptr,  # [P, N] fp32: sum_m G, written, or None; P = blocks of rows
     z_sums_ptr,  # [P, R] fp32: sum_m dZ, written, or None
     scales_ptr,  # [P, R + 2] fp32, written, or None: <G [A_up, B_up], Z> by rank, <G, a_u> and <G, b_u>
-    M,
-    N,
-    R,
-    r_a,
-    stride_gm,
-    stride_gn,
-    LOADED_A: tl.constexpr,  # whether scale_a is a pointer
-    LOADED_B: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    M, N, R, r_a,
+    stride_gm, stride_gn,
+    LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     pid, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, rows = pid * BLOCK_M, tl.arange(0, BLOCK_M)
     offs_m, offs_r = first + rows, pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -121,7 +121,7 @@ def grad_z_kernel(
                 ds_b += g * tl.load(B_up_bias_ptr + offs_n, mask=mask_g, other=0.0).to(tl.float32)
 
     if scales_ptr is not None:
-        # A column a rank: summed over them here, compilation for sm_100 fails (Triton 3.6).
+        # One column for each rank. Summed over the ranks here, it does not compile for sm_100 (Triton 3.6).
         tl.store(scales_ptr + pid * (R + 2) + offs_r, tl.sum(dz * z.to(tl.float32), 0), mask=mask_r)
         if pid_r == 0:
             tl.store(scales_ptr + pid * (R + 2) + R, tl.sum(ds_a, 0))
@@ -133,8 +133,29 @@ def grad_z_kernel(
         dz_rounded = rounded(dz, dtype)
         tl.store(dZ_ptr + first * R + tile, dz_rounded, mask=inside)
         if z_sums_ptr is not None:
-            # Of the rounded dZ, as in dZ^T x: where b0 cancels W0 x the two sums must cancel too.
+            # Sums the rounded dZ, as dZ^T x does: where b0 cancels W0 x, the two sums must cancel too.
             tl.store(z_sums_ptr + pid * R + offs_r, tl.sum(dz_rounded.to(tl.float32), 0), mask=mask_r)
+
+
+def grad_z(
+    G: Tensor, up: Tensor, r_a: int, up_biases: tuple[Tensor | None, Tensor | None], scales: Scales,
+    Z: Tensor | None, mask: Tensor | None, mask_scale: float,
+    dZ: Tensor | None, g: Tensor | None, z_sums: Tensor | None, scale_sums: Tensor | None,
+    config: Skinny, precision: str,
+) -> Launch:  # fmt: skip
+    """Writes those of dZ [M, R] and the kernel's partial sums that are not None; up is [R, N]."""
+    (M, N), R, (s_a, s_b) = G.shape, len(up), scales
+    BLOCK_M, BLOCK_R = config.BLOCK_ROWS, rank_block(R)
+    return Launch.of(
+        grad_z_kernel, (cdiv(M, BLOCK_M), cdiv(R, BLOCK_R)), config,
+        G_ptr=G, up_ptr=up, A_up_bias_ptr=up_biases[0], B_up_bias_ptr=up_biases[1],
+        scale_a=s_a, scale_b=s_b, Z_ptr=Z, mask_ptr=mask, mask_scale=mask_scale,
+        dZ_ptr=dZ, g_ptr=g, z_sums_ptr=z_sums, scales_ptr=scale_sums,
+        M=M, N=N, R=R, r_a=r_a,
+        stride_gm=G.stride(0), stride_gn=G.stride(1),
+        LOADED_A=isinstance(s_a, Tensor), LOADED_B=isinstance(s_b, Tensor),
+        PRECISION=precision, BLOCK_M=BLOCK_M, BLOCK_N=config.BLOCK_COLUMNS, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "rows_of_split"])
@@ -142,21 +163,13 @@ def sum_rows_kernel(
     x_ptr,  # [M, K] with strides
     y_ptr,  # [M, R] with strides
     v_ptr,  # [M], or None
-    out_ptr,  # [S, R, K] fp32, written; S = splits of the rows
+    out_ptr,  # [S, R, K] fp32: y^T x, written; S = splits of the rows
     v_sums_ptr,  # [S, R] fp32: v^T y, written, or None
-    M,
-    K,
-    R,
+    M, K, R,
     rows_of_split,  # whole blocks
-    stride_xm,
-    stride_xk,
-    stride_ym,
-    stride_yr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    stride_xm, stride_xk, stride_ym, stride_yr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
     offs_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -180,77 +193,17 @@ def sum_rows_kernel(
         tl.store(v_sums_ptr + split * R + offs_r, v_sums, mask=mask_r & (tl.program_id(0) == 0))
 
 
-def down(
-    x: Tensor,
-    D: Tensor,
-    rest: Tensor | None,
-    d: Tensor | None,
-    mask: Tensor | None,
-    mask_scale: float,
-    Z: Tensor,
-    config: Skinny,
-    precision: str,
-) -> Launch:
-    """Z [M, R] for x [M, K] and what `compose` wrote."""
-    (M, K), R = x.shape, D.shape[0]
-    arguments = {
-        **{"x_ptr": x, "D_ptr": D, "rest_ptr": rest, "d_ptr": d, "mask_ptr": mask, "mask_scale": mask_scale},
-        **{"Z_ptr": Z, "M": M, "K": K, "R": R, "r_a": R if rest is None else R - rest.shape[0]},
-        **{"stride_xm": x.stride(0), "stride_xk": x.stride(1), "PRECISION": precision},
-        **{"BLOCK_M": config.BLOCK_ROWS, "BLOCK_K": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(R)},
-    }
-    grid = (cdiv(M, config.BLOCK_ROWS), cdiv(R, rank_block(R)))
-    return Launch.of(down_kernel, grid, arguments, config)
-
-
-def grad_z(
-    G: Tensor,
-    up: Tensor,
-    r_a: int,
-    up_biases: tuple[Tensor | None, Tensor | None],
-    scales: tuple[float | Tensor, float | Tensor],
-    Z: Tensor | None,
-    mask: Tensor | None,
-    mask_scale: float,
-    dZ: Tensor | None,
-    g: Tensor | None,
-    z_sums: Tensor | None,
-    scale_sums: Tensor | None,
-    config: Skinny,
-    precision: str,
-) -> Launch:
-    """Writes those of dZ [M, R] and the partial sums of the file's first lines that are not None; up is [R, N]."""
-    (M, N), R = G.shape, len(up)
-    arguments = {
-        **{"G_ptr": G, "up_ptr": up},
-        **{"A_up_bias_ptr": up_biases[0], "B_up_bias_ptr": up_biases[1]},
-        **scale_arguments(scales),
-        **{"Z_ptr": Z, "mask_ptr": mask, "mask_scale": mask_scale, "dZ_ptr": dZ, "g_ptr": g},
-        **{"z_sums_ptr": z_sums, "scales_ptr": scale_sums, "M": M, "N": N, "R": R, "r_a": r_a},
-        **{"stride_gm": G.stride(0), "stride_gn": G.stride(1), "PRECISION": precision},
-        **{"BLOCK_M": config.BLOCK_ROWS, "BLOCK_N": config.BLOCK_COLUMNS, "BLOCK_R": rank_block(R)},
-    }
-    grid = (cdiv(M, config.BLOCK_ROWS), cdiv(R, rank_block(R)))
-    return Launch.of(grad_z_kernel, grid, arguments, config)
-
-
 def sum_rows(
-    x: Tensor,
-    y: Tensor,
-    out: Tensor,
-    config: Skinny,
-    precision: str,
-    v: Tensor | None = None,
-    v_sums: Tensor | None = None,
-) -> Launch:
+    x: Tensor, y: Tensor, out: Tensor, config: Skinny, precision: str,
+    v: Tensor | None = None, v_sums: Tensor | None = None,
+) -> Launch:  # fmt: skip
     """The S partial sums out [S, R, K] of y^T x for x [M, K], y [M, R]; v_sums [S, R] those of v^T y for v [M]."""
     (M, K), (S, R, _) = x.shape, out.shape
-    arguments = {
-        **{"x_ptr": x, "y_ptr": y, "v_ptr": v, "out_ptr": out, "v_sums_ptr": v_sums, "M": M, "K": K, "R": R},
-        **{"rows_of_split": cdiv(cdiv(M, S), config.BLOCK_ROWS) * config.BLOCK_ROWS},
-        **{"stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_ym": y.stride(0), "stride_yr": y.stride(1)},
-        **{"PRECISION": precision, "BLOCK_M": config.BLOCK_ROWS, "BLOCK_K": config.BLOCK_COLUMNS},
-        **{"BLOCK_R": rank_block(R)},
-    }
-    grid = (cdiv(K, config.BLOCK_COLUMNS), S, cdiv(R, rank_block(R)))
-    return Launch.of(sum_rows_kernel, grid, arguments, config)
+    BLOCK_M, BLOCK_K, BLOCK_R = config.BLOCK_ROWS, config.BLOCK_COLUMNS, rank_block(R)
+    return Launch.of(
+        sum_rows_kernel, (cdiv(K, BLOCK_K), S, cdiv(R, BLOCK_R)), config,
+        x_ptr=x, y_ptr=y, v_ptr=v, out_ptr=out, v_sums_ptr=v_sums,
+        M=M, K=K, R=R, rows_of_split=cdiv(cdiv(M, S), BLOCK_M) * BLOCK_M,
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ym=y.stride(0), stride_yr=y.stride(1),
+        PRECISION=precision, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
