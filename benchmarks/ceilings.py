@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import modes, tables, timing
-from benchmarks.rows import CeilingRow
+from benchmarks.measuring import modes, timing
+from benchmarks.measuring.rows import CeilingRow
+from benchmarks.rendering import tables
 
 UNCOUNTED_CALLS = 3
 

@@ -36,8 +36,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks import timing
-from benchmarks.methods import Ranks
+from benchmarks.measuring import timing
+from benchmarks.measuring.methods import Ranks
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs

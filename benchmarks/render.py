@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import timing
-from benchmarks.render_host import host_block
-from benchmarks.render_layer import (
+from benchmarks.measuring import timing
+from benchmarks.measuring.rows import HostRow, LayerRow, LearnRow, RooflineRow, RoundingRow, SubspaceRow, Table4Row
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.host import host_block
+from benchmarks.rendering.layer import (
     layer_block,
     layer_cells,
     layer_chart,
@@ -27,11 +29,13 @@ from benchmarks.render_layer import (
     layer_steps,
     layer_terminal,
 )
-from benchmarks.render_learn import claim_block, learn_block, learn_chart
-from benchmarks.render_models import models_block, models_chart
-from benchmarks.render_roofline import RooflineRow, roofline_block
-from benchmarks.render_summary import summary
-from benchmarks.render_table4 import (
+from benchmarks.rendering.learn import claim_block, learn_block, learn_chart
+from benchmarks.rendering.models import models_block, models_chart
+from benchmarks.rendering.roofline import roofline_block
+from benchmarks.rendering.rounding import rounding_block, rounding_chart
+from benchmarks.rendering.subspaces import subspace_block, subspace_chart
+from benchmarks.rendering.summary import summary
+from benchmarks.rendering.table4 import (
     is_papers,
     table4_block,
     table4_chart,
@@ -39,11 +43,7 @@ from benchmarks.render_table4 import (
     table4_notes,
     table4_terminal,
 )
-from benchmarks.rounding import RoundingRow, rounding_block, rounding_chart
-from benchmarks.rows import HostRow, LayerRow, LearnRow, Table4Row
-from benchmarks.subspaces import SubspaceRow, subspace_block, subspace_chart
-from benchmarks.tables import Stored, environment_note, terminal
-from benchmarks.timing import Environment
+from benchmarks.rendering.tables import Stored, environment_note, terminal
 
 # The benchmarks print what the README shows: one place to take it from.
 __all__ = [

@@ -29,10 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import hydra_kernels as hk
-from benchmarks import layer, tables, timing
-from benchmarks.methods import Ranks
-from benchmarks.render_roofline import RooflineRow
-from benchmarks.shapes import CUDA_SHAPES, Shape
+from benchmarks.measuring import timing
+from benchmarks.measuring.methods import Ranks
+from benchmarks.measuring.rows import RooflineRow
+from benchmarks.measuring.shapes import CUDA_SHAPES, Shape, ranks_option, shape_option
+from benchmarks.rendering import tables
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs
@@ -345,8 +346,8 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
     try:
-        shapes = [layer.shape_option(text) for text in options.shape or []]
-        ranks = [layer.ranks_option(text) for text in options.ranks or ["8+8"]]
+        shapes = [shape_option(text) for text in options.shape or []]
+        ranks = [ranks_option(text) for text in options.ranks or ["8+8"]]
     except ValueError as error:
         print(f"roofline: {error}", file=sys.stderr)
         return 2

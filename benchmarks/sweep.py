@@ -18,11 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import layer, methods, render, timing
+from benchmarks import layer, render
 from benchmarks.layer import Bench, Settings
-from benchmarks.methods import Ranks
-from benchmarks.rows import SweepRow
-from benchmarks.shapes import Entry, Shape
+from benchmarks.measuring import methods, modes, timing
+from benchmarks.measuring.methods import Ranks
+from benchmarks.measuring.rows import SweepRow
+from benchmarks.measuring.shapes import Entry, Shape, ranks_option, shape_option
 from hydra_kernels.choose.choice import choose
 from hydra_kernels.choose.machine import here
 
@@ -46,7 +47,7 @@ def measure(shape: Shape, ranks: Ranks, settings: Settings, deadline: float) -> 
     layer.play(bench, forms, deadline)
     seconds = {form: contestant.seconds("step") for form, contestant in forms.items()}
     composed, kept = (timing.quartiles(seconds[form]).median * 1e6 for form in FORMS)
-    choice = choose(*shape, *ranks, layer.DTYPES[settings.dtype], here(settings.device), backend=settings.backend)
+    choice = choose(*shape, *ranks, modes.DTYPES[settings.dtype], here(settings.device), backend=settings.backend)
     return SweepRow(
         **shape._asdict(),
         **ranks._asdict(),
@@ -173,10 +174,10 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that everything runs")
     options = parser.parse_args(arguments)
-    ranks = layer.ranks_option(options.ranks)
+    ranks = ranks_option(options.ranks)
     if ranks.r_b == 0:
         raise ValueError(f"ranks is {options.ranks!r}: without a sequential branch there is only one form")
-    weights = [layer.shape_option(f"1,{text}")[1:] for text in options.weight or []]
+    weights = [shape_option(f"1,{text}")[1:] for text in options.weight or []]
     parts = dict.fromkeys(weights, FRACTIONS) or (DRY_WEIGHTS if options.dry else WEIGHTS)
     sizes = [Shape(max(1, round(part * K)), K, N) for (K, N), fractions in parts.items() for part in fractions]
     forwarded = ["--device", options.device, "--dtype", options.dtype, "--backend", options.backend]

@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from benchmarks import methods, models, modes, render, timing
-from benchmarks.methods import Contestant, Difference, Ranks
-from benchmarks.models import Model, Size
-from benchmarks.rows import Table4Row
+from benchmarks import render
+from benchmarks.measuring import methods, models, modes, timing
+from benchmarks.measuring.methods import Contestant, Difference, Ranks
+from benchmarks.measuring.models import Model, Size
+from benchmarks.measuring.rows import Table4Row
 
 # Images of CIFAR-10's epoch; as many sequences of a model of text.
 EPOCH = 50_000

@@ -323,8 +323,8 @@ def test_explain_refuses_bad_input(options, error, match):
 def test_the_prediction_counts_what_the_kernels_move(method, shape, ranks):
     """Against the launches that the roofline records: bytes, operations and their number."""
     from benchmarks import roofline
-    from benchmarks.methods import Ranks
-    from benchmarks.shapes import Shape
+    from benchmarks.measuring.methods import Ranks
+    from benchmarks.measuring.shapes import Shape
 
     recorded = roofline.STEPS[method](Shape(*shape), Ranks(*ranks), BF16)
     counted = kernels_of(method, Call(*shape, *ranks, BF16), (9, 0))

@@ -10,10 +10,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks import verdicts
-from benchmarks.rows import LayerRow
-from benchmarks.shapes import Shape
-from benchmarks.tables import (
+from benchmarks.measuring.rows import LayerRow
+from benchmarks.measuring.shapes import Shape
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering import verdicts
+from benchmarks.rendering.tables import (
     MODES,
     Stored,
     environment_note,
@@ -25,8 +26,7 @@ from benchmarks.tables import (
     terminal,
     what_ran,
 )
-from benchmarks.timing import Environment
-from benchmarks.verdicts import is_rival, loses, with_quartiles
+from benchmarks.rendering.verdicts import is_rival, loses, with_quartiles
 
 BYTES = {"fp32": 4, "bf16": 2}
 # Bytes that a GPU's fast loads take at a time: a row that is no multiple of them is read by slower kernels.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from benchmarks import tables
-from benchmarks.rows import HostRow
-from benchmarks.tables import Stored
+from benchmarks.measuring.rows import HostRow
+from benchmarks.rendering import tables
+from benchmarks.rendering.tables import Stored
 
 # What our Hydra should take at most over the naive one, by backend.
 GOALS = {"native": 0.70, "aten": 1.05}

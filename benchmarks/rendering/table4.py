@@ -8,11 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks import timing, verdicts
-from benchmarks.methods import naive_of
-from benchmarks.models import PAPER_MODEL
-from benchmarks.rows import Table4Row
-from benchmarks.tables import (
+from benchmarks.measuring import timing
+from benchmarks.measuring.methods import naive_of
+from benchmarks.measuring.models import PAPER_MODEL
+from benchmarks.measuring.rows import Table4Row
+from benchmarks.measuring.timing import Environment, Quartiles
+from benchmarks.rendering import verdicts
+from benchmarks.rendering.tables import (
     MODES,
     Stored,
     environment_note,
@@ -25,8 +27,7 @@ from benchmarks.tables import (
     svg,
     terminal,
 )
-from benchmarks.timing import Environment, Quartiles
-from benchmarks.verdicts import is_rival, with_quartiles
+from benchmarks.rendering.verdicts import is_rival, with_quartiles
 
 COLOURS = {"naive": "tab:blue", "ours": "tab:green"}
 MEGA = 1e6

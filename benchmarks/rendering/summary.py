@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks import timing
-from benchmarks.render_layer import LARGE, layer_goals, layer_groups, layer_means, layer_steps, shape_goals
-from benchmarks.render_table4 import CPU_GOALS, table4_groups
-from benchmarks.rows import LayerRow, Table4Row
-from benchmarks.tables import Stored, is_gpu, label
-from benchmarks.timing import Environment, Quartiles
-from benchmarks.verdicts import loses, misses
+from benchmarks.measuring import timing
+from benchmarks.measuring.rows import LayerRow, Table4Row
+from benchmarks.measuring.timing import Environment, Quartiles
+from benchmarks.rendering.layer import LARGE, layer_goals, layer_groups, layer_means, layer_steps, shape_goals
+from benchmarks.rendering.table4 import CPU_GOALS, table4_groups
+from benchmarks.rendering.tables import Stored, is_gpu, label
+from benchmarks.rendering.verdicts import loses, misses
 
 Steps = Sequence[Mapping[str, LayerRow]]
 

@@ -12,8 +12,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.rows import HostRow, LayerRow, Table4Row
-from benchmarks.timing import Environment
+from benchmarks.measuring.rows import HostRow, LayerRow, Table4Row
+from benchmarks.measuring.timing import Environment
 
 OWNERS = {"ours": "our", "peft": "PEFT"}
 KINDS = {"lora": "LoRA", "seqlora": "SeqLoRA", "hydra": "Hydra"}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
 
-from benchmarks.tables import Stored, commit_note, groups, markdown
-from benchmarks.timing import Environment
+from benchmarks.measuring.rows import RooflineRow
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.tables import Stored, commit_note, groups, markdown
 
 COLUMNS = {
     "naive_lora": "naive LoRA",
@@ -16,29 +16,6 @@ COLUMNS = {
     "triton": "triton",
     "floor": "floor",
 }
-
-
-class RooflineRow(TypedDict):
-    """A predicted step. ``kernels``: [name, bytes, operations, microseconds] of each launch."""
-
-    M: int
-    K: int
-    N: int
-    r_a: int
-    r_b: int
-    dtype: str
-    method: str
-    tflops: float
-    gigabytes_per_second: float
-    l2_megabytes: float
-    launch_us: float
-    gemm_efficiency: float
-    bytes: int
-    operations: int
-    launches: int
-    predicted_us: float
-    over_frozen: float
-    kernels: list[list[Any]]
 
 
 def roofline_markdown(environment: Environment, rows: Sequence[RooflineRow]) -> str:

@@ -9,11 +9,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from benchmarks.methods import METHODS
-from benchmarks.render_table4 import MEGA, batch_of, is_papers, table4_markdown
-from benchmarks.rows import Table4Row
-from benchmarks.tables import Stored, groups, label, markdown, or_dash
-from benchmarks.timing import Environment
+from benchmarks.measuring.methods import METHODS
+from benchmarks.measuring.rows import Table4Row
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.table4 import MEGA, batch_of, is_papers, table4_markdown
+from benchmarks.rendering.tables import Stored, groups, label, markdown, or_dash
 
 UNKNOWN = "not recorded, or added up over all micro-batches though one is kept at a time"
 # (key, name, colour) of the memory that a method needs.
