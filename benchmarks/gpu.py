@@ -35,6 +35,7 @@ from benchmarks.measuring import methods, models, timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import CeilingRow, HostRow, LayerRow, Table4Row
 from benchmarks.measuring.shapes import CUDA_SHAPES, DRY_SHAPES, Shape
+from benchmarks.rendering.tables import show
 from hydra_kernels.backend import TABLE
 from hydra_kernels.choose.tune import Tuned
 
@@ -137,7 +138,7 @@ def attempts(
 
 def measure_ceilings(settings: Settings) -> Iterator[Part]:
     rows = ceilings.measure(settings.device, settings.dry)
-    Console(width=140).print(ceilings.table(rows))
+    show(140, [ceilings.table(rows)])
     yield Part(rows)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import hydra_kernels as hk
@@ -24,8 +23,9 @@ from benchmarks.measuring import methods, modes, timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import HostRow
 from benchmarks.measuring.shapes import Shape
-from benchmarks.rendering import tables
-from benchmarks.rendering.host import host_terminal
+from benchmarks.rendering import goals
+from benchmarks.rendering.host import host_table
+from benchmarks.rendering.tables import environment_note, show
 
 SHAPES = (Shape(8, 32, 32), Shape(16, 64, 64))
 RANKS = {"hydra": Ranks(4, 4), "lora": Ranks(8, 0)}
@@ -160,11 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / f"host-{'dry-' if options.dry else ''}{device.type}.json"
     environment = timing.environment(device)
     timing.write_result(path, environment, rows, HostRow)
-    # Without a terminal rich assumes 80 columns, which would break every cell.
-    report = Console(width=None if sys.stdout.isatty() else 140)
-    report.print(host_terminal(rows))
-    for line in (tables.environment_note(environment), f"Stored: {path}"):
-        report.print(line, highlight=False)
+    wanted = goals.goal_tables(goals.host_goals(rows))
+    show(140, [host_table(rows), *wanted, environment_note(environment), f"Stored: {path}"])
     return 0
 
 

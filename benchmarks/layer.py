@@ -27,7 +27,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import hydra_kernels as hk
-from benchmarks import render
 from benchmarks.measuring import methods, modes, timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.modes import DTYPES, device_option
@@ -44,6 +43,9 @@ from benchmarks.measuring.shapes import (
     shape_option,
     trainable,
 )
+from benchmarks.rendering import goals
+from benchmarks.rendering.layer import layer_notes, layer_tables
+from benchmarks.rendering.tables import show
 from benchmarks.rendering.verdicts import is_rival
 from hydra_kernels.choose.choice import choose
 from hydra_kernels.choose.machine import here
@@ -340,13 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path = out / modes.file_name("layer", settings.device, settings.dtype, settings.mode, settings.dry)
     timing.write_result(path, environment, rows, LayerRow)
-    # Without a terminal rich assumes 80 columns, which would break every cell.
-    report = Console(width=None if sys.stdout.isatty() else 200)
-    for table in render.layer_terminal(rows):
-        report.print(table)
-    for note in render.layer_notes(environment, rows):
-        report.print(note, highlight=False)
-    report.print(f"Stored: {path}", highlight=False)
+    wanted = goals.goal_tables(goals.layer_goals(rows))
+    show(200, [*layer_tables(rows), *wanted, *layer_notes(environment, rows), f"Stored: {path}"])
     return 0
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.learning.significance import further_p, holm, sign_flip_p
 from benchmarks.measuring.rows import LearnRow
 from benchmarks.measuring.timing import Environment
-from benchmarks.rendering.tables import KINDS, Stored, environment_note, markdown, svg
+from benchmarks.rendering.tables import KINDS, Stored, Table, environment_note, svg
 
 COLOURS = {"naive": "tab:blue", "again": "tab:orange", "ours": "tab:green"}
 OWNERS = {"naive": "naive", "again": "naive, batches in another order", "ours": "ours"}
@@ -102,7 +102,7 @@ def equal_table(rows: Sequence[LearnRow]) -> str:
         ]
         for e in equalities(rows)
     ]
-    return markdown(headings, cells)
+    return Table("", headings, cells).markdown()
 
 
 def equal_sentence(rows: Sequence[LearnRow]) -> str:
@@ -143,7 +143,7 @@ def bf16_table(rows: Sequence[LearnRow]) -> str:
         line += [mean_and_spread(gaps), f"{sign_flip_p(gaps):.3f}", f"{statistics.median(over):.2f}"]
         cells.append([*line, f"{sign_flip_p([math.log(ratio) for ratio in over]):.3f}"])
     headings = ["Hydra", "test accuracy (%)", "loss curve from fp32's", "it - naive bf16 (points)", "p"]
-    return markdown([*headings, "loss curve's distance over naive bf16's", "p"], cells)
+    return Table("", [*headings, "loss curve's distance over naive bf16's", "p"], cells).markdown()
 
 
 class Comparison(NamedTuple):
@@ -186,7 +186,7 @@ def claim_table(rows: Sequence[LearnRow]) -> str:
         c = told.get((position, kind))
         line += ["-"] * 3 if c is None else [mean_and_spread(c.gaps), f"{c.p:.3f}", f"{c.corrected:.3f}"]
         cells.append(line)
-    return markdown([*headings, "p", "p, corrected"], cells)
+    return Table("", [*headings, "p", "p, corrected"], cells).markdown()
 
 
 def verdicts(rows: Sequence[LearnRow]) -> dict[str, str]:
@@ -220,11 +220,11 @@ def search_table(rows: Sequence[LearnRow]) -> str:
             mark = "**" if rate == chosen else ""
             line.append(f"{mark}{statistics.mean(values):.1f} ± {error:.1f}{mark}")
         cells.append(line)
-    return markdown(["adapters in", "method", *(f"{rate:g}" for rate in rates)], cells)
+    return Table("", ["adapters in", "method", *(f"{rate:g}" for rate in rates)], cells).markdown()
 
 
 def claim_block(stored: Sequence[Stored]) -> str:
-    """The README's sentence: where Hydra does not win."""
+    """A sentence: where Hydra does not win."""
     parts = []
     for result in stored:
         told = verdicts(result.rows)
@@ -235,7 +235,7 @@ def claim_block(stored: Sequence[Stored]) -> str:
             f"Hydra does not always learn better than LoRA and SeqLoRA of as many parameters: on a small scale "
             f"({result.rows[0]['data']}, {seeds} seeds) it does not win {missed} of 6 comparisons: "
             f"{'; '.join(f'{words} {told[verdict]}' for verdict, words in says.items() if verdict in told)} "
-            "([Equal learning](docs/learning.md))."
+            "([Equal learning](learning.md))."
         )
     return "\n\n".join(parts)
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.measuring.rows import RoundingRow
 from benchmarks.measuring.timing import Environment
-from benchmarks.rendering.tables import Stored, environment_note, markdown, svg
+from benchmarks.rendering.tables import Stored, Table, environment_note, svg
 
 # The naive layer, and what each of ours is called in the plot.
 NAMES = {"reference": "naive", "aten": "aten", "native": "native", "hybrid": "hybrid", "triton": "triton"}
@@ -33,7 +33,7 @@ def rounding_markdown(environment: Environment, rows: Sequence[RoundingRow]) -> 
     note += f" Not measured: {', '.join(missing)}, which has no bf16 on this device." if missing else ""
     headings = ["adapters' signal over the frozen output"]
     headings += [f"{NAMES[name]}{'' if bias else ', no b0'}" for name, bias in columns]
-    return f"{markdown(headings, cells)}\n\n{note}"
+    return f"{Table('', headings, cells).markdown()}\n\n{note}"
 
 
 def rounding_block(stored: Sequence[Stored]) -> str:

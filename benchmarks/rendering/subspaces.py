@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.measuring.rows import SubspaceRow
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.learn import mean_and_spread
-from benchmarks.rendering.tables import Stored, environment_note, markdown, svg
+from benchmarks.rendering.tables import Stored, Table, environment_note, svg
 
 BRANCHES = ("pretrained", "parallel", "sequential")
 MATRICES = {"A": "A_down", "BW0": "B_down W0", "random": "random B_down W0"}
@@ -33,7 +33,7 @@ def subspace_table(rows: Sequence[SubspaceRow]) -> str:
                 line.append(_spread([row[of][name] for row in own]))  # type: ignore[literal-required]
                 line.append(_spread([v for row in own for v in row[by_chance_of][name]]))  # type: ignore[literal-required]
         cells.append(line)
-    return markdown(headings, cells)
+    return Table("", headings, cells).markdown()
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -1,96 +1,84 @@
-"""The README's first figures: a model's step and a layer's, wins and losses, in a sentence or two for each device."""
+"""The README's one table: a training step of ours, its time and its memory, over PEFT's LoRA and over plain PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.measuring import timing
-from benchmarks.measuring.rows import LayerRow, Table4Row
-from benchmarks.measuring.timing import Environment, Quartiles
-from benchmarks.rendering.layer import LARGE, layer_goals, layer_groups, layer_means, layer_steps, shape_goals
-from benchmarks.rendering.table4 import CPU_GOALS, table4_groups
-from benchmarks.rendering.tables import Stored, is_gpu, label
-from benchmarks.rendering.verdicts import loses, misses
+from benchmarks.measuring.rows import LayerRow
+from benchmarks.rendering.layer import LARGE, SMALL, in_size, layer_groups, layer_means, layer_steps
+from benchmarks.rendering.models import runs
+from benchmarks.rendering.table4 import batch_of
+from benchmarks.rendering.tables import Stored, Table, is_gpu, label
+from benchmarks.rendering.verdicts import SLOWER, marked
 
-Steps = Sequence[Mapping[str, LayerRow]]
+HEADINGS = ("step of ours", "time over PEFT's LoRA", "time over plain PyTorch", "peak memory over plain PyTorch")
+# How the name of a model begins, and the methods that have a line.
+MODELS = (("ViT-B/32", ("lora", "hydra")), ("Llama", ("lora", "hydra")))
+ON = {"cpu": "a CPU", "cuda": "a GPU"}
+MODES = {"eager": "eager", "compile": "`torch.compile`", "graph": "CUDA graphs"}
+# (device, mode, sizes) of the layers that have a line, all of LoRA: it is what PEFT has too.
+LAYERS = (("cpu", "eager", LARGE), ("cpu", "eager", SMALL), ("cpu", "compile", SMALL), ("cuda", "graph", LARGE))
 
 
 def summary(table4: Sequence[Stored], cpu: Sequence[Stored], gpu: Sequence[Stored]) -> str:
-    """A point for the first run of each that has one: Table 4 on a CPU, the layer on a CPU, the layer on a GPU."""
-    models = [(s.environment, g) for s in table4 if not is_gpu(s.environment) for g in table4_groups(s.rows)]
-    eager = [(s.environment, g) for s in cpu for g in layer_groups(s.rows) if g[0]["mode"] == "eager"]
-    graph = [(s.environment, g) for s in gpu for g in layer_groups(s.rows) if g[0]["mode"] == "graph"]
-    points = [model_point(*found) for found in models[:1]]
-    points += [large_layers_point(environment, steps) for environment, steps in first_steps(eager)]
-    points += [gpu_point(environment, steps) for environment, steps in first_steps(graph)]
-    return "\n".join(f"- {point}" for point in points)
-
-
-def first_steps(found: Sequence[tuple[Environment, Sequence[LayerRow]]]) -> list[tuple[Environment, Steps]]:
-    return [(environment, steps) for environment, rows in found[:1] for _, steps in list(layer_steps(rows))[:1]]
-
-
-def model_point(environment: Environment, rows: Sequence[Table4Row]) -> str:
-    """Our Hydra's step over each naive method's, and whether it is more than noise."""
-    by_method = {row["method"]: row for row in rows}
-    ours, parts = by_method["ours_hydra"], []
-    for name in ("naive_hydra", "naive_lora", "naive_seqlora"):
-        ratio = timing.paired_ratios(ours["step_seconds"], by_method[name]["step_seconds"])
-        goal = CPU_GOALS.get(name)
-        parts.append(f"{ratio.median:.2f} of {label(by_method[name])}'s time ({remark(ratio, goal)})")
+    """A line for the first run of each that was measured, and where they were measured."""
+    cells = [*model_lines(table4), *layer_lines([*cpu, *gpu])]
+    places = dict.fromkeys(place_of(files[0]) for files in (table4, cpu, gpu) if files)
+    table = Table("", HEADINGS, cells).markdown()
     return (
-        f"**A model on a CPU** ({environment['threads']} threads), {rows[0]['model']}, {rows[0]['dtype']}: a step of "
-        f"{label(ours)} takes {', '.join(parts[:-1])} and {parts[-1]}."
+        f"{table}\n\nTimes: medians of paired steps, of layers their geometric means. Below 1 ours needs less, "
+        f"{SLOWER.strip()}: it needs more. {'; '.join(places)}. [All results](docs/results.md), with quartiles and "
+        "conditions."
     )
 
 
-def remark(ratio: Quartiles, goal: float | None) -> str:
-    """Quartiles, noise and goal."""
-    words = [f"quartiles {ratio.q1:.2f} to {ratio.q3:.2f}"]
-    words += ["within noise"] if ratio.q1 <= 1 <= ratio.q3 else []
-    return ", ".join([*words, *([] if goal is None else [f"goal {goal:.2f} {outcome(ratio.median, goal)}"])])
+def place_of(file: Stored) -> str:
+    device, date = file.environment["device"], file.environment["date"][:10]
+    threads = "" if is_gpu(file.environment) else f", {file.environment['threads']} threads"
+    return f"{device}{threads}, {date}"
 
 
-def outcome(figure: float, goal: float) -> str:
-    return "MISSED" if misses(figure, goal) else "met"
+def model_lines(table4: Sequence[Stored]) -> Iterator[list[str]]:
+    """Whole steps of Table 4; PEFT is not measured there."""
+    found = list(runs(table4))
+    for start, kinds in MODELS:
+        for _, rows, older in [run for run in found if run[1][0]["model"].startswith(start)][:1]:
+            by_method = {row["method"]: row for row in rows}
+            for kind in kinds:
+                ours, naive = (by_method.get(f"{owner}_{kind}") for owner in ("ours", "naive"))
+                if ours is None or naive is None:
+                    continue
+                time = timing.paired_ratios(ours["step_seconds"], naive["step_seconds"]).median
+                memory = ours["peak_bytes"] / naive["peak_bytes"]
+                about = f"{ours['model']}; {method(label(ours))}, {ours['dtype']}, {batch_of(ours)}{remark(older)}"
+                yield [about, "-", marked(time, ".2f"), marked(memory, ".2f")]
 
 
-def large_layers_point(environment: Environment, steps: Steps) -> str:
-    """Means over the larger shapes of what the adapters add to the frozen layer, ours beside naive."""
-    mean = {name: layer_means(steps, name, "frozen")[LARGE] for name in ("ours_hydra", "naive_hydra", "naive_lora")}
-    goal = layer_goals(steps).get((LARGE, "frozen"))
-    told = "" if goal is None else f" (goal {goal:.2f} {outcome(mean['ours_hydra'], goal)})"
-    return (
-        f"**A layer on a CPU** ({environment['threads']} threads), {LARGE} rows: a step of our Hydra takes "
-        f"{mean['ours_hydra']:.2f} of the frozen layer's time{told}, naive Hydra {mean['naive_hydra']:.2f}, naive LoRA "
-        f"of equal R {mean['naive_lora']:.2f} (geometric means)."
-    )
+def layer_lines(files: Sequence[Stored]) -> Iterator[list[str]]:
+    """Geometric means over the shapes of a size, of the first run in each mode."""
+    found = [(file, rows) for file in files for rows in layer_groups(file.rows)]
+    for device, mode, sizes in LAYERS:
+        for file, rows in [run for run in found if (run[1][0]["device"], run[1][0]["mode"]) == (device, mode)][:1]:
+            _, steps = next(layer_steps(rows))
+            made = [step for step in steps if in_size(step, sizes) and {"ours_lora", "naive_lora"} <= step.keys()]
+            if not made:
+                continue
+            over = (layer_means(made, "ours_lora", rival).get(sizes) for rival in ("peft_lora", "naive_lora"))
+            about = f"one layer on {ON[device]}, {len(made)} shapes of {sizes} rows; "
+            about += f"{method(label(made[0]['ours_lora']))}, {rows[0]['dtype']}, {MODES[mode]}{remark(file.older)}"
+            yield [about, *(marked(ratio, ".2f") for ratio in (*over, memory_of(made)))]
 
 
-def gpu_point(environment: Environment, steps: Steps) -> str:
-    """The range over all shapes of our Hydra over the frozen layer, naive Hydra and naive LoRA."""
-    made = [shape for shape in steps if "ours_hydra" in shape]
-    over = {
-        name: [shape["ours_hydra"]["over"][name][1] for shape in made]
-        for name in ("frozen", "naive_hydra", "naive_lora")
-    }
-    slower = sum(loses(shape["ours_hydra"]["over"]["naive_lora"]) for shape in made)
-    return (
-        f"**A layer on a GPU** ({environment['device']}), {made[0]['ours_hydra']['dtype']}, CUDA graphs: a step of our "
-        f"Hydra takes {span(over['frozen'])} of the frozen layer's time ({goals_missed(made, 'frozen')}), "
-        f"{span(over['naive_hydra'])} of naive Hydra's ({goals_missed(made, 'naive_hydra')}), "
-        f"{span(over['naive_lora'])} of naive LoRA's of equal R: slower at {slower} of {len(made)} shapes."
-    )
+def memory_of(made: Sequence[Mapping[str, LayerRow]]) -> float:
+    pairs = ((step["ours_lora"], step["naive_lora"]) for step in made)
+    return statistics.geometric_mean(ours["peak_bytes"] / naive["peak_bytes"] for ours, naive in pairs)
 
 
-def span(values: Sequence[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}"
+def method(name: str) -> str:
+    return name.removeprefix("our ")
 
 
-def goals_missed(made: Steps, name: str) -> str:
-    """How many of the shapes that have a goal miss it, and what the goals are."""
-    pairs = [(shape["ours_hydra"]["over"][name][1], goal) for shape in made if (goal := shape_goals(shape).get(name))]
-    if not pairs:
-        return "no goal"
-    missed = sum(misses(ratio, goal) for ratio, goal in pairs)
-    return f"goals {span([goal for _, goal in pairs])}, {missed} of {len(pairs)} MISSED"
+def remark(older: str) -> str:
+    return " (older kernels)" if older else ""
