@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks import modes, tables, timing
-from benchmarks.rows import CeilingRow
+from benchmarks.measuring import modes, timing
+from benchmarks.measuring.rows import CeilingRow
+from benchmarks.rendering.tables import Table, environment_note, show
 
 UNCOUNTED_CALLS = 3
 
@@ -99,7 +98,7 @@ def table(rows: Sequence[CeilingRow]) -> Table:
         for row in rows
     ]
     headings = ["what", "median", "quartiles", "unit"]
-    return tables.terminal("Ceilings, random data", headings, cells, bold=[False] * len(cells))
+    return Table("Ceilings, random data", headings, cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,10 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / f"ceilings-{'dry-' if options.dry else ''}{device.type}.json"
     environment = timing.environment(device)
     timing.write_result(path, environment, rows, CeilingRow)
-    report = Console(width=None if sys.stdout.isatty() else 140)
-    report.print(table(rows))
-    for line in (tables.environment_note(environment), f"Stored: {path}"):
-        report.print(line, highlight=False)
+    show(140, [table(rows), environment_note(environment), f"Stored: {path}"])
     return 0
 
 

@@ -29,15 +29,14 @@ import torch
 import triton
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks import timing
-from benchmarks.methods import Ranks
+from benchmarks.measuring import timing
+from benchmarks.measuring.methods import Ranks
+from benchmarks.rendering.tables import Table, show
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs
@@ -323,22 +322,20 @@ def report(asked: Sequence[tuple[dict[str, Any], Compilation]], workers: int, pr
 
 
 def table(rows: Sequence[CompileRow]) -> Table:
-    printed = Table(title="Compiled kernels; bold: what the lines below name")
-    for heading in ("kernel", "variant", "arch", "dtype", "R", "config"):
-        printed.add_column(heading)
-    for heading in ("registers", "spill", "shared / limit (KiB)", "programs (warps)"):
-        printed.add_column(heading, justify="right")
-    printed.add_column("instructions")
+    headings = ["kernel", "variant", "arch", "dtype", "R", "config"]
+    headings += ["registers", "spill", "shared / limit (KiB)", "programs (warps)", "instructions"]
+    cells = []
     for row in rows:
         about = [row["kernel"], row["variant"], row["arch"], row["dtype"], str(row["R"]), _config(row["config"])]
         if row["error"] is not None:
-            printed.add_row(*about, *["-"] * 4, Text(row["error"]), style="bold")
+            cells.append([*about, *["-"] * 4, row["error"]])
             continue
         shared = f"{row['shared_bytes'] / 1024:.1f} / {row['shared_limit'] >> 10}"
         figures = [str(row["registers"]), str(row["spill_bytes"]), shared, f"{row['programs']} ({row['warps']})"]
         opcodes = " ".join(f"{opcode} {count}" for opcode, count in row["instructions"].items())
-        printed.add_row(*about, *figures, opcodes, style="bold" if faults(row) else None)
-    return printed
+        cells.append([*about, *figures, opcodes])
+    title = "Compiled kernels; bold: what the lines below name"
+    return Table(title, headings, cells, [bool(faults(row)) for row in rows], left=6)
 
 
 def _config(config: dict[str, int]) -> str:
@@ -397,11 +394,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = report(asked, options.workers, progress)
     if options.json is not None:
         timing.write_result(options.json, timing.environment(torch.device("cpu")), rows, CompileRow)
-    # Without a terminal rich assumes 80 columns, which would break every cell.
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table(rows))
-    for line in fault_lines(rows) or ["Nothing spills, shared memory suffices, and full fp32 is full everywhere."]:
-        console.print(line, highlight=False)
+    lines = fault_lines(rows) or ["Nothing spills, shared memory suffices, and full fp32 is full everywhere."]
+    show(200, [table(rows), *lines])
     return int(any(row["error"] is not None for row in rows))
 
 

@@ -24,7 +24,18 @@ import triton
 from torch import Tensor
 
 import hydra_kernels as hk
-from benchmarks.doctor_kernels import F32, FORMATS, KERNELS, Compared, Finding, Format, device, judge, prepare, slack_of
+from benchmarks.device.doctor_kernels import (
+    F32,
+    FORMATS,
+    KERNELS,
+    Compared,
+    Finding,
+    Format,
+    device,
+    judge,
+    prepare,
+    slack_of,
+)
 from hydra_kernels.backend import TABLE
 from hydra_kernels.kernels import configs
 from tests.cases import PLAIN, ROUNDING, Case, operands

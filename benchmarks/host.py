@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import hydra_kernels as hk
-from benchmarks import layer, methods, tables, timing
-from benchmarks.methods import Ranks
-from benchmarks.render_host import host_terminal
-from benchmarks.rows import HostRow
-from benchmarks.shapes import Shape
+from benchmarks.measuring import methods, modes, timing
+from benchmarks.measuring.methods import Ranks
+from benchmarks.measuring.rows import HostRow
+from benchmarks.measuring.shapes import Shape
+from benchmarks.rendering import goals
+from benchmarks.rendering.host import host_table
+from benchmarks.rendering.tables import environment_note, show
 
 SHAPES = (Shape(8, 32, 32), Shape(16, 64, 64))
 RANKS = {"hydra": Ranks(4, 4), "lora": Ranks(8, 0)}
@@ -43,7 +44,7 @@ class Contestant(NamedTuple):
 def contestants_of(shape: Shape, device: torch.device, dtype: str, backends: Sequence[str]) -> dict[str, Contestant]:
     """The rivals by method and our Hydra by backend, all over one frozen layer."""
     torch.manual_seed(0)
-    linear = nn.Linear(shape.K, shape.N, device=device, dtype=layer.DTYPES[dtype])
+    linear = nn.Linear(shape.K, shape.N, device=device, dtype=modes.DTYPES[dtype])
     made = {}
     for method in methods.BASELINES:
         ranks = RANKS.get(method.partition("_")[2], Ranks(0, 0))
@@ -84,8 +85,8 @@ def measure(device: torch.device, backends: Sequence[str], rounds: int, dry: boo
     rows = []
     for shape in shapes:
         contestants = contestants_of(shape, device, dtype, backends)
-        x = torch.randn(shape.M, shape.K, device=device, dtype=layer.DTYPES[dtype], requires_grad=True)
-        G = torch.randn(shape.M, shape.N, device=device, dtype=layer.DTYPES[dtype])
+        x = torch.randn(shape.M, shape.K, device=device, dtype=modes.DTYPES[dtype], requires_grad=True)
+        G = torch.randn(shape.M, shape.N, device=device, dtype=modes.DTYPES[dtype])
         prove(list(contestants.values()), x, G)
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         for order in timing.shuffled_rounds(list(contestants), UNCOUNTED_ROUNDS + rounds, seed=0):
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if rounds < 1:
             raise ValueError(f"rounds is {rounds}, expected 1 or more")
-        device = layer.device_option(options.device)
+        device = modes.device_option(options.device)
         rows = measure(device, usable_backends(options.backend), rounds, options.dry)
     except (ValueError, methods.ParityError) as error:
         print(f"host: {error}", file=sys.stderr)
@@ -159,11 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / f"host-{'dry-' if options.dry else ''}{device.type}.json"
     environment = timing.environment(device)
     timing.write_result(path, environment, rows, HostRow)
-    # Without a terminal rich assumes 80 columns, which would break every cell.
-    report = Console(width=None if sys.stdout.isatty() else 140)
-    report.print(host_terminal(rows))
-    for line in (tables.environment_note(environment), f"Stored: {path}"):
-        report.print(line, highlight=False)
+    wanted = goals.goal_tables(goals.host_goals(rows))
+    show(140, [host_table(rows), *wanted, environment_note(environment), f"Stored: {path}"])
     return 0
 
 

@@ -27,17 +27,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import hydra_kernels as hk
-from benchmarks import methods, modes, render, timing
-from benchmarks.methods import Ranks
-from benchmarks.modes import device_option
-from benchmarks.passes import Inputs, Pass, captured
-from benchmarks.rows import LayerRow
-from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, DRY_SHAPES, Entry, Shape, entries_of, trainable
-from benchmarks.verdicts import is_rival
+from benchmarks.measuring import methods, modes, timing
+from benchmarks.measuring.methods import Ranks
+from benchmarks.measuring.modes import DTYPES, device_option
+from benchmarks.measuring.passes import Inputs, Pass, captured
+from benchmarks.measuring.rows import LayerRow
+from benchmarks.measuring.shapes import (
+    CPU_SHAPES,
+    CUDA_SHAPES,
+    DRY_SHAPES,
+    Entry,
+    Shape,
+    entries_of,
+    ranks_option,
+    shape_option,
+    trainable,
+)
+from benchmarks.rendering import goals
+from benchmarks.rendering.layer import layer_notes, layer_tables
+from benchmarks.rendering.tables import show
+from benchmarks.rendering.verdicts import is_rival
 from hydra_kernels.choose.choice import choose
 from hydra_kernels.choose.machine import here
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = ("forward", "backward", "step")
 # A sample of a small shape is the mean of as many calls as last this long, in seconds: clocks and scheduler hide less.
 SAMPLE_SECONDS = 2e-3
@@ -272,20 +284,6 @@ def run(settings: Settings, progress: Progress) -> list[LayerRow]:
     return [row for hydra in settings.ranks for shape in settings.shapes for row in rows[shape, hydra]]
 
 
-def shape_option(text: str) -> Shape:
-    sizes = text.split(",")
-    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise ValueError(f"shape is {text!r}, expected M,K,N of 1 and more")
-    return Shape(*map(int, sizes))
-
-
-def ranks_option(text: str) -> Ranks:
-    parts = text.split("+")
-    if len(parts) != 2 or not all(map(str.isdecimal, parts)) or not any(map(int, parts)):
-        raise ValueError(f"ranks is {text!r}, expected A+B, not both 0")
-    return Ranks(*map(int, parts))
-
-
 def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     """The command line as settings and the folder for the results; ValueError names a bad option."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__.splitlines()[0])
@@ -344,13 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path = out / modes.file_name("layer", settings.device, settings.dtype, settings.mode, settings.dry)
     timing.write_result(path, environment, rows, LayerRow)
-    # Without a terminal rich assumes 80 columns, which would break every cell.
-    report = Console(width=None if sys.stdout.isatty() else 200)
-    for table in render.layer_terminal(rows):
-        report.print(table)
-    for note in render.layer_notes(environment, rows):
-        report.print(note, highlight=False)
-    report.print(f"Stored: {path}", highlight=False)
+    wanted = goals.goal_tables(goals.layer_goals(rows))
+    show(200, [*layer_tables(rows), *wanted, *layer_notes(environment, rows), f"Stored: {path}"])
     return 0
 
 

@@ -23,15 +23,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import images, learning, render_learn, timing
-from benchmarks.learning import TINY, Scale
-from benchmarks.rows import LearnRow
+from benchmarks.learning import training
+from benchmarks.learning.training import TINY, Scale
+from benchmarks.measuring import images, timing
+from benchmarks.measuring.modes import DTYPES
+from benchmarks.measuring.rows import LearnRow
+from benchmarks.rendering import learn as render_learn
 from hydra_kernels.choose.machine import here
 
 KINDS = ("lora", "seqlora", "hydra")
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 EQUAL_RATE = 1e-2
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Seeds of the search are counted from here, far from those of the final runs.
 SEARCH = 1000
 
@@ -83,7 +85,7 @@ def equal_jobs(settings: Settings) -> Iterator[Job]:
 
 
 def search_jobs(settings: Settings) -> Iterator[Job]:
-    for position in learning.POSITIONS:
+    for position in training.POSITIONS:
         for kind in KINDS:
             for rate in RATES:
                 for seed in range(settings.search_seeds):
@@ -92,7 +94,7 @@ def search_jobs(settings: Settings) -> Iterator[Job]:
 
 def claim_jobs(searched: Sequence[LearnRow], settings: Settings) -> Iterator[Job]:
     """The final runs, each method in each place at its best rate."""
-    for position in learning.POSITIONS:
+    for position in training.POSITIONS:
         for kind in KINDS:
             rate = best_rate(searched, position, kind)
             for seed in range(settings.seeds):
@@ -110,7 +112,7 @@ def best_rate(rows: Sequence[LearnRow], position: str, kind: str) -> float:
 def run(settings: Settings, progress: Progress) -> list[LearnRow]:
     """Trains the backbone and makes every run of both experiments."""
     pictures = images.load(settings.data)
-    base = learning.backbone(pictures, settings.scale, 0, settings.device)
+    base = training.backbone(pictures, settings.scale, 0, settings.device)
     spawn = get_context("spawn")  # torch's threads don't survive a fork
     one = partial(_row, base=base, pictures=pictures, settings=settings)
 
@@ -131,13 +133,13 @@ def run(settings: Settings, progress: Progress) -> list[LearnRow]:
 
 
 def _row(job: Job, base: torch.nn.Module, pictures: images.Images, settings: Settings) -> LearnRow:
-    data = learning.split(pictures, settings.scale, job.seed, settings.device)
+    data = training.split(pictures, settings.scale, job.seed, settings.device)
     backend = job.backend if job.owner == "ours" else "reference"
-    model = learning.adapt(base, job.kind, job.position, backend, DTYPES[job.dtype], job.seed, job.form)
-    ran = learning.route(model, settings.scale) if job.owner == "ours" else (None, None)
+    model = training.adapt(base, job.kind, job.position, backend, DTYPES[job.dtype], job.seed, job.form)
+    ran = training.route(model, settings.scale) if job.owner == "ours" else (None, None)
     if job.owner == "once":
-        learning.round_once(model)
-    run = learning.fine_tune(model, data, settings.scale, job.rate, job.seed, reordered=job.owner == "again")
+        training.round_once(model)
+    run = training.fine_tune(model, data, settings.scale, job.rate, job.seed, reordered=job.owner == "again")
     return LearnRow(
         experiment=job.experiment,
         data=pictures.name,

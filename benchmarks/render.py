@@ -1,4 +1,4 @@
-"""Turns stored results into what people read: the tables and charts of the README and of ``docs``.
+"""Turns stored results into what people read: the tables and charts of the README, ``docs`` and ``GOALS.md``.
 
 ``python -m benchmarks.render`` rewrites these pages between their markers and the charts beside the results from
 ``benchmarks/results``; with ``--check`` it changes nothing and exits with 1 where one of them is stale.
@@ -7,65 +7,32 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import timing
-from benchmarks.render_host import host_block
-from benchmarks.render_layer import (
-    layer_block,
-    layer_cells,
-    layer_chart,
-    layer_losses,
-    layer_markdown,
-    layer_means,
-    layer_notes,
-    layer_steps,
-    layer_terminal,
-)
-from benchmarks.render_learn import claim_block, learn_block, learn_chart
-from benchmarks.render_models import models_block, models_chart
-from benchmarks.render_roofline import RooflineRow, roofline_block
-from benchmarks.render_summary import summary
-from benchmarks.render_table4 import (
-    is_papers,
-    table4_block,
-    table4_chart,
-    table4_markdown,
-    table4_notes,
-    table4_terminal,
-)
-from benchmarks.rounding import RoundingRow, rounding_block, rounding_chart
-from benchmarks.rows import HostRow, LayerRow, LearnRow, Table4Row
-from benchmarks.subspaces import SubspaceRow, subspace_block, subspace_chart
-from benchmarks.tables import Stored, environment_note, terminal
-from benchmarks.timing import Environment
+from benchmarks.measuring import timing
+from benchmarks.measuring.rows import HostRow, LayerRow, LearnRow, RooflineRow, RoundingRow, SubspaceRow, Table4Row
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering import kernels
+from benchmarks.rendering.goals import goals_block
+from benchmarks.rendering.host import host_block
+from benchmarks.rendering.layer import layer_block, layer_chart
+from benchmarks.rendering.learn import claim_block, learn_block, learn_chart
+from benchmarks.rendering.models import models_block, models_chart
+from benchmarks.rendering.roofline import roofline_block
+from benchmarks.rendering.rounding import rounding_block, rounding_chart
+from benchmarks.rendering.subspaces import subspace_block, subspace_chart
+from benchmarks.rendering.summary import summary
+from benchmarks.rendering.table4 import is_papers, table4_block, table4_chart
+from benchmarks.rendering.tables import Stored, is_gpu
 
-# The benchmarks print what the README shows: one place to take it from.
-__all__ = [
-    "environment_note",
-    "layer_cells",
-    "layer_losses",
-    "layer_markdown",
-    "layer_means",
-    "layer_notes",
-    "layer_steps",
-    "layer_terminal",
-    "main",
-    "table4_markdown",
-    "table4_notes",
-    "table4_terminal",
-    "terminal",
-]
-
-
-README, LEARNING, GPU = "README.md", "docs/learning.md", "docs/gpu.md"
-# The README's first figures, of three blocks' rows; a README may do without.
-SUMMARY = "measured:summary"
+ROOT = Path(__file__).resolve().parent.parent
+README, RESULTS, LEARNING, GOALS = "README.md", "docs/results.md", "docs/learning.md", "benchmarks/GOALS.md"
 
 
 class Block(NamedTuple):
@@ -79,24 +46,38 @@ class Block(NamedTuple):
     schema: type
     to_markdown: Callable[[Sequence[Stored]], str]
     chart: Callable[[Environment, Sequence[Any]], str] | None = None
-    page: str = README
+    page: str = RESULTS
     # Which rows of the files, where not all.
     rows: Callable[[Any], bool] = lambda row: True
     # One chart of all files, called as the block.
     overview: Callable[[Sequence[Stored]], str] | None = None
 
 
+class Digest(NamedTuple):
+    """What a page says of several blocks' rows, by their markers. A page may do without."""
+
+    marker: str
+    page: str
+    of: tuple[str, ...]
+    to_markdown: Callable[..., str]
+
+
 BLOCKS = (
     Block("measured:table4", "table4", Table4Row, table4_block, table4_chart, rows=is_papers),
-    Block("measured:models", "table4", Table4Row, models_block, page="docs/models.md", overview=models_chart),
-    Block("measured:learn", "learn", LearnRow, learn_block, learn_chart, page=LEARNING),
+    Block("measured:models", "table4", Table4Row, models_block, overview=models_chart),
+    Block("measured:layer", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cpu"),
+    Block("measured:gpu", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cuda"),
+    Block("measured:host", "host", HostRow, host_block),
     Block("measured:claim", "learn", LearnRow, claim_block),
+    Block("measured:learn", "learn", LearnRow, learn_block, learn_chart, page=LEARNING),
     Block("measured:rounding", "rounding", RoundingRow, rounding_block, rounding_chart, page=LEARNING),
     Block("measured:subspaces", "subspaces", SubspaceRow, subspace_block, subspace_chart, page=LEARNING),
-    Block("measured:layer", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cpu"),
-    Block("measured:gpu", "layer", LayerRow, layer_block, layer_chart, GPU, lambda row: row["device"] == "cuda"),
-    Block("measured:host", "host", HostRow, host_block),
     Block("predicted:roofline", "predicted", RooflineRow, roofline_block),
+)
+STEPS = ("measured:models", "measured:layer", "measured:gpu")
+DIGESTS = (
+    Digest("measured:summary", README, STEPS, summary),
+    Digest("measured:goals", GOALS, (*STEPS, "measured:host"), goals_block),
 )
 
 
@@ -112,23 +93,39 @@ def stored_results(results: Path, block: Block) -> list[Stored]:
     return found
 
 
+def with_kernels(found: Mapping[str, list[Stored]], digests: Mapping[str, str]) -> dict[str, list[Stored]]:
+    """The results, those of a GPU with what their captions say of its kernels."""
+    today = kernels.here(ROOT)
+
+    def of_kernels(file: Stored) -> Stored:
+        commit = file.environment["commit"]
+        return file._replace(older=kernels.caption(digests.get(commit or ""), today, commit))
+
+    return {
+        marker: [of_kernels(file) if is_gpu(file.environment) else file for file in files]
+        for marker, files in found.items()
+    }
+
+
 def rendered(root: Path, results: Path) -> dict[Path, str]:
-    """The pages under ``root`` and the charts as they should be.
+    """The pages under ``root``, the charts, and the record of the GPU's kernels as they should be.
 
     A block needs both its markers and its results, or neither. A page that is not there has no markers.
     """
-    pages = {block.page: root / block.page for block in BLOCKS}
+    pages = {part.page: root / part.page for part in (*BLOCKS, *DIGESTS)}
     texts = {page: path.read_text(encoding="utf-8") for page, path in pages.items() if page == README or path.exists()}
     for page, text in texts.items():
-        known = [SUMMARY] * (page == README) + [block.marker for block in BLOCKS if block.page == page]
+        known = [part.marker for part in (*DIGESTS, *BLOCKS) if part.page == page]
         for marker in re.findall(r"<!-- /?((?:measured|predicted):\w+) -->", text):
             if marker not in known:
                 raise ValueError(f"{page} has markers for {marker}, expected {', '.join(known)}")
-    drawn: dict[Path, str] = {}
-    found: dict[str, list[Stored]] = {}
+    found = {block.marker: stored_results(results, block) for block in BLOCKS}
+    commits = {file.environment["commit"] for files in found.values() for file in files if is_gpu(file.environment)}
+    digests = kernels.recorded(ROOT, results, sorted(commit for commit in commits if commit))
+    found = with_kernels(found, digests)
+    drawn: dict[Path, str] = {results / kernels.RECORD: json.dumps(digests, indent=1) + "\n"} if digests else {}
     for block in BLOCKS:
-        stored, text = stored_results(results, block), texts.get(block.page, "")
-        found[block.marker] = stored
+        stored, text = found[block.marker], texts.get(block.page, "")
         if not stored and f"{block.marker} -->" in text:
             raise ValueError(
                 f"{block.page} has markers for {block.marker.partition(':')[2]}, but {results} holds no "
@@ -136,8 +133,8 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
             )
         if stored:
             charts: dict[Path, str] = {}
-            for path, environment, rows in stored if block.chart else ():
-                charts[path.with_suffix(".svg")] = block.chart(environment, rows)
+            for file in stored if block.chart else ():
+                charts[file.path.with_suffix(".svg")] = block.chart(file.environment, file.rows)
             if block.overview:
                 charts[results / f"{block.marker.partition(':')[2]}.svg"] = block.overview(stored)
             links = [
@@ -147,9 +144,10 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
             content = "\n\n".join([block.to_markdown(stored), *links])
             texts[block.page] = replace_block(text, block.page, block.marker, content)
             drawn |= charts
-    if f"{SUMMARY} -->" in texts[README]:
-        content = summary(*(found.get(f"measured:{name}", []) for name in ("table4", "layer", "gpu")))
-        texts[README] = replace_block(texts[README], README, SUMMARY, content)
+    for part in DIGESTS:
+        if f"{part.marker} -->" in texts.get(part.page, ""):
+            content = part.to_markdown(*(found.get(marker, []) for marker in part.of))
+            texts[part.page] = replace_block(texts[part.page], part.page, part.marker, content)
     return {**{pages[page]: text for page, text in texts.items()}, **drawn}
 
 
@@ -163,11 +161,10 @@ def replace_block(text: str, page: str, marker: str, content: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something is stale")
-    parser.add_argument("--root", type=Path, default=root, help="folder of README.md and docs")
-    parser.add_argument("--results", type=Path, default=root / "benchmarks" / "results")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     try:
         fresh = rendered(options.root, options.results)

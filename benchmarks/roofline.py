@@ -21,18 +21,17 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import hydra_kernels as hk
-from benchmarks import layer, tables, timing
-from benchmarks.methods import Ranks
-from benchmarks.render_roofline import RooflineRow
-from benchmarks.shapes import CUDA_SHAPES, Shape
+from benchmarks.measuring import timing
+from benchmarks.measuring.methods import Ranks
+from benchmarks.measuring.rows import RooflineRow
+from benchmarks.measuring.shapes import CUDA_SHAPES, Shape, ranks_option, shape_option
+from benchmarks.rendering.tables import Table, show
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs
@@ -304,7 +303,7 @@ def step_table(rows: Sequence[RooflineRow]) -> Table:
         cells.append([*cell, f"{row['predicted_us']:.1f}", f"{row['over_frozen']:.3f}"])
     first = rows[0]
     title = f"Predicted, not measured: a training step, Hydra {first['r_a']}+{first['r_b']}, {first['dtype']}"
-    return tables.terminal(title, headings, cells, bold=[cell[1] in ("hybrid", "triton") for cell in cells])
+    return Table(title, headings, cells, [cell[1] in ("hybrid", "triton") for cell in cells])
 
 
 def kernel_table(rows: Sequence[RooflineRow]) -> Table:
@@ -317,7 +316,7 @@ def kernel_table(rows: Sequence[RooflineRow]) -> Table:
     ]
     first = rows[0]
     title = f"Predicted, not measured: the kernels at {first['M']} x {first['K']} x {first['N']}"
-    return tables.terminal(title, headings, cells, bold=[False] * len(cells))
+    return Table(title, headings, cells)
 
 
 def number(text: str) -> float:
@@ -345,24 +344,22 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
     try:
-        shapes = [layer.shape_option(text) for text in options.shape or []]
-        ranks = [layer.ranks_option(text) for text in options.ranks or ["8+8"]]
+        shapes = [shape_option(text) for text in options.shape or []]
+        ranks = [ranks_option(text) for text in options.ranks or ["8+8"]]
     except ValueError as error:
         print(f"roofline: {error}", file=sys.stderr)
         return 2
     measured = CARDS[options.card]
     card = Card(options.tflops or measured.tflops, options.bandwidth or measured.gigabytes)
     model = Model(card, int(options.l2 * 1e6), options.launch_us, options.gemm_efficiency)
-    report = Console(width=None if sys.stdout.isatty() else 140)
     stored: list[RooflineRow] = []
     for pair in ranks:
         by_shape = [predict(shape, pair, options.dtype, model) for shape in shapes or CUDA_SHAPES]
         stored += [row for rows in by_shape for row in rows]
-        report.print(step_table([row for rows in by_shape for row in rows]))
-        for rows in by_shape if shapes else []:
-            report.print(kernel_table(rows))
+        show(140, [step_table([row for rows in by_shape for row in rows])])
+        show(140, [kernel_table(rows) for rows in by_shape if shapes])
     note = f"Predicted from {card.tflops:g} TFLOP/s, {card.gigabytes:g} GB/s, {model.launch_us:g} us a launch, "
-    report.print(f"{note}our GEMM at {model.gemm_efficiency:g} of cuBLAS. Nothing here was measured.", highlight=False)
+    show(140, [f"{note}our GEMM at {model.gemm_efficiency:g} of cuBLAS. Nothing here was measured."])
     if options.json:
         timing.write_result(options.json, timing.environment(torch.device("cpu")), stored, RooflineRow)
     return 0

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import layer, methods, render, timing
+from benchmarks import layer
 from benchmarks.layer import Bench, Settings
-from benchmarks.methods import Ranks
-from benchmarks.rows import SweepRow
-from benchmarks.shapes import Entry, Shape
+from benchmarks.measuring import methods, modes, timing
+from benchmarks.measuring.methods import Ranks
+from benchmarks.measuring.rows import SweepRow
+from benchmarks.measuring.shapes import Entry, Shape, ranks_option, shape_option
+from benchmarks.rendering.tables import Table, environment_note, show
 from hydra_kernels.choose.choice import choose
 from hydra_kernels.choose.machine import here
 
@@ -46,7 +47,7 @@ def measure(shape: Shape, ranks: Ranks, settings: Settings, deadline: float) -> 
     layer.play(bench, forms, deadline)
     seconds = {form: contestant.seconds("step") for form, contestant in forms.items()}
     composed, kept = (timing.quartiles(seconds[form]).median * 1e6 for form in FORMS)
-    choice = choose(*shape, *ranks, layer.DTYPES[settings.dtype], here(settings.device), backend=settings.backend)
+    choice = choose(*shape, *ranks, modes.DTYPES[settings.dtype], here(settings.device), backend=settings.backend)
     return SweepRow(
         **shape._asdict(),
         **ranks._asdict(),
@@ -128,7 +129,7 @@ def verdicts(rows: Sequence[SweepRow]) -> list[str]:
     return lines
 
 
-def terminal(rows: Sequence[SweepRow]) -> Table:
+def table(rows: Sequence[SweepRow]) -> Table:
     headings = [
         "K x N",
         "M",
@@ -147,7 +148,7 @@ def terminal(rows: Sequence[SweepRow]) -> Table:
             line += [f"{row['composed_us']:.0f}", f"{row['kept_us']:.0f}", f"{ratio:.3f} ({q1:.3f} to {q3:.3f})"]
             cells.append([*line, row["chosen"], f"{loss(row, row['chosen']):.3f}"])
     title = f"Composed against kept, Hydra {rows[0]['r_a']}+{rows[0]['r_b']}, {rows[0]['dtype']}: a step"
-    return render.terminal(title, headings, cells, bold=[float(line[-1]) > 1 for line in cells])
+    return Table(title, headings, cells, [float(line[-1]) > 1 for line in cells])
 
 
 def run(settings: Settings, console: Console) -> list[SweepRow]:
@@ -173,10 +174,10 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that everything runs")
     options = parser.parse_args(arguments)
-    ranks = layer.ranks_option(options.ranks)
+    ranks = ranks_option(options.ranks)
     if ranks.r_b == 0:
         raise ValueError(f"ranks is {options.ranks!r}: without a sequential branch there is only one form")
-    weights = [layer.shape_option(f"1,{text}")[1:] for text in options.weight or []]
+    weights = [shape_option(f"1,{text}")[1:] for text in options.weight or []]
     parts = dict.fromkeys(weights, FRACTIONS) or (DRY_WEIGHTS if options.dry else WEIGHTS)
     sizes = [Shape(max(1, round(part * K)), K, N) for (K, N), fractions in parts.items() for part in fractions]
     forwarded = ["--device", options.device, "--dtype", options.dtype, "--backend", options.backend]
@@ -199,10 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path = out / f"sweep-{'dry-' if settings.dry else ''}{settings.device.type}-{settings.dtype}.json"
     timing.write_result(path, environment, rows, SweepRow)
-    report = Console(width=None if sys.stdout.isatty() else 140)
-    report.print(terminal(rows))
-    for line in [render.environment_note(environment), *verdicts(rows), f"Stored: {path}"]:
-        report.print(line, highlight=False)
+    show(140, [table(rows), environment_note(environment), *verdicts(rows), f"Stored: {path}"])
     return 0
 
 

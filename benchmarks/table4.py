@@ -24,10 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from benchmarks import methods, models, modes, render, timing
-from benchmarks.methods import Contestant, Difference, Ranks
-from benchmarks.models import Model, Size
-from benchmarks.rows import Table4Row
+from benchmarks.measuring import methods, models, modes, timing
+from benchmarks.measuring.methods import Contestant, Difference, Ranks
+from benchmarks.measuring.models import Model, Size
+from benchmarks.measuring.rows import Table4Row
+from benchmarks.rendering import goals
+from benchmarks.rendering.table4 import table4_notes, table4_table
+from benchmarks.rendering.tables import show
 
 # Images of CIFAR-10's epoch; as many sequences of a model of text.
 EPOCH = 50_000
@@ -384,12 +387,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path = out / file_name(settings)
     timing.write_result(path, environment, rows, Table4Row)
-    # Without a terminal rich assumes 80 columns, which would break every cell.
-    report = Console(width=None if sys.stdout.isatty() else 170)
-    report.print(render.table4_terminal(rows))
-    for note in render.table4_notes(environment, rows):
-        report.print(note, highlight=False)
-    report.print(f"Stored: {path}", highlight=False)
+    wanted = goals.goal_tables(goals.table4_goals(environment, rows))
+    show(170, [table4_table(rows), *wanted, *table4_notes(environment, rows), f"Stored: {path}"])
     return 0
 
 

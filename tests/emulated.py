@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import modes
+from benchmarks.measuring import modes
 
 
 class EmulatedGraph(TorchDispatchMode):

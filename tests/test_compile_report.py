@@ -12,9 +12,10 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from benchmarks import compile_report, timing
+from benchmarks import compile_report
 from benchmarks.compile_report import MULTIPROCESSORS, VARIANTS, Binary, Compilation, CompileRow
-from benchmarks.methods import Ranks
+from benchmarks.measuring import timing
+from benchmarks.measuring.methods import Ranks
 
 FUSED = [
     *("sum_rows C", "compose", "down", "gemm forward"),

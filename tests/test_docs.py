@@ -213,8 +213,9 @@ def test_the_measured_tables_are_those_of_the_stored_results():
 
 
 def test_the_gpu_pages_summary_is_of_the_stored_results():
-    from benchmarks import render_layer, timing
-    from benchmarks.rows import LayerRow
+    from benchmarks.measuring import timing
+    from benchmarks.measuring.rows import LayerRow
+    from benchmarks.rendering import layer as render_layer
 
     _, rows = timing.read_result(ROOT / "benchmarks" / "results" / "layer-cuda.json", LayerRow)
     [(_, steps)] = render_layer.layer_steps(render_layer.layer_groups(rows)[0])

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import doctor, gpu, isolated, stages, timing
-from benchmarks.doctor_kernels import FORMATS, Compared, judge, slack_of
-from benchmarks.gpu import Stage
-from benchmarks.isolated import CheckRow, Isolated
-from benchmarks.rows import CeilingRow
-from benchmarks.stages import Part, Settings
+from benchmarks import doctor, gpu
+from benchmarks.device import isolated
+from benchmarks.device.doctor_kernels import FORMATS, Compared, judge, slack_of
+from benchmarks.device.isolated import CheckRow, Isolated
+from benchmarks.gpu import Part, Settings, Stage
+from benchmarks.measuring import timing
+from benchmarks.measuring.rows import CeilingRow
 from hydra_kernels.kernels.launch import Launch
 
 # Stands for `benchmarks.doctor`: each check does what its name says.
@@ -39,8 +40,9 @@ for name in sys.argv[2:]:
 
 
 def checks_of(limit: float = 60.0, seconds: float = 60.0) -> Isolated:
-    settings = Settings(True, time.monotonic() + seconds, Path())
-    return Isolated(lambda group, checks: [sys.executable, "-c", CHILD, group, *checks], {}, limit, 4, settings)
+    end = time.monotonic() + seconds
+    command = lambda group, checks: [sys.executable, "-c", CHILD, group, *checks]  # noqa: E731
+    return Isolated(command, {}, limit, 4, end, True, doctor.START_OVER)
 
 
 def statuses(rows: list[CheckRow]) -> dict[str, str]:
@@ -117,10 +119,10 @@ def test_one_task_that_raises_does_not_stop_the_next(tmp_path, capsys):
         raise ValueError("no such kernel")
 
     tasks = [("one", broken), ("two", lambda: [row_of("pass")])]
-    parts = list(stages.attempts(settings(tmp_path), tasks, lambda row: row["status"] == "fail"))
+    parts = list(gpu.attempts(settings(tmp_path), tasks, lambda row: row["status"] == "fail"))
     assert parts == [Part([], 1), Part([row_of("pass")], 0)]
     assert "ValueError: no such kernel" in capsys.readouterr().err
-    assert list(stages.attempts(settings(tmp_path, -1.0), tasks, lambda row: 0)) == []
+    assert list(gpu.attempts(settings(tmp_path, -1.0), tasks, lambda row: 0)) == []
     assert capsys.readouterr().out == "one: skipped, the time was over\ntwo: skipped, the time was over\n"
 
 
@@ -157,7 +159,7 @@ def test_the_stages_of_a_dry_run_store_their_rows(tmp_path):
     assert gpu.run_stage(by_name["ceilings"], here) == 0
     rows = timing.read_result(here.path("ceilings"), CeilingRow)[1]
     assert {(row["what"], row["dry"]) for row in rows} == {("copy", True), ("product", True)}
-    tflops, gigabytes = stages._ceilings(here)
+    tflops, gigabytes = gpu._ceilings(here)
     assert tflops > 0
     assert gigabytes > 0
 

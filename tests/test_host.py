@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import hydra_kernels as hk
-from benchmarks import ceilings, host, methods, modes, naive, render_host, timing
-from benchmarks.rows import CeilingRow, HostRow
+from benchmarks import ceilings, host
+from benchmarks.measuring import methods, modes, naive, timing
+from benchmarks.measuring.rows import CeilingRow, HostRow
+from benchmarks.rendering import host as render_host
 
 CPU = torch.device("cpu")
 

@@ -18,12 +18,13 @@ from rich.progress import Progress
 from torch import nn
 from torch._dynamo.utils import counters
 
-from benchmarks import layer, methods, modes, passes, render, shapes, sweep, timing
+from benchmarks import layer, render, sweep
 from benchmarks.layer import Bench, Contestant
-from benchmarks.methods import ParityError, Ranks
-from benchmarks.passes import Inputs, Pass, Replay
-from benchmarks.rows import LayerRow, SweepRow
-from benchmarks.shapes import Entry, Shape
+from benchmarks.measuring import methods, modes, passes, shapes, timing
+from benchmarks.measuring.methods import ParityError, Ranks
+from benchmarks.measuring.passes import Inputs, Pass, Replay
+from benchmarks.measuring.rows import LayerRow, SweepRow
+from benchmarks.measuring.shapes import Entry, Shape
 
 from .emulated import emulate_graphs
 

@@ -8,9 +8,15 @@ import pytest
 import torch
 
 import hydra_kernels as hk
-from benchmarks import images, learn, learning, render_learn, rounding, subspaces, tables, timing
-from benchmarks.learning import TINY
-from benchmarks.rows import LearnRow
+from benchmarks import learn, rounding, subspaces
+from benchmarks.learning import significance, training
+from benchmarks.learning.training import TINY
+from benchmarks.measuring import images, timing
+from benchmarks.measuring.rows import LearnRow, RoundingRow, SubspaceRow
+from benchmarks.rendering import learn as render_learn
+from benchmarks.rendering import rounding as render_rounding
+from benchmarks.rendering import subspaces as render_subspaces
+from benchmarks.rendering import tables
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -23,18 +29,18 @@ def digits():
 
 @pytest.fixture(scope="module")
 def base(digits):
-    return learning.backbone(digits, TINY, 0, CPU)
+    return training.backbone(digits, TINY, 0, CPU)
 
 
 def seeds_used():
     """Of the published runs: the final ones and those of the search."""
-    settings = learn.Settings(CPU, None, 10, 5, learning.Scale(), 1, False)
+    settings = learn.Settings(CPU, None, 10, 5, training.Scale(), 1, False)
     return sorted({job.seed for jobs in (learn.equal_jobs, learn.search_jobs) for job in jobs(settings)})
 
 
 def test_no_image_of_the_test_is_trained_on_or_searched_with_by_any_seed(digits):
     labels = digits.labels[digits.labels >= 5] - 5
-    parts = {seed: learning.indices(labels, 20, seed) for seed in seeds_used()}
+    parts = {seed: training.indices(labels, 20, seed) for seed in seeds_used()}
     assert len(parts) == 15
     [fixed] = {tuple(part.test.tolist()) for part in parts.values()}
     assert labels[list(fixed)].bincount().tolist() == [n // 2 for n in labels.bincount().tolist()]
@@ -46,11 +52,11 @@ def test_no_image_of_the_test_is_trained_on_or_searched_with_by_any_seed(digits)
 
 
 def test_a_split_holds_the_images_of_its_indices(digits):
-    parts = learning.split(digits, learning.Scale(), 3, CPU)
+    parts = training.split(digits, training.Scale(), 3, CPU)
     labels = digits.labels[digits.labels >= 5] - 5
-    everything = learning.subset(digits, 5, learning.Scale().image_size, CPU)
+    everything = training.subset(digits, 5, training.Scale().image_size, CPU)
     for (pixels, own), chosen in zip(
-        (parts.train, parts.validation, parts.test), learning.indices(labels, 20, 3), strict=True
+        (parts.train, parts.validation, parts.test), training.indices(labels, 20, 3), strict=True
     ):
         assert torch.equal(own, labels[chosen])
         assert torch.equal(pixels, everything[0][chosen])
@@ -58,19 +64,19 @@ def test_a_split_holds_the_images_of_its_indices(digits):
 
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match=r"shots: class 0 has 4 images beside the test's, expected 6"):
-        learning.indices(torch.arange(5).repeat(8), 3, 0)
+        training.indices(torch.arange(5).repeat(8), 3, 0)
 
 
 def test_batches_show_every_image_once_an_epoch():
     data = torch.zeros(23, 1), torch.zeros(23)
-    made = learning.batches(data, 5, 9, torch.Generator().manual_seed(0))
+    made = training.batches(data, 5, 9, torch.Generator().manual_seed(0))
     assert [len(index) for index in made] == [5] * 9
     assert all(len(set(torch.cat(made[start : start + 4]).tolist())) == 20 for start in (0, 4))
 
 
 @pytest.mark.parametrize("kind", ["lora", "seqlora", "hydra"])
 def test_methods_start_from_equal_weights_and_adapt_what_they_should(base, kind):
-    naive, ours = (learning.adapt(base, kind, "both", b, torch.float32, 5) for b in ("reference", "auto"))
+    naive, ours = (training.adapt(base, kind, "both", b, torch.float32, 5) for b in ("reference", "auto"))
     assert {n: p.tolist() for n, p in naive.named_parameters()} == {n: p.tolist() for n, p in ours.named_parameters()}
     adapted = set(hk.model.adapted_layers(ours))
     assert adapted == {"vit.layers.0.mlp.fc2", "vit.layers.0.attention.o_proj"}
@@ -83,17 +89,17 @@ def test_methods_start_from_equal_weights_and_adapt_what_they_should(base, kind)
 
 def test_parameter_counts_are_equal_within_a_tenth():
     for target, (K, N) in {"mlp.fc2": (384, 96), "attention.o_proj": (96, 96)}.items():
-        counts = [r.r_a * (K + N) + r.r_b * 2 * N for r in learning.RANKS[target].values()]
+        counts = [r.r_a * (K + N) + r.r_b * 2 * N for r in training.RANKS[target].values()]
         assert max(counts) <= 1.1 * min(counts)
 
 
 def test_a_run_learns_and_repeats_bit_for_bit(digits, base):
-    scale = learning.Scale(hidden_size=16, layers=1, shots=4, batch=10, steps=150)
-    data = learning.split(digits, scale, 0, CPU)
+    scale = training.Scale(hidden_size=16, layers=1, shots=4, batch=10, steps=150)
+    data = training.split(digits, scale, 0, CPU)
 
     def run(**options):
-        return learning.fine_tune(
-            learning.adapt(base, "hydra", "both", "auto", torch.float32, 0), data, scale, 3e-2, 0, **options
+        return training.fine_tune(
+            training.adapt(base, "hydra", "both", "auto", torch.float32, 0), data, scale, 3e-2, 0, **options
         )
 
     first, again, reordered = run(), run(), run(reordered=True)
@@ -104,21 +110,21 @@ def test_a_run_learns_and_repeats_bit_for_bit(digits, base):
     assert first.head == 16 * 5 + 5
     model, (pixels, labels) = first.model.eval(), data.test
     with torch.no_grad():
-        right = (learning.logits_of(model, pixels).argmax(1) == labels).float().mean().item()
+        right = (training.logits_of(model, pixels).argmax(1) == labels).float().mean().item()
     assert first.test == pytest.approx(right)
 
 
 def test_low_precision_backbones_keep_fp32_adapters_and_heads(base):
-    model = learning.adapt(base, "hydra", "mlp", "auto", torch.bfloat16, 0)
+    model = training.adapt(base, "hydra", "mlp", "auto", torch.bfloat16, 0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_rounded_once_is_the_exact_sum_rounded_and_trains(base):
-    model = learning.adapt(base, "hydra", "mlp", "reference", torch.bfloat16, 0)
+    model = training.adapt(base, "hydra", "mlp", "reference", torch.bfloat16, 0)
     [layer] = hk.model.adapted_layers(model).values()
-    learning.round_once(model)
-    [once] = [module for module in model.modules() if isinstance(module, learning.RoundedOnce)]
+    training.round_once(model)
+    [once] = [module for module in model.modules() if isinstance(module, training.RoundedOnce)]
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in layer.adapters().values():
@@ -155,11 +161,11 @@ def test_every_form_of_the_cpu_trains_beside_naive(monkeypatch):
 
 
 def test_a_row_names_what_ran(base):
-    model = learning.adapt(base, "hydra", "both", "aten", torch.float32, 0, "composed")
-    assert learning.route(model, TINY) == ("aten", "composed")
+    model = training.adapt(base, "hydra", "both", "aten", torch.float32, 0, "composed")
+    assert training.route(model, TINY) == ("aten", "composed")
     assert {layer.form for layer in hk.model.adapted_layers(model).values()} == {"composed"}
-    model = learning.adapt(base, "hydra", "both", "auto", torch.bfloat16, 0)
-    assert learning.route(model, TINY) == ("aten", "kept")
+    model = training.adapt(base, "hydra", "both", "auto", torch.bfloat16, 0)
+    assert training.route(model, TINY) == ("aten", "kept")
 
 
 def test_the_search_takes_the_rate_of_the_best_validation_accuracy_and_of_ties_the_lowest():
@@ -209,19 +215,19 @@ def row(**given) -> LearnRow:
 
 
 def test_the_sign_flip_tests_are_exact():
-    assert render_learn.sign_flip_p([0.0, 0.0]) == 1.0
-    assert render_learn.sign_flip_p([1.0] * 10) == 2 / 1024
-    assert render_learn.sign_flip_p([3.0, 1.0, -2.0]) == 6 / 8  # |sum| >= 2: all but +-(3 - 1 - 2)
-    assert render_learn.further_p([0.0, 0.0]) == 1.0
-    assert render_learn.further_p([1.0] * 10) == 1 / 1024
-    assert render_learn.further_p([-1.0] * 10) == 1.0
-    assert render_learn.further_p([3.0, 1.0, -2.0]) == 3 / 8  # 6, 4 and 2 itself
-    assert render_learn.further_p([0.1, 0.2, -0.3]) == 5 / 8  # 0 is reached by rounding alone, twice; 0.2, 0.4, 0.6
+    assert significance.sign_flip_p([0.0, 0.0]) == 1.0
+    assert significance.sign_flip_p([1.0] * 10) == 2 / 1024
+    assert significance.sign_flip_p([3.0, 1.0, -2.0]) == 6 / 8  # |sum| >= 2: all but +-(3 - 1 - 2)
+    assert significance.further_p([0.0, 0.0]) == 1.0
+    assert significance.further_p([1.0] * 10) == 1 / 1024
+    assert significance.further_p([-1.0] * 10) == 1.0
+    assert significance.further_p([3.0, 1.0, -2.0]) == 3 / 8  # 6, 4 and 2 itself
+    assert significance.further_p([0.1, 0.2, -0.3]) == 5 / 8  # 0 is reached by rounding alone, twice; 0.2, 0.4, 0.6
 
 
 def test_holms_correction_is_his():
-    assert render_learn.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert render_learn.holm([0.6, 0.9]) == [1.0, 1.0]
+    assert significance.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert significance.holm([0.6, 0.9]) == [1.0, 1.0]
 
 
 def test_distances_of_zero_have_a_ratio():
@@ -236,14 +242,14 @@ def claims(seeds, tests):
     """Final runs of equal seeds; ``tests``: (position, kind) -> test accuracy, 0.8 where it says nothing."""
     return [
         row(position=position, method=f"ours_{kind}", seed=seed, test=tests.get((position, kind), 0.8))
-        for position in learning.POSITIONS
+        for position in training.POSITIONS
         for kind in learn.KINDS
         for seed in range(seeds)
     ]
 
 
 def test_the_verdict_says_where_hydra_loses():
-    rows = claims(10, {("mlp", "seqlora"): 0.9, **{(place, "lora"): 0.7 for place in learning.POSITIONS}})
+    rows = claims(10, {("mlp", "seqlora"): 0.9, **{(place, "lora"): 0.7 for place in training.POSITIONS}})
     sentence = render_learn.claim_sentence(rows)
     assert "Hydra wins against LoRA in MLP, LoRA in attention, LoRA in both" in sentence
     assert "loses to SeqLoRA in MLP;" in sentence
@@ -341,10 +347,14 @@ def test_the_bf16_table_sets_each_sum_beside_naive_and_fp32():
 def test_a_dry_run_stores_a_result_that_reads_back_and_renders(module, tmp_path, capsys):
     assert module.main(["--dry-run", "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("*.json")
-    schema = {learn: LearnRow, rounding: rounding.RoundingRow, subspaces: subspaces.SubspaceRow}[module]
+    schema = {learn: LearnRow, rounding: RoundingRow, subspaces: SubspaceRow}[module]
     environment, rows = timing.read_result(path, schema)
     assert all(r["dry"] for r in rows)
-    chart = {learn: render_learn.learn_chart, rounding: rounding.rounding_chart, subspaces: subspaces.subspace_chart}
+    chart = {
+        learn: render_learn.learn_chart,
+        rounding: render_rounding.rounding_chart,
+        subspaces: render_subspaces.subspace_chart,
+    }
     assert chart[module](environment, rows) == chart[module](environment, json.loads(json.dumps(rows)))
     assert "Stored in" in capsys.readouterr().out
 
@@ -360,7 +370,7 @@ def learn_result():
 
 def test_the_stored_runs_are_those_that_the_rules_ask_for():
     _, rows = timing.read_result(learn_result(), LearnRow)
-    for position in learning.POSITIONS:
+    for position in training.POSITIONS:
         for kind in learn.KINDS:
             runs = render_learn.of(rows, experiment="claim", position=position, method=f"ours_{kind}")
             assert {r["rate"] for r in runs} == {learn.best_rate(rows, position, kind)}

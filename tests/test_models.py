@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import methods, models, render, render_models, table4, timing
-from benchmarks.methods import Contestant, Ranks
-from benchmarks.models import MODELS, Size
-from benchmarks.rows import Table4Row
-from benchmarks.tables import Stored
+from benchmarks import render, table4
+from benchmarks.measuring import methods, models, timing
+from benchmarks.measuring.methods import Contestant, Ranks
+from benchmarks.measuring.models import MODELS, Size
+from benchmarks.measuring.rows import Table4Row
+from benchmarks.rendering import models as render_models
+from benchmarks.rendering.tables import Stored
 
 from .test_render import ENVIRONMENT, table4_row
 

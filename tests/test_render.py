@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import render, render_layer, render_summary, render_table4, roofline, tables, timing, verdicts
-from benchmarks.methods import Ranks
-from benchmarks.render_roofline import RooflineRow
-from benchmarks.rows import LayerRow, Table4Row
-from benchmarks.shapes import Shape
-from benchmarks.timing import Environment
+from benchmarks import render, roofline
+from benchmarks.measuring import timing
+from benchmarks.measuring.methods import Ranks
+from benchmarks.measuring.rows import LayerRow, RooflineRow, Table4Row
+from benchmarks.measuring.shapes import Shape
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering import layer as render_layer
+from benchmarks.rendering import summary as render_summary
+from benchmarks.rendering import table4 as render_table4
+from benchmarks.rendering import tables, verdicts
 
 FC2, SQUARE, LONG, SMALL = Shape(6400, 3072, 768), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096), Shape(16, 64, 32)
 RIVALS = ("frozen", "naive_hydra", "naive_lora", "naive_lora@parameters", "naive_seqlora@parameters")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import roofline, timing
-from benchmarks.methods import Ranks
-from benchmarks.render_roofline import RooflineRow
+from benchmarks import roofline
+from benchmarks.measuring import timing
+from benchmarks.measuring.methods import Ranks
+from benchmarks.measuring.rows import RooflineRow
+from benchmarks.measuring.shapes import Shape
 from benchmarks.roofline import CARDS, L2, Kernel, Model, predict
-from benchmarks.shapes import Shape
 
 FC2, SQUARE, LONG = Shape(6400, 3072, 768), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096)
 RANKS = Ranks(8, 8)

@@ -9,8 +9,12 @@ import torch
 from matplotlib.figure import Figure
 
 import hydra_kernels as hk
-from benchmarks import images, learning, subspaces, timing
-from benchmarks.learning import TINY
+from benchmarks import subspaces
+from benchmarks.learning import training
+from benchmarks.learning.training import TINY
+from benchmarks.measuring import images, timing
+from benchmarks.measuring.rows import SubspaceRow
+from benchmarks.rendering import subspaces as render_subspaces
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -23,7 +27,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def base(digits):
-    return learning.backbone(digits, TINY, 0, CPU)
+    return training.backbone(digits, TINY, 0, CPU)
 
 
 def test_cka_is_the_known_one():
@@ -66,7 +70,7 @@ def subspace_rows():
     found = []
     for seed, (A, BW0, parallel, sequential) in enumerate([(0.1, 0.5, 0.4, 0.9), (0.3, 0.9, 0.6, 0.7)]):
         found.append(
-            subspaces.SubspaceRow(
+            SubspaceRow(
                 data="digits",
                 seed=seed,
                 rate=0.03,
@@ -89,19 +93,19 @@ def subspace_rows():
 
 
 def test_the_subspace_table_sets_each_figure_beside_that_of_random_adapters():
-    table = subspaces.subspace_table(subspace_rows())
+    table = render_subspaces.subspace_table(subspace_rows())
     assert table.splitlines()[2] == (
         "| fc2 | 0.200 ± 0.141 | 0.100 ± 0.058 | 0.700 ± 0.283 | 0.300 ± 0.115 | 0.500 ± 0.141 | 0.200 ± 0.000 | "
         "0.800 ± 0.141 | 0.800 ± 0.115 |"
     )
-    assert subspaces.subspace_sentence(subspace_rows()) == (
+    assert render_subspaces.subspace_sentence(subspace_rows()) == (
         "Similarity of all directions with the top 12 of W0's 96, in the mean: of A 0.200, of a random A 0.100 (0.100 "
         "and 2.0 times above; above every random draw in 1 of 2 layers and seeds); of B W0 0.700, of a random B 0.300 "
         "(0.400 and 2.3 times above; above every random draw in 2 of 2 layers and seeds). CKA with the frozen branch: "
         "parallel 0.500, of random adapters 0.200; sequential 0.800, of random adapters 0.800; the sequential branch "
         "is the more alike in 2 of 2 layers and seeds."
     )
-    text = subspaces.subspace_markdown(timing.environment(CPU), subspace_rows())
+    text = render_subspaces.subspace_markdown(timing.environment(CPU), subspace_rows())
     assert "digits, 2 seeds at learning rate 0.03, test accuracy 81.00 ± 1.41 %" in text
     assert "over 2 random draws of each seed." in text
 
@@ -110,15 +114,15 @@ def test_a_run_looks_at_the_trained_layers_of_every_seed(digits, base):
     rows = subspaces.run(None, CPU, TINY, 2, 2, True)
     assert [row["seed"] for row in rows] == [0, 1]
     for row in rows:
-        data = learning.split(digits, TINY, row["seed"], CPU)
-        model = learning.adapt(base, "hydra", "mlp", "auto", torch.float32, row["seed"])
-        learning.fine_tune(model, data, TINY, subspaces.RATE, row["seed"])
+        data = training.split(digits, TINY, row["seed"], CPU)
+        model = training.adapt(base, "hydra", "mlp", "auto", torch.float32, row["seed"])
+        training.fine_tune(model, data, TINY, subspaces.RATE, row["seed"])
         chosen = [round(i * (len(data.test[1]) - 1) / 299 - 0.5 + 1e-9) for i in range(300)]
         [(name, layer)] = hk.model.adapted_layers(model).items()
         seen = {}
         layer.register_forward_hook(lambda _, inputs, h, seen=seen: seen.update(x=inputs[0][:, 0]))
         with torch.no_grad():
-            learning.logits_of(model, data.test[0][chosen])
+            training.logits_of(model, data.test[0][chosen])
             x, W0, b0 = seen["x"], layer.weight, layer.bias
             y0 = x @ W0.T + b0
             parallel, sequential = x @ layer.A_down.T @ layer.A_up.T, y0 @ layer.B_down.T @ layer.B_up.T
@@ -139,16 +143,16 @@ def test_the_pictures_ticks_stand_in_the_middle_of_their_cells(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
     shown = subspace_rows()
     values = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]
-    points = {branch: [[0.0, 1.0]] for branch in subspaces.BRANCHES}
-    shown[0] |= {"matrices": dict.fromkeys(subspaces.MATRICES, values), "tsne": points, "labels": [5]}
-    subspaces.subspace_chart(timing.environment(CPU), shown)
+    points = {branch: [[0.0, 1.0]] for branch in render_subspaces.BRANCHES}
+    shown[0] |= {"matrices": dict.fromkeys(render_subspaces.MATRICES, values), "tsne": points, "labels": [5]}
+    render_subspaces.subspace_chart(timing.environment(CPU), shown)
     images_drawn = [axis.images[0] for axis in drawn[0].axes if axis.images]
     assert len([axis for axis in drawn[0].axes if "Eq. 14" in axis.get_title()]) == 3
     assert [list(image.get_extent()) for image in images_drawn[:3]] == [[0.5, 4.5, 0.5, 2.5]] * 3
 
 
 def test_branch_outputs_are_those_of_the_layers(base):
-    model = learning.adapt(base, "hydra", "mlp", "auto", torch.float32, 0)
+    model = training.adapt(base, "hydra", "mlp", "auto", torch.float32, 0)
     with torch.no_grad():
         for layer in hk.model.adapted_layers(model).values():
             layer.A_up.normal_()
@@ -158,15 +162,13 @@ def test_branch_outputs_are_those_of_the_layers(base):
     seen = {}
     model.get_submodule(name).register_forward_hook(lambda _, inputs, h: seen.update(h=h[:, 0]))
     with torch.no_grad():
-        learning.logits_of(model, pixels)
-    torch.testing.assert_close(sum(outputs[b] for b in subspaces.BRANCHES), seen["h"], rtol=1e-5, atol=1e-5)
+        training.logits_of(model, pixels)
+    torch.testing.assert_close(sum(outputs[b] for b in render_subspaces.BRANCHES), seen["h"], rtol=1e-5, atol=1e-5)
     assert math.isfinite(outputs["parallel"].norm())
 
 
 def test_the_stored_models_say_what_the_page_says():
-    _, rows = timing.read_result(
-        Path(subspaces.__file__).parent / "results" / "subspaces-cpu-digits.json", subspaces.SubspaceRow
-    )
+    _, rows = timing.read_result(Path(subspaces.__file__).parent / "results" / "subspaces-cpu-digits.json", SubspaceRow)
 
     def mean(of, name):
         return statistics.mean(
@@ -176,7 +178,7 @@ def test_the_stored_models_say_what_the_page_says():
     A, B = ((mean("similarity", name), mean("random_similarity", name)) for name in ("A", "BW0"))
     assert B[0] - B[1] > A[0] - A[1] > 0
     assert A[0] / A[1] > B[0] / B[1] > 1
-    trained, random = ([mean(of, b) for b in subspaces.BRANCHES[1:]] for of in ("cka", "random_cka"))
+    trained, random = ([mean(of, b) for b in render_subspaces.BRANCHES[1:]] for of in ("cka", "random_cka"))
     assert trained[0] < trained[1]
     assert random[0] < random[1]
     assert all(a < b for a, b in zip(trained, random, strict=True))

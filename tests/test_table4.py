@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from benchmarks import images, methods, models, render, table4, timing
-from benchmarks.methods import Contestant, ParityError, Ranks
-from benchmarks.rows import Table4Row
-from benchmarks.timing import Environment
+from benchmarks import render, table4
+from benchmarks.measuring import images, methods, models, timing
+from benchmarks.measuring.methods import Contestant, ParityError, Ranks
+from benchmarks.measuring.rows import Table4Row
+from benchmarks.measuring.timing import Environment
 
 from .emulated import emulate_graphs
 

@@ -24,9 +24,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmarks import images
-from benchmarks.images import Images
-from benchmarks.methods import Ranks
+from benchmarks.measuring import images
+from benchmarks.measuring.images import Images
+from benchmarks.measuring.methods import Ranks
 
 PAPER_MODEL = "ViT-B/32"
 # Tokens that are drawn start here: below are RoBERTa's start and padding.

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import methods, timing
-from benchmarks.modes import Recorder
+from benchmarks.measuring import methods, timing
+from benchmarks.measuring.modes import Recorder
 
 MOST_CAPTURED = 8
 

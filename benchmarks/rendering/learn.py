@@ -10,40 +10,16 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.rows import LearnRow
-from benchmarks.tables import KINDS, Stored, environment_note, markdown, svg
-from benchmarks.timing import Environment
+from benchmarks.learning.significance import further_p, holm, sign_flip_p
+from benchmarks.measuring.rows import LearnRow
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.tables import KINDS, Stored, Table, environment_note, svg
 
 COLOURS = {"naive": "tab:blue", "again": "tab:orange", "ours": "tab:green"}
 OWNERS = {"naive": "naive", "again": "naive, batches in another order", "ours": "ours"}
 PLACES = {"mlp": "MLP", "attention": "attention", "both": "both"}
 SIGNIFICANT = 0.05
 RESOLUTION = 1e-9  # of a stored loss: a smaller distance of two curves is not told from none
-
-
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """The share of sign patterns under which the mean difference is at least as far from 0: an exact paired test."""
-    observed = abs(sum(differences))
-    patterns = list(itertools.product((1, -1), repeat=len(differences)))
-    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in patterns]
-    return sum(total >= observed * (1 - 1e-12) for total in sums) / len(patterns)
-
-
-def further_p(differences: Sequence[float]) -> float:
-    """The share of sign patterns under which the sum is at least as large: the exact one-sided paired test."""
-    slack = 1e-12 * sum(abs(d) for d in differences)
-    patterns = list(itertools.product((1, -1), repeat=len(differences)))
-    sums = [sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in patterns]
-    return sum(total >= sum(differences) - slack for total in sums) / len(patterns)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Each p corrected for how many there are (Holm 1979): the i-th smallest of m times m - i + 1, never falling."""
-    corrected, least = [0.0] * len(p), 0.0
-    for place, index in enumerate(sorted(range(len(p)), key=lambda index: p[index])):
-        least = max(least, min(1.0, (len(p) - place) * p[index]))
-        corrected[index] = least
-    return corrected
 
 
 def of(rows: Sequence[LearnRow], **wanted: object) -> list[LearnRow]:
@@ -126,7 +102,7 @@ def equal_table(rows: Sequence[LearnRow]) -> str:
         ]
         for e in equalities(rows)
     ]
-    return markdown(headings, cells)
+    return Table("", headings, cells).markdown()
 
 
 def equal_sentence(rows: Sequence[LearnRow]) -> str:
@@ -167,7 +143,7 @@ def bf16_table(rows: Sequence[LearnRow]) -> str:
         line += [mean_and_spread(gaps), f"{sign_flip_p(gaps):.3f}", f"{statistics.median(over):.2f}"]
         cells.append([*line, f"{sign_flip_p([math.log(ratio) for ratio in over]):.3f}"])
     headings = ["Hydra", "test accuracy (%)", "loss curve from fp32's", "it - naive bf16 (points)", "p"]
-    return markdown([*headings, "loss curve's distance over naive bf16's", "p"], cells)
+    return Table("", [*headings, "loss curve's distance over naive bf16's", "p"], cells).markdown()
 
 
 class Comparison(NamedTuple):
@@ -210,7 +186,7 @@ def claim_table(rows: Sequence[LearnRow]) -> str:
         c = told.get((position, kind))
         line += ["-"] * 3 if c is None else [mean_and_spread(c.gaps), f"{c.p:.3f}", f"{c.corrected:.3f}"]
         cells.append(line)
-    return markdown([*headings, "p", "p, corrected"], cells)
+    return Table("", [*headings, "p", "p, corrected"], cells).markdown()
 
 
 def verdicts(rows: Sequence[LearnRow]) -> dict[str, str]:
@@ -244,11 +220,11 @@ def search_table(rows: Sequence[LearnRow]) -> str:
             mark = "**" if rate == chosen else ""
             line.append(f"{mark}{statistics.mean(values):.1f} ± {error:.1f}{mark}")
         cells.append(line)
-    return markdown(["adapters in", "method", *(f"{rate:g}" for rate in rates)], cells)
+    return Table("", ["adapters in", "method", *(f"{rate:g}" for rate in rates)], cells).markdown()
 
 
 def claim_block(stored: Sequence[Stored]) -> str:
-    """The README's sentence: where Hydra does not win."""
+    """A sentence: where Hydra does not win."""
     parts = []
     for result in stored:
         told = verdicts(result.rows)
@@ -259,7 +235,7 @@ def claim_block(stored: Sequence[Stored]) -> str:
             f"Hydra does not always learn better than LoRA and SeqLoRA of as many parameters: on a small scale "
             f"({result.rows[0]['data']}, {seeds} seeds) it does not win {missed} of 6 comparisons: "
             f"{'; '.join(f'{words} {told[verdict]}' for verdict, words in says.items() if verdict in told)} "
-            "([Equal learning](docs/learning.md))."
+            "([Equal learning](learning.md))."
         )
     return "\n\n".join(parts)
 

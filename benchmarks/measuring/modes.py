@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("eager", "compile", "graph")
 # Before a capture, so that libraries have allocated, kernels are compiled and an optimizer has its state.
 WARM_UPS = 3

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hydra_kernels as hk
-from benchmarks import timing
-from benchmarks.naive import NAIVE, Frozen, Ranks
+from benchmarks.measuring import timing
+from benchmarks.measuring.naive import NAIVE, Frozen, Ranks
 
 METHODS = (
     *("full_tuning", "linear_probing", "naive_lora", "naive_seqlora", "naive_hydra"),

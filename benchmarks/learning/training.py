@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 import hydra_kernels as hk
-from benchmarks.images import Images
-from benchmarks.methods import Ranks
+from benchmarks.measuring.images import Images
+from benchmarks.measuring.methods import Ranks
 from hydra_kernels.choose.choice import choose
 from hydra_kernels.choose.machine import here
 from hydra_kernels.model import adapted_layers

@@ -1,8 +1,9 @@
-"""What the tables of all benchmarks share: how a method is called, Markdown and terminal, and who measured."""
+"""Every table, for the pages and for the terminal alike; how a method is called, and who measured."""
 
 from __future__ import annotations
 
 import io
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from rich.table import Table
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
 
-from benchmarks.rows import HostRow, LayerRow, Table4Row
-from benchmarks.timing import Environment
+from benchmarks.measuring.rows import HostRow, LayerRow, Table4Row
+from benchmarks.measuring.timing import Environment
 
 OWNERS = {"ours": "our", "peft": "PEFT"}
 KINDS = {"lora": "LoRA", "seqlora": "SeqLoRA", "hydra": "Hydra"}
@@ -27,11 +30,41 @@ Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 class Stored(NamedTuple):
-    """One file of results."""
+    """One file of results. ``older`` is what a caption says where a GPU ran other kernels than today's."""
 
     path: Path
     environment: Environment
     rows: list[Any]
+    older: str = ""
+
+
+class Table(NamedTuple):
+    """``left`` columns of text, then figures. In the terminal the lines of ``bold`` stand out."""
+
+    title: str
+    headings: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    bold: Sequence[bool] = ()
+    left: int = 1
+
+    def markdown(self) -> str:
+        marks = ["---" if place < self.left else "---:" for place in range(len(self.headings))]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (self.headings, marks, *self.cells))
+
+    def terminal(self) -> RichTable:
+        table = RichTable(title=self.title)
+        for place, heading in enumerate(self.headings):
+            table.add_column(heading, justify="left" if place < self.left else "right")
+        for line, stands_out in zip(self.cells, self.bold or [False] * len(self.cells), strict=True):
+            table.add_row(*map(Text, line), style="bold" if stands_out else None)
+        return table
+
+
+def show(width: int, parts: Iterable[Table | str]) -> None:
+    """Prints tables and lines. Where there is no terminal rich assumes 80 columns, which would break every cell."""
+    console = Console(width=None if sys.stdout.isatty() else width)
+    for part in parts:
+        console.print(part.terminal() if isinstance(part, Table) else part, highlight=False, markup=False)
 
 
 def label(row: Table4Row | LayerRow | HostRow) -> str:
@@ -45,20 +78,6 @@ def label(row: Table4Row | LayerRow | HostRow) -> str:
 
 def or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def terminal(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], bold: Sequence[bool]) -> Table:
-    table = Table(title=title)
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left")
-    for line, stands_out in zip(cells, bold, strict=True):
-        table.add_row(*line, style="bold" if stands_out else None)
-    return table
-
-
-def markdown(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def svg(figure: Figure, salt: str) -> str:

@@ -6,19 +6,13 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from benchmarks import doctor
-from benchmarks.stages import Part, Settings
-
-ROOT = Path(__file__).resolve().parent.parent
-# Seconds a check may take; the first of a process starts torch and CUDA as well.
-CHECK_LIMIT = 90.0
+ROOT = Path(__file__).resolve().parents[2]
 EXIT_LIMIT = 5.0
 
 
@@ -47,7 +41,11 @@ class Isolated(NamedTuple):
     environment: Mapping[str, str]
     limit: float
     jobs: int
-    settings: Settings
+    # In time.monotonic(): what has not begun by then fails.
+    deadline: float
+    dry: bool
+    # The exit status by which a process says that it cannot run what is left, and a new one must.
+    start_over: int
 
     def run(self, groups: Mapping[str, Sequence[str]], report: Callable[[CheckRow], None]) -> list[CheckRow]:
         """A row for every check, in the order of the groups; each is reported when it is known."""
@@ -72,7 +70,7 @@ class Isolated(NamedTuple):
     async def _group(self, group: str, left: list[str], add: Callable[[CheckRow], None]) -> None:
         """Runs processes until no check is left; each takes at least one away."""
         while left:
-            if time.monotonic() >= self.settings.deadline:
+            if time.monotonic() >= self.deadline:
                 for check in left:
                     add(self._failed(group, check, "not run: the time was over", 0.0))
                 return
@@ -107,12 +105,12 @@ class Isolated(NamedTuple):
                     # The whole session: a compiler that it started must not outlive it.
                     os.killpg(process.pid, signal.SIGKILL)
                     await process.wait()
-            if not left or process.returncode == doctor.START_OVER:
+            if not left or process.returncode == self.start_over:
                 return None
             return _death(process.returncode, _last_line(complaints))
 
     def _patience(self) -> float:
-        return max(0.0, min(self.limit, self.settings.deadline - time.monotonic()))
+        return max(0.0, min(self.limit, self.deadline - time.monotonic()))
 
     def _row(self, group: str, line: bytes, left: Sequence[str]) -> CheckRow | None:
         """The row that a line holds; None where a library printed it."""
@@ -122,7 +120,7 @@ class Isolated(NamedTuple):
             return None
         if not isinstance(found, dict) or found.get("check") not in left:
             return None
-        return CheckRow(group=group, **found, dry=self.settings.dry)
+        return CheckRow(group=group, **found, dry=self.dry)
 
     def _failed(self, group: str, check: str, reason: str, seconds: float) -> CheckRow:
         return CheckRow(
@@ -134,7 +132,7 @@ class Isolated(NamedTuple):
             what=None,
             reason=reason,
             seconds=seconds,
-            dry=self.settings.dry,
+            dry=self.dry,
         )
 
 
@@ -157,29 +155,3 @@ def line_of(row: CheckRow) -> str:
     else:
         figures = ": ".join(filter(None, (row["what"], row["reason"])))
     return f"{row['status'].upper():4}  {row['group']:19}  {row['check']:50}  {row['seconds']:5.1f} s  {figures}"
-
-
-def check_kernels_and_backends(settings: Settings) -> Iterator[Part]:
-    """The stage `doctor`."""
-    cores = len(os.sched_getaffinity(0))
-    # Compilers keep a core each busy, the GPU has memory for more than these.
-    jobs = min(16, cores)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
-    environment |= {"TRITON_INTERPRET": "1"} if settings.dry else {}
-    # Inductor's workers outlive their process and hold its output open, which Python 3.12.3 waits for.
-    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-
-    def command(group: str, checks: Sequence[str]) -> list[str]:
-        dry = ["--dry"] if settings.dry else []
-        return [sys.executable, "-m", "benchmarks.doctor", *dry, group, *checks]
-
-    isolated = Isolated(command, environment, CHECK_LIMIT, jobs, settings)
-    groups = {group: list(checks) for group, checks in doctor.groups(settings.dry).items()}
-    rows = isolated.run(groups, lambda row: print(line_of(row), flush=True))
-    count = {status: sum(row["status"] == status for row in rows) for status in ("pass", "fail", "skip")}
-    print(f"doctor: {count['pass']} passed, {count['fail']} failed, {count['skip']} cannot run here")
-    for row in rows:
-        if row["status"] == "fail":
-            print(line_of(row))
-    yield Part(rows, count["fail"])

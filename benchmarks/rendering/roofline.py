@@ -1,12 +1,12 @@
-"""The README's table of predicted steps: never beside measured ones, and it says in every table what it is."""
+"""The table of predicted steps: never beside measured ones, and it says in every table what it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
 
-from benchmarks.tables import Stored, commit_note, groups, markdown
-from benchmarks.timing import Environment
+from benchmarks.measuring.rows import RooflineRow
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.tables import Stored, Table, commit_note, groups
 
 COLUMNS = {
     "naive_lora": "naive LoRA",
@@ -16,29 +16,6 @@ COLUMNS = {
     "triton": "triton",
     "floor": "floor",
 }
-
-
-class RooflineRow(TypedDict):
-    """A predicted step. ``kernels``: [name, bytes, operations, microseconds] of each launch."""
-
-    M: int
-    K: int
-    N: int
-    r_a: int
-    r_b: int
-    dtype: str
-    method: str
-    tflops: float
-    gigabytes_per_second: float
-    l2_megabytes: float
-    launch_us: float
-    gemm_efficiency: float
-    bytes: int
-    operations: int
-    launches: int
-    predicted_us: float
-    over_frozen: float
-    kernels: list[list[Any]]
 
 
 def roofline_markdown(environment: Environment, rows: Sequence[RooflineRow]) -> str:
@@ -57,7 +34,7 @@ def roofline_markdown(environment: Environment, rows: Sequence[RooflineRow]) -> 
         [
             f"Hydra {row['r_a']}+{row['r_b']}, {row['dtype']}: predicted step over the frozen layer's, LoRA and "
             f"SeqLoRA of rank {row['r_a'] + row['r_b']}:",
-            markdown(["M x K x N", *COLUMNS.values()], cells),
+            Table("", ["M x K x N", *COLUMNS.values()], cells).markdown(),
             f"Nothing here was measured: bytes and operations of every launch at {row['tflops']:g} TFLOP/s and "
             f"{row['gigabytes_per_second']:g} GB/s, {gaps}, {cache}, `triton`'s GEMM at {row['gemm_efficiency']:g} of "
             f"cuBLAS (`python -m benchmarks.roofline`; {commit_note(environment)}). Floor: of the composed form, the "
@@ -69,7 +46,7 @@ def roofline_markdown(environment: Environment, rows: Sequence[RooflineRow]) -> 
 
 def roofline_block(stored: Sequence[Stored]) -> str:
     return "\n\n".join(
-        roofline_markdown(environment, group)
-        for _, environment, rows in stored
-        for group in groups(rows, by=("dtype", "r_a", "r_b"), same=("M", "K", "N", "method"))
+        roofline_markdown(file.environment, group)
+        for file in stored
+        for group in groups(file.rows, by=("dtype", "r_a", "r_b"), same=("M", "K", "N", "method"))
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.methods import Ranks
+from benchmarks.measuring.methods import Ranks
 
 
 class Shape(NamedTuple):
@@ -79,3 +79,17 @@ def entries_of(shape: Shape, hydra: Ranks, names: Sequence[str]) -> list[Entry]:
         if method in ("naive_lora", "naive_seqlora") and not same:
             entries.append(Entry(method, near[kind], "parameters"))
     return entries
+
+
+def shape_option(text: str) -> Shape:
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"shape is {text!r}, expected M,K,N of 1 and more")
+    return Shape(*map(int, sizes))
+
+
+def ranks_option(text: str) -> Ranks:
+    parts = text.split("+")
+    if len(parts) != 2 or not all(map(str.isdecimal, parts)) or not any(map(int, parts)):
+        raise ValueError(f"ranks is {text!r}, expected A+B, not both 0")
+    return Ranks(*map(int, parts))

@@ -186,3 +186,73 @@ class LearnRow(TypedDict):
     validation: float
     test: float
     dry: bool
+
+
+class RoundingRow(TypedDict):
+    """One backend at one size of the update: median and quartiles over seeds of the share of the signal kept."""
+
+    backend: str
+    dtype: str
+    # Whether the layer has a bias b0.
+    bias: bool
+    # |delta| / |y0|
+    ratio: float
+    kept: float
+    q1: float
+    q3: float
+    interpreted: bool
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    dry: bool
+
+
+class SubspaceRow(TypedDict):
+    """One adapted layer of one trained model, beside random adapters in its place."""
+
+    data: str
+    seed: int
+    rate: float
+    layer: str
+    K: int
+    N: int
+    # j of "similarity": how many of W0's top directions.
+    top: int
+    # "A", "BW0" -> Eq. 14 of all their directions with the top ones of W0; then that of each random draw.
+    similarity: dict[str, float]
+    random_similarity: dict[str, list[float]]
+    # Branch -> linear CKA of its [CLS] outputs with the frozen branch's; then that of each random draw.
+    cka: dict[str, float]
+    random_cka: dict[str, list[float]]
+    # Of the last layer of the first seed alone, else empty. Matrix -> i - 1 -> j - 1: Eq. 14 with W0.
+    matrices: dict[str, list[list[float]]]
+    # Branch -> image -> the coordinates of its [CLS] output, in one t-SNE.
+    tsne: dict[str, list[list[float]]]
+    labels: list[int]
+    accuracy: float
+    dry: bool
+
+
+class RooflineRow(TypedDict):
+    """A predicted step. ``kernels``: [name, bytes, operations, microseconds] of each launch."""
+
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    dtype: str
+    method: str
+    tflops: float
+    gigabytes_per_second: float
+    l2_megabytes: float
+    launch_us: float
+    gemm_efficiency: float
+    bytes: int
+    operations: int
+    launches: int
+    predicted_us: float
+    over_frozen: float
+    kernels: list[list[Any]]

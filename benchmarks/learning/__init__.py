@@ -1,0 +1,1 @@
+"""Fine-tuning on a small scale, and the statistics of its runs."""

@@ -1,0 +1,1 @@
+"""Stored rows as tables and charts, for the pages and for the terminal."""

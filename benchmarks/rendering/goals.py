@@ -1,0 +1,151 @@
+"""What this project set itself, beside what was measured: for benchmarks/GOALS.md and the terminal, not for users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.measuring import timing
+from benchmarks.measuring.rows import HostRow, LayerRow, Table4Row
+from benchmarks.measuring.shapes import Shape
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.layer import LARGE, SMALL, layer_groups, layer_means, layer_steps, saved_over_x, shape_of
+from benchmarks.rendering.models import runs, title
+from benchmarks.rendering.tables import Stored, Table, is_gpu, label, what_ran
+from benchmarks.rendering.verdicts import with_quartiles
+
+# What a step of our Hydra should be at most over a rival's; set for the paper's model, held against every model.
+TABLE4_CPU = {"naive_lora": 0.98, "naive_seqlora": 0.98}
+TABLE4_GPU = {"naive_lora": 0.95, "naive_seqlora": 0.97}
+# What our Hydra's geometric means should be at most in fp32 on a CPU, by (mode, backend) and (sizes, over what).
+COMPILED = {(LARGE, "naive_hydra"): 0.95, (SMALL, "naive_hydra"): 0.95}
+LAYER_CPU = {
+    ("eager", "aten"): {(LARGE, "naive_hydra"): 0.80, (LARGE, "naive_lora"): 1.00, (SMALL, "naive_hydra"): 0.95},
+    ("eager", "native"): {
+        (LARGE, "naive_hydra"): 0.76,
+        (LARGE, "naive_lora"): 0.93,
+        (LARGE, "frozen"): 1.06,
+        (SMALL, "naive_hydra"): 0.87,
+    },
+    ("compile", "aten"): COMPILED,
+    ("compile", "native"): COMPILED,
+}
+# What our Hydra of R <= 16 should be at most on a GPU (Hopper) in bf16 and CUDA graphs, by shape and what it is over.
+VIT = {"naive_hydra": 0.65, "naive_lora@parameters": 0.80, "naive_seqlora@parameters": 0.85}
+SQUARE = {"naive_hydra": 0.78, "naive_lora@parameters": 0.92, "naive_seqlora@parameters": 0.92}
+LAYER_GPU = {
+    Shape(6400, 3072, 768): {"frozen": 1.15, **VIT},
+    Shape(25216, 3072, 768): {"frozen": 1.10, **VIT},
+    Shape(25216, 4096, 1024): {"frozen": 1.10, **VIT},
+    Shape(8192, 4096, 4096): {"frozen": 1.05, **SQUARE},
+    Shape(8192, 14336, 4096): {"frozen": 1.04, "naive_hydra": 0.90},
+}
+# What the host time of our Hydra should be at most over the naive one's, by backend.
+RIVAL_NAMES = {"frozen": "the frozen layer", "naive_hydra": "naive Hydra", "naive_lora": "naive LoRA of equal R"}
+HOST = {"native": 0.70, "aten": 1.05}
+
+
+class Goal(NamedTuple):
+    what: str
+    figure: float
+    limit: float
+    # The figure with its quartiles, where it has some.
+    text: str = ""
+
+    @property
+    def missed(self) -> bool:
+        return self.figure > self.limit
+
+    def line(self) -> list[str]:
+        return [self.what, self.text or f"{self.figure:.3f}", f"{self.limit:.3g}", "MISSED" if self.missed else "met"]
+
+
+HEADINGS = ("what", "measured (quartiles)", "goal", "")
+
+
+def goal_tables(goals: Sequence[Goal]) -> list[Table]:
+    """One table for the terminal, or none where a run has no goals."""
+    cells = [goal.line() for goal in goals]
+    return [Table("Our goals", HEADINGS, cells, [goal.missed for goal in goals])] if goals else []
+
+
+def table4_goals(environment: Environment, rows: Sequence[Table4Row]) -> list[Goal]:
+    """Our Hydra's paired steps over those of naive LoRA and naive SeqLoRA, where both ran."""
+    by_method, goals = {row["method"]: row for row in rows}, []
+    for name, limit in (TABLE4_GPU if is_gpu(environment) else TABLE4_CPU).items():
+        ours, rival = by_method.get("ours_hydra"), by_method.get(name)
+        if ours is None or rival is None:
+            continue
+        ratio = timing.paired_ratios(ours["step_seconds"], rival["step_seconds"])
+        goals.append(Goal(f"{label(ours)} over {label(rival)}", ratio.median, limit, with_quartiles(ratio)))
+    return goals
+
+
+def layer_goals(rows: Sequence[LayerRow]) -> list[Goal]:
+    """Those of every Hydra: of the means on a CPU, of each shape on a GPU, and of what is saved."""
+    return [
+        goal
+        for _, steps in layer_steps(rows)
+        for goals in (mean_goals(steps), shape_goals(steps), saved_goals(steps))
+        for goal in goals
+    ]
+
+
+def mean_goals(steps: Sequence[Mapping[str, LayerRow]]) -> Iterator[Goal]:
+    """Those of our Hydra's means; none where another device, dtype, mode or backend ran."""
+    ours = next((made["ours_hydra"] for made in steps if "ours_hydra" in made), None)
+    if ours is None or (ours["device"], ours["dtype"]) != ("cpu", "fp32"):
+        return
+    for (sizes, rival), limit in LAYER_CPU.get((ours["mode"], ours["backend"]), {}).items():
+        mean = layer_means(steps, "ours_hydra", rival).get(sizes)
+        if mean is not None:
+            yield Goal(f"{label(ours)} over {RIVAL_NAMES[rival]}, geometric mean, {sizes}", mean, limit)
+
+
+def shape_goals(steps: Sequence[Mapping[str, LayerRow]]) -> Iterator[Goal]:
+    """Those of our Hydra at each shape; none where another device, dtype, mode or rank ran."""
+    for made in steps:
+        ours = made.get("ours_hydra")
+        if ours is None or (ours["device"], ours["dtype"], ours["mode"]) != ("cuda", "bf16", "graph"):
+            continue
+        limits = LAYER_GPU.get((ours["M"], ours["K"], ours["N"]), {}) if sum(ours["hydra"]) <= 16 else {}
+        for name, limit in limits.items():
+            if ratio := ours["over"].get(name):
+                rival = label(made.get(name) or made[name.removesuffix("@parameters")])
+                yield Goal(f"{label(ours)} over {rival} at {shape_of(made)}", ratio[1], limit, with_quartiles(ratio))
+
+
+def saved_goals(steps: Sequence[Mapping[str, LayerRow]]) -> list[Goal]:
+    """Bytes saved over x's in the forms without y0, at the worst shape of the worst of our methods."""
+    found = []
+    for made in steps:
+        for row in made.values():
+            if row["form"] in ("composed", "effective"):
+                limit = 1.01 + (row["r_a"] + row["r_b"]) * (1 / row["K"] + 1 / row["M"])
+                found.append(Goal(f"{label(row)}, saved over x at {shape_of(made)}", saved_over_x(row), limit))
+    return [max(found, key=lambda goal: goal.figure - goal.limit)] if found else []
+
+
+def host_goals(rows: Sequence[HostRow]) -> list[Goal]:
+    goals = []
+    for row in rows:
+        limit = HOST.get(row["backend"] or "")
+        if limit is not None:
+            ratio = row["over"]["naive_hydra"]
+            what = f"{label(row)}, {row['backend']}, over naive Hydra at {shape_of({'': row})}"
+            goals.append(Goal(what, ratio[1], limit, with_quartiles(ratio)))
+    return goals
+
+
+def goals_block(table4: Sequence[Stored], cpu: Sequence[Stored], gpu: Sequence[Stored], host: Sequence[Stored]) -> str:
+    """One table: every run that has goals, a line a goal."""
+    found = [(title(of, rows[0]), older, table4_goals(of, rows)) for of, rows, older in runs(table4)]
+    for file in (*cpu, *gpu):
+        for rows in layer_groups(file.rows):
+            ran = f"layer, {what_ran(rows)}; {file.environment['device']}"
+            found.append((ran, file.older, layer_goals(rows)))
+    found += [(f"host time; {file.environment['device']}", file.older, host_goals(file.rows)) for file in host]
+    cells = [
+        [f"{ran}{' (older kernels)' if older else ''}", *goal.line()] for ran, older, goals in found for goal in goals
+    ]
+    return Table("", ["run", *HEADINGS], cells, left=2).markdown()

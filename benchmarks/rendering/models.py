@@ -1,0 +1,95 @@
+"""Table 4 of all models for the documentation: each run's own table, and the memory of all, as a table and a chart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from benchmarks.measuring.methods import METHODS
+from benchmarks.measuring.rows import Table4Row
+from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.table4 import MEGA, batch_of, is_papers, table4_markdown
+from benchmarks.rendering.tables import Stored, Table, groups, label, or_dash, svg
+
+UNKNOWN = "not recorded, or added up over all micro-batches though one is kept at a time"
+# (key, name, colour) of the memory that a method needs.
+MEMORY = (
+    ("held_bytes", "parameters and optimizer", "tab:gray"),
+    ("saved_bytes", "saved for the backward", "tab:orange"),
+    ("peak_bytes", "peak", "tab:purple"),
+)
+
+
+def runs(stored: Sequence[Stored]) -> Iterator[tuple[Environment, list[Table4Row], str]]:
+    """The rows of each model, dtype, mode, accumulation and checkpointing, with what its caption says of its kernels;
+    of one repeated, a run more.
+    """
+    by = ("model", "dtype", "mode", "batch", "accumulation", "checkpointing")
+    for file in stored:
+        for group in groups(file.rows, by=by, same=("method",)):
+            yield file.environment, without_sums(group), file.older
+
+
+def without_sums(rows: list[Table4Row]) -> list[Table4Row]:
+    """A run's rows, without what is saved where that was added up over micro-batches: more than a step's own peak."""
+    summed = any(
+        row["accumulation"] > 1 and row["saved_bytes"] > row["peak_bytes"] - (row["held_bytes"] or 0) for row in rows
+    )
+    return [{**row, "saved_bytes": None} for row in rows] if summed else rows
+
+
+def title(environment: Environment, row: Table4Row) -> str:
+    return f"{row['model']}, {row['dtype']}, {row['mode']}, {batch_of(row)}; {environment['device']}"
+
+
+def memory_table(found: Sequence[tuple[Environment, list[Table4Row], str]]) -> Table:
+    """A line a run, a column a method: parameters and optimizer, saved and peak, in MB."""
+    used = [name for name in METHODS if any(row["method"] == name for _, rows, _ in found for row in rows)]
+    cells = []
+    for environment, rows, _ in found:
+        by_method = {row["method"]: row for row in rows}
+        line = [title(environment, rows[0])]
+        for name in used:
+            row = by_method.get(name)
+            figures = [] if row is None else [or_dash(row[key] and row[key] / MEGA, ".0f") for key, *_ in MEMORY]
+            line.append(" / ".join(figures) or "-")
+        cells.append(line)
+    return Table("Memory", ["run", *(label({"method": name, "ranks": None}).rstrip() for name in used)], cells)
+
+
+def models_block(stored: Sequence[Stored]) -> str:
+    """The memory of every run; the tables of those that are not the paper's Table 4."""
+    found = list(runs(stored))
+    unknown = any(row[key] is None for _, rows, _ in found for row in rows for key, *_ in MEMORY)
+    parts = [
+        f"Memory in MB: {' / '.join(name for _, name, _ in MEMORY)}, which is parameters, optimizer state and the most "
+        f"that a step holds above them.{f' A dash: {UNKNOWN}.' if unknown else ''}",
+        memory_table(found).markdown(),
+    ]
+    for environment, rows, older in found:
+        if not is_papers(rows[0]):
+            parts += [f"**{title(environment, rows[0])}**", table4_markdown(environment, rows, older)]
+    return "\n\n".join(parts)
+
+
+def models_chart(stored: Sequence[Stored]) -> str:
+    """The memory of every run as SVG, a panel a run; equal rows give equal text."""
+    found = list(runs(stored))
+    figure = Figure(figsize=(12, 0.5 + sum(1 + 0.4 * len(rows) for _, rows, _ in found)), layout="constrained")
+    heights = [1 + 0.4 * len(rows) for _, rows, _ in found]
+    axes_of = figure.subplots(len(found), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (environment, rows, _) in zip(axes_of, found, strict=True):
+        for number, (key, name, colour) in enumerate(MEMORY):
+            known = {place: row[key] / MEGA for place, row in enumerate(rows) if row[key] is not None}
+            places = [place + 0.27 * (number - 1) for place in known]
+            axes.bar_label(axes.barh(places, list(known.values()), 0.27, color=colour, label=name), fmt=" %.0f")
+        axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_title(title(environment, rows[0]), fontsize=10)
+    axes_of[-1].set_xlabel("MB")
+    patches = [Patch(color=colour, label=name) for _, name, colour in MEMORY]
+    figure.legend(handles=patches, loc="outside upper right", ncols=len(patches))
+    return svg(figure, "models")
