@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -236,6 +237,9 @@ def test_the_gpu_versions_are_those_of_the_stored_run():
     assert f"{ran['torch'].partition('+')[0]} on a GPU" in rows["torch"]
     assert f"{minor(ran['python'])} on a GPU" in rows["Python"]
     assert rows["GPU"].startswith(ran["device"])
+    checks = json.loads((ROOT / "benchmarks" / "results" / "doctor-cuda.json").read_text())["rows"]
+    assert {check["status"] for check in checks} == {"pass"}
+    assert f"passed all of its {len(checks)} checks" in text_of(ROOT / "docs" / "gpu.md")
 
 
 def test_the_measured_tables_are_those_of_the_stored_results():
