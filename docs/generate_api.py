@@ -20,8 +20,10 @@ PACKAGE = hydra_kernels.__name__
 MODULES = ("convert", "peft", "parallel", "analysis", "reference")
 HEAD = """# API
 
-From the docstrings, by `python docs/generate_api.py`. Symbols: x [M, K] with leading dimensions flattened, weight W0
-[N, K], ranks r_a and r_b, R = r_a + r_b; [*] are any leading dimensions. "Eq. n" are equations of
+Every public name, from the docstrings. `python docs/generate_api.py` writes this page.
+
+Symbols: x is [M, K], with leading dimensions flattened; the weight W0 is [N, K]; the ranks are r_a and r_b, and
+R = r_a + r_b; [*] stands for any leading dimensions. "Eq. n" is an equation of
 [arXiv 2309.06922](https://arxiv.org/abs/2309.06922).
 """
 SECTIONS = ("Args:", "Returns:", "Raises:", "Parameters:")

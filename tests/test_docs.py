@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -27,7 +28,10 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "examples/README.md",
 ]
+# Their links are checked too; they hold no code that runs.
+MORE_PAGES = [ROOT / name for name in ("CHANGELOG.md", "csrc/README.md", "benchmarks/NOTES.md")]
 README = (ROOT / "README.md").read_text()
+README_LINES = 130  # what a reader takes in at once; all else is a page of docs
 CHEAP = {"python -m hydra_kernels"}
 _FENCE = re.compile(r"^```(\w*)([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -136,9 +140,19 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_a_readme_is_read_at_once():
+    assert len(README.splitlines()) <= README_LINES
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_speaks_of_our_own_goals(page):
+    """They are of no use to a reader, and stand in `benchmarks`; where ours is slower, a table marks it."""
+    assert re.findall(r"\bMISSED\b|\bLOSS\b|\bgoals?\b", _FENCE.sub("", page.read_text())) == []
+
+
+@pytest.mark.parametrize("page", PAGES + MORE_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", text_of(page))):
+    for target in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", page.read_text())):
         if target.startswith(("https://", "http://")):
             continue
         path, _, anchor = target.partition("#")
@@ -189,21 +203,43 @@ def test_the_two_commands_and_the_license_are_there():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
-def test_there_are_as_many_mutations_as_the_readme_says():
-    groups = tomllib.loads((ROOT / "tests" / "mutations.toml").read_text())["group"]
-    (least,) = re.findall(r"puts more than (\d+) named defects", README)
-    assert int(least) < sum(len(group["mutations"]) for group in groups) <= int(least) + 100
+def minor(version: str) -> str:
+    """Two of a version's numbers."""
+    return ".".join(version.split(".")[:2])
 
 
 def test_the_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == hk.__version__
     assert f"## {hk.__version__}" in (ROOT / "CHANGELOG.md").read_text()
-    pins = dict(re.findall(r"^(\w+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    (transformers, torch_, triton) = re.findall(
-        r"of transformers ([\d.]+), torch ([\d.]+) \| Triton ([\d.]+)'s", README
-    )[0]
-    assert (transformers, torch_, triton) == (pins["transformers"], pins["torch"], pins["triton"])
+    pins = dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    # The versions that the pages call tested are those that the tests ran with.
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE))
+    assert rows["torch"].startswith(f"{pins['torch']} on a CPU")
+    assert rows["PEFT, transformers"] == f"{pins['peft']}, {pins['transformers']}"
+    assert rows["Triton"] == pins["triton"]
+    oldest = f"torch>={re.search(r'; ([0-9.]+) is the oldest', rows['torch'])[1]}"
+    assert oldest in project["dependencies"]
+    assert project["requires-python"] == f">={re.search(r'; ([0-9.]+) is the oldest', rows['Python'])[1]}"
+    backends = text_of(ROOT / "docs" / "which-backend.md")
+    assert f"transformers {minor(pins['transformers'])}, torch {minor(pins['torch'])} |" in backends
+    assert f"Triton {minor(pins['triton'])}'s interpreter" in backends
+    tested = f"Tested with peft {pins['peft']} and transformers {pins['transformers']}."
+    assert tested in text_of(ROOT / "docs" / "peft.md")
+
+
+def test_the_gpu_versions_are_those_of_the_stored_run():
+    from benchmarks import timing
+    from benchmarks.rows import LayerRow
+
+    ran, _ = timing.read_result(ROOT / "benchmarks" / "results" / "layer-cuda.json", LayerRow)
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE))
+    assert f"{ran['torch'].partition('+')[0]} on a GPU" in rows["torch"]
+    assert f"{minor(ran['python'])} on a GPU" in rows["Python"]
+    assert rows["GPU"].startswith(ran["device"])
+    checks = json.loads((ROOT / "benchmarks" / "results" / "doctor-cuda.json").read_text())["rows"]
+    assert {check["status"] for check in checks} == {"pass"}
+    assert f"passed all of its {len(checks)} checks" in text_of(ROOT / "docs" / "gpu.md")
 
 
 def test_the_measured_tables_are_those_of_the_stored_results():
@@ -219,23 +255,25 @@ def test_the_gpu_pages_summary_is_of_the_stored_results():
 
     _, rows = timing.read_result(ROOT / "benchmarks" / "results" / "layer-cuda.json", LayerRow)
     [(_, steps)] = render_layer.layer_steps(render_layer.layer_groups(rows)[0])
-    page = " ".join(text_of(ROOT / "docs" / "gpu.md").split())
-    summary = page[page.index("In short, of the first run") : page.index("<details>")]
-    ours = [made["ours_hydra"]["over"] for made in steps]
-    hydra, lora = ([over[name][1] for over in ours] for name in ("naive_hydra", "naive_lora"))
-    slower = [f"{ratio:.3f}" for ratio in lora if ratio > 1]
-    [faster] = [made["ours_hydra"] for made in steps if made["ours_hydra"]["over"]["naive_lora"][1] <= 1]
-    shape = f"{faster['M']} x {faster['K']} x {faster['N']}"
+    page = text_of(ROOT / "docs" / "gpu.md")
+    summary = page[page.index("**The first run**") : page.index("**After the first run**")]
+    ours = [made["ours_hydra"] for made in steps]
+    rivals = ("naive_hydra", "naive_lora", "naive_seqlora")
+    shown = re.findall(r"^\| (\d.*) \|$", summary, re.MULTILINE)
+    assert shown == [
+        " | ".join([f"{row['M']} x {row['K']} x {row['N']}", *(f"{row['over'][name][1]:.3f}" for name in rivals)])
+        for row in ours
+    ]
+    assert all(row["over"]["naive_hydra"][1] < 1 for row in ours)
+    assert sum(row["over"]["naive_lora"][1] > 1 for row in ours) == 3
     few, many = (steps[0][name]["median_us"] for name in ("naive_lora@parameters", "naive_lora"))
     for figures in (
-        f"naive Hydra at every shape ({min(hydra):.2f} to {max(hydra):.2f})",
-        f"three shapes of four ({', '.join(slower)}; {faster['over']['naive_lora'][1]:.3f} at {shape})",
-        "it is {:.3f} and {:.3f} at ViT's shapes".format(*(over["naive_lora@parameters"][1] for over in ours[:2])),
-        f"it takes {few:.0f} us, naive LoRA 16 only {many:.0f}",
+        "ours is {:.3f} and {:.3f} at ViT's shapes".format(
+            *(row["over"]["naive_lora@parameters"][1] for row in ours[:2])
+        ),
+        f"it takes {few:.0f} us, naive LoRA 16 only {many:.0f} us",
     ):
-        assert figures in summary
-    assert max(hydra) < 1
-    assert len(slower) == 3
+        assert figures in " ".join(summary.split())
     assert all(made["naive_lora@parameters"]["r_a"] == 11 for made in steps[:2])
 
 
