@@ -29,7 +29,7 @@ PAGES = [
     ROOT / "examples/README.md",
 ]
 # Their links are checked too; they hold no code that runs.
-MORE_PAGES = [ROOT / name for name in ("CHANGELOG.md", "csrc/README.md", "benchmarks/NOTES.md")]
+MORE_PAGES = [ROOT / name for name in ("CHANGELOG.md", "csrc/README.md", "benchmarks/NOTES.md", "benchmarks/GOALS.md")]
 README = (ROOT / "README.md").read_text()
 README_LINES = 130  # what a reader takes in at once; all else is a page of docs
 CHEAP = {"python -m hydra_kernels"}
@@ -229,8 +229,8 @@ def test_the_versions_agree():
 
 
 def test_the_gpu_versions_are_those_of_the_stored_run():
-    from benchmarks import timing
-    from benchmarks.rows import LayerRow
+    from benchmarks.measuring import timing
+    from benchmarks.measuring.rows import LayerRow
 
     ran, _ = timing.read_result(ROOT / "benchmarks" / "results" / "layer-cuda.json", LayerRow)
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE))

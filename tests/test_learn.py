@@ -388,8 +388,8 @@ def test_the_stored_runs_are_those_that_the_rules_ask_for():
     assert ends[0] > max(ends[1:])
     last = render_learn.bf16_table(rows).splitlines()[-1].split(" | ")
     assert min(float(last[4]), float(last[6].rstrip(" |"))) >= render_learn.SIGNIFICANT
-    readme = (Path(learn.__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    [line] = [line for line in readme.splitlines() if "Hydra does not always learn better" in line]
+    page = (Path(learn.__file__).parent.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    [line] = [line for line in page.splitlines() if "Hydra does not always learn better" in line]
     for c in render_learn.comparisons(rows):
         where = f"{tables.KINDS[c.kind]} in {render_learn.PLACES[c.position]}"
         lost_or_open = line.partition("it wins against")[0]
