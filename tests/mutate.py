@@ -87,10 +87,10 @@ def build_native(folder: Path) -> bool:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode == 0
 
 
-def copy_sources(folder: Path, built: Path | None = None) -> None:
+def copy_sources(folder: Path, built: Path | None) -> None:
     """With what was compiled in the folder ``built``: files keep their times, so ninja compiles only what changes."""
-    if built is not None and (built / "build").exists():
-        shutil.copytree(built / "build", folder / "build")
+    if built is not None and (built / "build" / "cpp").exists():
+        shutil.copytree(built / "build" / "cpp", folder / "build" / "cpp")
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
@@ -140,7 +140,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
         folder = Path(scratch, "sources")
         folder.mkdir()
-        copy_sources(folder)
+        copy_sources(folder, ROOT)
         if any(map(is_compiled, chosen)) and not build_native(folder):
             print("the compiled part does not compile without any mutation")
             return 1

@@ -299,6 +299,19 @@ def test_a_copy_of_the_tree_builds_on(mini):
 
 
 @compiles
+def test_the_ninja_of_its_package_is_used_and_given_max_jobs(mini, monkeypatch):
+    stub, log = mini.root / "scripts/ninja", mini.root / "ninja.log"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\necho "$@" > {log}\nexec {mini.builder.find_ninja()} "$@"\n')
+    stub.chmod(0o755)
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=str(stub.parent)))
+    monkeypatch.setenv("MAX_JOBS", "3")
+    mini.build("cpp")
+    assert "-j3" in log.read_text().split()
+    assert mini.loaded().load().answer() == 1
+
+
+@compiles
 def test_a_module_in_use_is_not_written_over(mini):
     mini.build("cpp")
     with open(binary(mini), "rb") as old:
