@@ -1,7 +1,7 @@
 """What `python -m benchmarks.gpu --stage doctor` checks: each kernel and each backend against float64 on this machine.
 
 A group of checks runs in a process of its own, ``python -m benchmarks.doctor GROUP [CHECK ...]``, which prints a line
-of JSON a check. The rule is that of tests/oracle.py: at most twice the error of the naive layer, plus slack.
+of JSON a check. The rule is `hydra_kernels.choose.accuracy`: at most twice the error of the naive layer, plus slack.
 """
 
 from __future__ import annotations

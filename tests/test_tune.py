@@ -14,7 +14,7 @@ import triton
 import hydra_kernels as hk
 from hydra_kernels import extension
 from hydra_kernels.backend import TABLE, aten
-from hydra_kernels.choose import machine
+from hydra_kernels.choose import accuracy, machine
 from hydra_kernels.choose import tune as tuning
 from hydra_kernels.choose.choice import choose
 from hydra_kernels.choose.machine import CPU, here
@@ -77,6 +77,19 @@ def test_the_winner_is_what_auto_runs(monkeypatch):
         layer(torch.randn(4, 16, 48, dtype=dtype))
         layer(torch.randn(7, 48, dtype=dtype))  # far from 64 rows
     assert [call[0].shape for call in calls] == [(64, 48)]
+
+
+def test_the_rule_of_accuracy_by_hand():
+    true = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    assert accuracy.errors(torch.tensor([3.0, -4.5]), true) == pytest.approx((0.5 / 4, 0.5 / 5))
+    assert accuracy.errors(torch.zeros(2), 0 * true) == (0, 0)
+    for wrong in (torch.inf, torch.nan):
+        assert accuracy.errors(torch.tensor([3.0, wrong]), true) == (torch.inf, torch.inf)
+    assert accuracy.errors(torch.ones(2), 0 * true) == (torch.inf, torch.inf)
+    assert accuracy.allowed(0.25, 2**-10) == 0.5 + 2**-10
+    slacks = {torch.float64: 2**-46, F32: 2**-22, torch.float16: 2**-10, BF16: 2**-7}
+    assert {dtype: accuracy.slack_of(dtype) for dtype in slacks} == slacks
+    assert accuracy.slack_of(F32, tf32=True) == 2**-9
 
 
 def test_a_wrong_candidate_is_named_and_never_wins(monkeypatch):

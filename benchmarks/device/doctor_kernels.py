@@ -1,7 +1,7 @@
 """Each kernel alone against its formula in float64, and the rule by which `benchmarks.doctor` judges.
 
-The rule is that of tests/oracle.py: at most twice the error of the naive way, plus slack. For a kernel alone the naive
-way is its formula in fp32, rounded once.
+The rule is `hydra_kernels.choose.accuracy`: at most twice the error of the naive way, plus slack. For a kernel alone
+the naive way is its formula in fp32, rounded once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import triton
 from torch import Tensor
 
 from hydra_kernels.backend import triton as steps
+from hydra_kernels.choose.accuracy import allowed, errors
+from hydra_kernels.choose.accuracy import slack_of as slack_of_dtype
 from hydra_kernels.kernels import compose, configs, gemm, reduce, skinny
 from hydra_kernels.kernels.language import INTERPRETED
 from tests.cases import Case
-from tests.oracle import SLACK, Tensors, errors
+from tests.oracle import Tensors
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 MASK_SCALE, SCALES = 1 / 0.7, (0.7, -1.9)
@@ -61,18 +63,18 @@ class Compared(NamedTuple):
 
 
 def judge(draws: Sequence[Sequence[Compared]]) -> Finding:
-    """The rule of tests/oracle.py for the median over draws, of the worst output."""
+    """The rule for the median over draws, of the worst output."""
     shares: dict[str, list[tuple[float, float, float]]] = {}
     for compared in (c for draw in draws for c in draw):
         pairs = zip(errors(compared.got, compared.true), errors(compared.naive, compared.true), strict=True)
         for kind, (error, naive) in zip(("max", "rms"), pairs, strict=True):
-            allowed = 2 * naive + compared.slack
-            shares.setdefault(f"{compared.name} {kind}", []).append((error / allowed, error, allowed))
+            limit = allowed(naive, compared.slack)
+            shares.setdefault(f"{compared.name} {kind}", []).append((error / limit, error, limit))
     medians = {what: sorted(found)[len(found) // 2] for what, found in shares.items()}
-    what, (share, error, allowed) = max(medians.items(), key=lambda item: item[1][0])
+    what, (share, error, limit) = max(medians.items(), key=lambda item: item[1][0])
     if not math.isfinite(share):
         return Finding("fail", what=what, reason="not finite")
-    return Finding("pass" if share <= 1 else "fail", error, allowed, what)
+    return Finding("pass" if share <= 1 else "fail", error, limit, what)
 
 
 def device() -> torch.device:
@@ -81,18 +83,15 @@ def device() -> torch.device:
 
 def prepare(form: Format) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if form.tf32 else "ieee"
-    # Fresh memory is NaN: whoever reads what nobody wrote, shows it.
+    # Fresh memory is then NaN, so that a kernel which reads what was never written shows it.
     torch.use_deterministic_algorithms(True)
 
 
 def slack_of(form: Format, dtype: torch.dtype) -> float:
     """What an output of dtype may err beyond twice the naive error."""
-    if form.tf32:
-        # Triton's products truncate operands to tf32; the naive ones round them, or run in full fp32 in some shapes.
-        return 2**-9
     if dtype == F32 and form.base != F32:
         return 2**-14  # matrix instructions truncate their fp32 sums, which the naive fp32 product does not
-    return SLACK[dtype] * torch.finfo(dtype).eps
+    return slack_of_dtype(dtype, form.tf32)
 
 
 Formula = Callable[[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], Tensors]

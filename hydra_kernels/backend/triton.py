@@ -135,14 +135,9 @@ def _around_cublas(
 
 
 def backward(
-    G: Tensor,
-    op: Operands,
-    saved: Saved,
-    needs: Set[str],
-    always_fused: bool,
-    arch: Architecture,
+    G: Tensor, op: Operands, saved: Saved, needs: Set[str], always_fused: bool, arch: Architecture,
     run: Run = Launch.run,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     from ..kernels import gemm, reduce, skinny
 
     x, Z, D = saved

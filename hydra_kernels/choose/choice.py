@@ -1,7 +1,7 @@
-"""The one place that decides which backend and which form serve a call: a pure function of the call and the machine.
+"""Decides, here alone, which backend and which form serve a call: a pure function of the call and the machine.
 
-Its numbers, and the winners measured for known cards, stand in ``numbers.json``; `machine.here` tells what a device
-is, and adds the user's own measurements (`tune`).
+Its numbers, and the winners measured for known cards, stand in ``numbers.json``. `machine.here` describes a device and
+adds the user's own measurements (`tune`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WHY_COMPOSED = f"M is at least {_COMPOSED_FROM} K: passes over [M, N] are spare
 
 
 class Measured(NamedTuple):
-    """The winner at M rows on one device; M is between half and twice of what it is asked for."""
+    """The winner at M rows on one device; it counts for half to twice as many rows."""
 
     M: int
     backend: str
@@ -46,7 +46,7 @@ class Machine(NamedTuple):
     name: str
     capability: tuple[int, int] | None  # None where it is no NVIDIA GPU
     reasons: Mapping[str, str | None]  # why a backend cannot run on it, None where it can
-    measured: Sequence[tuple[Key, Sequence[Measured]]]  # in rising M; no mapping, which torch.compile could not ask
+    measured: Sequence[tuple[Key, Sequence[Measured]]]  # in rising M; torch.compile cannot trace look-ups in a mapping
 
 
 def choose(
@@ -61,8 +61,8 @@ def choose(
     backend: str = "auto",
     masked: bool = False,
 ) -> Choice:
-    """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b, with dropout where ``masked``; what the user
-    fixed stays fixed."""
+    """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b, with dropout where ``masked``. A form or
+    backend other than "auto" is what the user fixed, and stays."""
     why_backend = why_form = "you fixed it"
     if r_b == 0 and form == "kept":
         form, why_form = "composed", _WHY_LORA
@@ -73,7 +73,7 @@ def choose(
         if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
             why = "it won where it was measured on this device"
             return Choice(winner.backend, winner.form, why, why)
-        # A smaller W0 is read twice more in less time than the further launches of the kept form take.
+        # The composed form reads W0 twice more. For a smaller W0 that takes less time than the kept form's launches.
         few_rows = form == "auto" and r_b > 0 and K * N >= _LARGE_WEIGHT and M < _FEW_ROWS * K
         small = M * K * N < _SMALL_WORK and r_a + r_b <= MAX_NATIVE_RANK
         backend, why_backend = _backend(dtype, machine, form, few_rows, small)
@@ -86,7 +86,7 @@ def choose(
 
 
 def _winner(machine: Machine, key: Key, M: int) -> Measured | None:
-    """The measurement whose M is nearest in ratio, where that is 2 at most. M may be symbolic: comparisons alone."""
+    """The measurement whose M is nearest in ratio, if that is at most 2. M may be symbolic, hence only comparisons."""
     best = None
     for measured, rows in machine.measured:
         if measured == key:

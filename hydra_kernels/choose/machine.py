@@ -1,4 +1,4 @@
-"""What a device is and what was measured on it: all that the choice depends on and that is not in the call itself."""
+"""What a device is and what was measured on it: all that the choice depends on besides the call."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .choice import DATA, Key, Machine, Measured
 
 
 def here(device: torch.device) -> Machine:
-    """The machine of a device; found once a process, and again after `tune`."""
+    """The machine of a device, found once in a process and again after `tune`."""
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return _here(device, tf32, torch.get_num_threads())
 
 
-# torch.compile runs it instead of tracing it: what torch.compiler.assume_constant_result sets, which would import the
-# compiler with the package.
+# So torch.compile runs it instead of tracing it. torch.compiler.assume_constant_result sets the same, but imports the
+# compiler, which the package does not do.
 here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -76,15 +76,15 @@ def cache_folder() -> Path:
 
 
 def versions() -> dict[str, str | None]:
-    """What a measurement depends on beside the device: with another of these it says nothing."""
+    """What a measurement depends on besides the device: where one of these differs, it does not count."""
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
     found = {"hydra_kernels": VERSION, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton}
-    # On a GPU the host's speed decides small layers.
+    # The processor on a GPU too: the host's speed decides small layers.
     return found | {"native": extension.record().get("sources"), "cpu": cpu_name()}
 
 
 def cached(name: str) -> list[dict[str, Any]]:
-    """The user's measurements on the device of this name, by these versions; damaged files are warned of."""
+    """The user's measurements on the device of this name, with these versions. It warns of damaged files."""
     rows, now = [], versions()
     for path in sorted(cache_folder().glob("*.json")):
         try:
@@ -100,7 +100,7 @@ def cached(name: str) -> list[dict[str, Any]]:
 
 
 def table(rows: Iterable[Mapping[str, Any]], tf32: bool) -> list[tuple[Key, tuple[Measured, ...]]]:
-    """Stored measurements as `choice` reads them: those of float32 in the precision that is set; later rows win."""
+    """Stored measurements as `choice` reads them. float32 counts in the precision that is set; later rows win."""
     found: dict[Key, dict[int, Measured]] = {}
     for row in rows:
         dtype = torch.float32 if row["dtype"] == "tf32" else getattr(torch, row["dtype"])

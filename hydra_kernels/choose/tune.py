@@ -1,4 +1,4 @@
-"""tune: which backend and form is the fastest for a shape on this device, among those that compute the right thing."""
+"""tune: measures which backend and form is the fastest for a shape on this device, among those that are right."""
 
 from __future__ import annotations
 
@@ -63,22 +63,22 @@ def tune(
 
     A candidate counts only where its output and every gradient are right: at most twice the error of the naive layer in
     the same dtype, against float64. A step (forward and backward with every gradient) is timed in shuffled rounds, with
-    a cold L2; on a GPU the longer one of its own time and the host's counts, as eager steps follow one another.
-    From the next call on the choice of this process changes too; a compiled function keeps its own.
+    a cold L2. On a GPU the longer of the GPU's and the host's time counts: eager steps in a row take that long.
+    This process runs the winner from its next call on; a function that is compiled already keeps its choice.
 
     Args:
         model_or_shapes: a model, whose Hydra, LoRA and SeqLoRA layers are tuned on their own device, or shapes
             (M, K, N, r_a, r_b): x [M, K], weight [N, K].
         rows: M for a model: how many rows x has (batch times tokens), one number or several.
-        dtype: in which products run. None for bfloat16 where shapes are given, and for a model its weights' own, or
-            autocast's where this is called under it.
+        dtype: in which products run. None is bfloat16 for shapes; for a model it is its weights' own, or autocast's
+            where this is called under autocast.
         device: for shapes; None for the GPU where there is one, else the CPU.
         rounds: samples of each candidate.
-        report: gets a line a shape, naming the winner and what failed.
+        report: gets one line for each shape, with the winner and what failed.
 
     Returns:
-        What was measured, which also lies as one file a shape in ``$HYDRA_KERNELS_CACHE`` (else the user's cache
-        folder). It counts for M from half to twice that of the shape, on the same device and versions.
+        What was measured. It is also stored, a file for each shape, in ``$HYDRA_KERNELS_CACHE`` (else the user's
+        cache folder), and counts for half to twice as many rows, on the same device and versions.
 
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError where no candidate is right.
@@ -163,7 +163,7 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
 
         try:
             wrong = _wrong(_step(run, t, G), exact, naive, slack)
-        except Exception as error:  # a compiler's or a driver's: the other candidates must be measured all the same
+        except Exception as error:  # a compiler's or a driver's: the other candidates are measured all the same
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if wrong is not None:
             failed[name] = wrong
@@ -188,7 +188,7 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
 
 
 def _operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor | None], Tensor]:
-    """Random x, weight, bias and adapters in the order of `hydra_linear`; all but weight and bias are trained."""
+    """Random x, weight, bias and adapters in the order of `hydra_linear`; all but weight and bias take gradients."""
     M, K, N, r_a, r_b = shape
     sizes = {"x": (M, K), "weight": (N, K), "bias": (N,), "A_down": (r_a, K), "A_up": (N, r_a)}
     sizes |= {"B_down": (r_b, N), "B_up": (N, r_b)}
@@ -228,7 +228,7 @@ def _wrong(
 
 
 def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Medians of a step in microseconds, every round in a new random order, what is in L2 overwritten before."""
+    """Medians of a step in microseconds: each round in a new random order, the L2 overwritten before each step."""
     cuda, draw = device.type == "cuda", random.Random(0)
     cold = 2 * torch.cuda.get_device_properties(device).L2_cache_size if cuda else _COLD_BYTES
     flush = torch.empty(cold, dtype=torch.uint8, device=device)
@@ -243,7 +243,7 @@ def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds:
                         start.record()
                         began = time.perf_counter()
                         steps[name]()
-                        host = time.perf_counter() - began  # which the flush may have hidden from the events
+                        host = time.perf_counter() - began  # the events miss it where the flush still ran
                         end.record()
                 end.synchronize()
                 samples[name].append(max(start.elapsed_time(end) * 1e3, host * 1e6))
@@ -256,7 +256,7 @@ def _times(steps: dict[str, Callable[[], object]], device: torch.device, rounds:
 
 
 def _store(tuned: Tuned) -> Path:
-    """One file a shape, replaced as a whole: processes that tune at once never lose each other's."""
+    """One file for each shape, replaced as a whole: processes that tune at once lose none of each other's files."""
     text = json.dumps(tuned._asdict(), indent=1)
     words = [*(tuned.device, tuned.dtype), *map(str, tuned[:5])]
     name = "".join(c if c.isalnum() else "-" for c in "_".join(words).replace(" ", "-"))
