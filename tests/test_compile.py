@@ -210,7 +210,7 @@ def test_operators_pass_opcheck(case, backend, form, permuted):
     mask = t.pop("mask", None)
     t = {name: v.t().contiguous().t() if permuted and v.dim() == 2 else v for name, v in t.items()}
     x, G = t.pop("x").flatten(0, -2), G.flatten(0, -2)
-    names = {"x", *t} - {"weight"}
+    names = frozenset({"x", *t} - {"weight"})
     fields = dict.fromkeys(Operands._fields) | {"scale_a": 1.0, "scale_b": 1.0, "mask_scale": 1 / 0.7}
     fields |= case.constant_scales | t | {"mask": None if mask is None else mask != 0}
     op = Operands(**fields)
