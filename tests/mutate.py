@@ -191,11 +191,7 @@ def is_compiled(mutation: Mutation) -> bool:
     return mutation.file.startswith("csrc/") and not mutation.file.startswith(("csrc/cuda/", "csrc/gpu"))
 
 
-<<<<<<< HEAD
-def verdict(mutation: Mutation, built: Path) -> str:
-=======
-def verdict(mutation: Mutation, objects: Path, seconds: dict[str, float]) -> str:
->>>>>>> 65ece8c (The interpreter's matrix once: triton and hybrid share all kernels but the GEMM; variants are marked slow)
+def verdict(mutation: Mutation, built: Path, seconds: dict[str, float]) -> str:
     """ "caught", or what is wrong."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -283,18 +279,6 @@ def main() -> int:
         if any(map(is_compiled, chosen)) and not build_native(folder):
             print("the compiled part does not compile without any mutation")
             return 1
-<<<<<<< HEAD
-        sound = sorted({m.tests for m in chosen})
-        runs = pool.map(lambda tests: run_tests(folder, shlex.split(tests)), sound)
-        for tests, (status, output) in zip(sound, runs, strict=True):
-            if status != 0:
-                print(f"the tests fail without any mutation: {tests}\n{output[-6000:]}")
-                return 1
-        for mutation, said in zip(chosen, pool.map(partial(verdict, built=folder), chosen), strict=True):
-            missed += said != "caught"
-            print(f"{said:8s} {mutation.file}: {mutation.name}", flush=True)
-    print(f"{len(chosen) - missed} of {len(chosen)} mutations caught in {time.monotonic() - start:.0f} s")
-=======
         seconds = sound(folder, chosen, pool)
         if seconds is None:
             return 1
@@ -304,7 +288,7 @@ def main() -> int:
             began = time.monotonic()
             if began - start > 60 * arguments.minutes:
                 return
-            answer = verdict(mutation, objects, seconds)
+            answer = verdict(mutation, folder, seconds)
             key = f"{mutation.file}: {mutation.name}"
             said[key], took[key] = answer, time.monotonic() - began
             print(f"{answer:8s} {took[key]:4.0f} s  {key}", flush=True)
@@ -329,7 +313,6 @@ def main() -> int:
             "jobs": arguments.jobs,
         }
         arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
->>>>>>> 65ece8c (The interpreter's matrix once: triton and hybrid share all kernels but the GEMM; variants are marked slow)
     return 1 if missed else 0
 
 
