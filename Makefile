@@ -1,5 +1,6 @@
-# make test      the tests            make lint     ruff and mypy
-# make table4    the main benchmark   make mutate   each named defect must turn the tests red
+# make test      the tests, 5 minutes on 2 cores                make lint     ruff and mypy
+# make test-slow what they cover in another way, 5 more         make test-all both, one after the other
+# make table4    the main benchmark                             make mutate   each named defect must turn the tests red
 # make layer     one layer beside its rivals (7 minutes)
 # make sanitize  the CUDA kernels on the host, under GCC's sanitizers
 # make gpu       on a machine with a GPU: does everything work there, and how fast (9 minutes, the system's own torch)
@@ -21,10 +22,18 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap -
 # The profiler that measures peak memory would print two lines a step.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: test table4 layer gpu mutate sanitize lint clean
+.PHONY: test test-slow test-all table4 layer gpu mutate sanitize lint clean
+
+# Tests of one xdist_group share a process. Slow ones are marked so and left out by pyproject.toml.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup --durations 10 --durations-min 0.5
 
 test: $(NATIVE)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-slow: $(NATIVE)
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow
 
 table4: $(NATIVE)
 	$(BIN)/python -m benchmarks.table4 $(ARGS)

@@ -54,6 +54,8 @@ class Case:
 
 
 PLAIN = Case((7,), 13, 11, 3, 5)
+WIDE = Case((130,), 257, 67, 16, 4)
+TALL = replace(WIDE, K=97)  # as many tiles in the interpreter as a remainder of every loop needs
 
 SIZES = [
     Case((1,), 1, 1, 1, 1),
@@ -63,7 +65,7 @@ SIZES = [
     Case((), 19, 23, 4, 4),
     Case((0,), 13, 11, 3, 5),
     Case((3, 0), 13, 11, 3, 5),
-    Case((130,), 257, 67, 16, 4),
+    WIDE,
     Case((3,), 127, 131, 8, 8),
     Case((64,), 96, 80, 8, 8),
     Case((37,), 41, 43, 37, 33),

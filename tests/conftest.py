@@ -11,6 +11,9 @@ os.environ["HYDRA_KERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), "hydra_k
 import torch
 
 from .distributed.group import folder, groups  # noqa: F401  (fixtures)
+from .interpreter import without_waste
+
+without_waste()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already fill the cores

@@ -63,16 +63,26 @@ def missing(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def test_bf16_on_every_architecture(tmp_path):
-    archs = list(map(str, MULTIPROCESSORS))
-    rows = rows_of(tmp_path / "report.json", "--arch", *archs, "--ranks", "8+8", "32+32", "--variant", *ALIGNED)
+@pytest.mark.parametrize(
+    ("archs", "ranks", "variants"),
+    [
+        # The least shared memory, TMA loads, tensor memory; the largest ranks take the most registers, all options the
+        # longest kernels.
+        (["86", "90", "100"], ["32+32"], ["options"]),
+        pytest.param(list(map(str, MULTIPROCESSORS)), ["8+8", "32+32"], ALIGNED, marks=pytest.mark.slow),
+    ],
+    ids=["largest", "all"],
+)
+def test_bf16_on_every_architecture(archs, ranks, variants, tmp_path):
+    rows = rows_of(tmp_path / "report.json", "--arch", *archs, "--ranks", *ranks, "--variant", *variants)
     for arch in archs:
         found = [row["kernel"] for row in rows if row["arch"] == f"sm_{arch}"]
-        assert found == [*FUSED, *(OTHER_TILES if arch == "90" else [])] * (2 * len(ALIGNED))
+        assert found == [*FUSED, *(OTHER_TILES if arch == "90" else [])] * (len(ranks) * len(variants))
     assert compile_report.fault_lines(rows) == []
     assert missing(rows) == []
 
 
+@pytest.mark.slow
 def test_bf16_with_rows_that_wide_loads_cannot_take(tmp_path):
     rows = rows_of(
         *(tmp_path / "report.json", "--arch", "86", "90", "--ranks", "16+16", "32+32"),
@@ -86,6 +96,7 @@ def products(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["kernel"] in PASSES or row["kernel"].startswith("gemm")]
 
 
+@pytest.mark.slow
 def test_tf32(tmp_path):
     rows = rows_of(
         tmp_path / "report.json", "--arch", "80", "90", "--dtype", "tf32", "--ranks", "32+32", "--variant", "options"
@@ -94,6 +105,7 @@ def test_tf32(tmp_path):
     assert all("HMMA" in row["instructions"] or "HGMMA" in row["instructions"] for row in products(rows))
 
 
+@pytest.mark.slow
 def test_full_fp32(tmp_path):
     rows = rows_of(
         *(tmp_path / "report.json", "--arch", "80", "90", "100", "--dtype", "fp32", "--ranks", "16+16"),

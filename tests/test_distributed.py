@@ -12,8 +12,14 @@ from .distributed import checkpoints, training
 from .distributed.training import Spec
 from .oracle import median_violations
 
-WORLDS = [2, 4]
+pytestmark = pytest.mark.xdist_group("processes")
 EVERY_OPTION = {"adapter_bias": True, "learnable_scale": True}
+
+
+def on_groups(specs: list[Spec], on_four: list[Spec]):
+    """Every spec on two processes, some on four: the others are slow there, and differ from two in nothing else."""
+    four = (pytest.param(4, spec, marks=[] if spec in on_four else pytest.mark.slow) for spec in specs)
+    return pytest.mark.parametrize(("world", "spec"), [*((2, spec) for spec in specs), *four], ids=str)
 
 
 def check(groups, world: int, function, spec: Spec, seeds: int = 1) -> None:
@@ -58,8 +64,7 @@ DDP = [
 ]
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("spec", DDP, ids=str)
+@on_groups(DDP, [Spec(options=EVERY_OPTION)])
 def test_ddp_trains_as_one_process(groups, spec, world):
     check(groups, world, training.ddp, spec, seeds_for(spec))
 
@@ -81,8 +86,7 @@ FSDP = [
 ]
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("spec", FSDP, ids=str)
+@on_groups(FSDP, [Spec(options={"adapter_bias": True}, units="layer")])
 def test_fsdp_trains_as_one_process(groups, spec, world):
     check(groups, world, training.fsdp, spec, seeds_for(spec))
 

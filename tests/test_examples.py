@@ -99,7 +99,12 @@ def without_optimizer(module, monkeypatch):
     monkeypatch.setattr(module.torch.optim.AdamW, "load_state_dict", lambda self, state: None)
 
 
-@pytest.mark.parametrize("spoilt", ["file", without_generators, without_optimizer])
+SLOW = pytest.mark.slow  # variants of an example, and of what it must notice
+
+
+@pytest.mark.parametrize(
+    "spoilt", ["file", pytest.param(without_generators, marks=SLOW), pytest.param(without_optimizer, marks=SLOW)]
+)
 def test_the_vit_notices(spoilt, tmp_path, monkeypatch, capsys):
     module = imported("vit_digits.py")
     monkeypatch.setattr(sys, "argv", ["vit_digits.py", "--quick", "--out", str(tmp_path)])
@@ -114,7 +119,7 @@ def test_the_vit_notices(spoilt, tmp_path, monkeypatch, capsys):
     assert ("logits equal bit for bit: False" in out) == (spoilt == "file")
 
 
-@pytest.mark.parametrize("way", ["inject", "peft"])
+@pytest.mark.parametrize("way", ["inject", pytest.param("peft", marks=SLOW)])
 def test_the_trainer_goes_on_as_if_it_had_not_stopped(way, tmp_path):
     out = run("text_trainer.py", "--quick", "--out", tmp_path, *(["--peft"] if way == "peft" else []))
     assert "trainable parameters: 18,886 of" in out
@@ -143,7 +148,14 @@ def without_trainer_generators(module, monkeypatch):
 
 
 @PEFT_WARNS
-@pytest.mark.parametrize(("options", "spoilt"), [([], "file"), (["--peft"], "file"), ([], without_trainer_generators)])
+@pytest.mark.parametrize(
+    ("options", "spoilt"),
+    [
+        pytest.param([], "file", marks=SLOW),
+        pytest.param(["--peft"], "file", marks=SLOW),
+        ([], without_trainer_generators),
+    ],
+)
 def test_the_text_trainer_notices(options, spoilt, tmp_path, monkeypatch, capsys):
     module = imported("text_trainer.py")
     monkeypatch.setattr(sys, "argv", ["text_trainer.py", "--quick", "--out", str(tmp_path), *options])

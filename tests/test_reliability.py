@@ -83,9 +83,10 @@ def grown_memory(steps: int) -> None:
     print(json.dumps({"clean": clean, "planted": [said.partition(" ")[0] for said in planted]}))
 
 
-def test_memory_is_flat_and_a_leak_would_show():
+@pytest.mark.parametrize("steps", [480, pytest.param(960, marks=pytest.mark.slow)])
+def test_memory_is_flat_and_a_leak_would_show(steps):
     """In a process of its own: other tests leave caches that come and go."""
-    found = answer(python("from tests.test_reliability import grown_memory; grown_memory(960)"))
+    found = answer(python(f"from tests.test_reliability import grown_memory; grown_memory({steps})"))
     assert found == {"clean": [], "planted": ["resident", "blocks", "tensors"]}
 
 

@@ -18,7 +18,10 @@ from .distributed.training import Spec
 from .test_distributed import check as check_training
 from .test_distributed import seeds_for
 
+pytestmark = pytest.mark.xdist_group("processes")
 WORLDS = [2, 4]
+# Four processes take twice the time of two. `make test` runs on four what two of them would not tell apart.
+PAIRS_FIRST = pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 PLAIN = Case((2, 4), 24, 16, 3, 5)
 
 
@@ -63,6 +66,7 @@ def check(groups, world: int, case: Case, setting: Setting, seeds: int = 1) -> N
     assert oracle.median_violations(draws, torch.bfloat16 if setting.autocast else setting.dtype) == []
 
 
+EVERY_OPTION = replace(PLAIN, adapter_bias=True, scales="learnable")
 CASES = [
     PLAIN,
     replace(PLAIN, bias=False),
@@ -71,15 +75,21 @@ CASES = [
     replace(PLAIN, r_a=0, adapter_bias=True, scales="learnable"),
     replace(PLAIN, r_b=0, adapter_bias=True, scales="learnable"),
     replace(PLAIN, r_a=0, r_b=0),
-    replace(PLAIN, adapter_bias=True, scales="learnable"),
+    EVERY_OPTION,
     replace(PLAIN, bias=False, adapter_bias=True, scales="learnable"),
 ]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        *((2, case) for case in CASES),
+        *(pytest.param(4, case, marks=[] if case == EVERY_OPTION else pytest.mark.slow) for case in CASES),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("form", ["composed", "kept"])
 @pytest.mark.parametrize("style", ["columns", "rows"])
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_result_of_a_layer(groups, world, style, form, case):
     check(groups, world, case, Setting(style, form=form), seeds=3)
 
@@ -97,13 +107,18 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("rounding", ["cancelling", "huge"])
-@pytest.mark.parametrize("setting", DTYPES, ids=str)
-def test_every_dtype_is_as_exact_as_the_naive_layer(groups, rounding, setting):
+@pytest.mark.parametrize(
+    ("world", "setting"),
+    [
+        *((2, setting) for setting in DTYPES),
+        *(pytest.param(4, s, marks=pytest.mark.slow) for s in DTYPES if s.backend not in INTERPRETED),
+    ],
+    ids=str,
+)
+def test_every_dtype_is_as_exact_as_the_naive_layer(groups, world, rounding, setting):
     interpreted = setting.backend in INTERPRETED
     case = Case((20,) if interpreted else (64,), 48 if interpreted else 96, 40 if interpreted else 80, 4, 6)
-    case = replace(case, rounding=rounding)
-    for world in WORLDS[:1] if interpreted else WORLDS:
-        check(groups, world, case, setting, seeds=5)
+    check(groups, world, replace(case, rounding=rounding), setting, seeds=5)
 
 
 LAYOUTS = [
@@ -120,7 +135,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@PAIRS_FIRST
 @pytest.mark.parametrize("setting", LAYOUTS + OTHERS, ids=str)
 def test_every_layout_and_option(groups, world, setting):
     check(groups, world, replace(PLAIN, adapter_bias=True, scales=(0.7, -1.9)), setting, seeds=3)
@@ -137,10 +152,16 @@ NETWORKS = [
 ]
 
 
-@pytest.mark.parametrize("spec", NETWORKS, ids=str)
-def test_a_network_trains_as_one_process(groups, spec):
-    for world in WORLDS[:1] if spec.compiler else WORLDS:
-        check_training(groups, world, tensor_parallel.network, spec, seeds_for(spec))
+@pytest.mark.parametrize(
+    ("world", "spec"),
+    [
+        *((2, spec) for spec in NETWORKS),
+        *(pytest.param(4, spec, marks=pytest.mark.slow) for spec in NETWORKS if not spec.compiler),
+    ],
+    ids=str,
+)
+def test_a_network_trains_as_one_process(groups, world, spec):
+    check_training(groups, world, tensor_parallel.network, spec, seeds_for(spec))
 
 
 TWO_DIMENSIONS = [

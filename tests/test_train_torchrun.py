@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from .distributed import example
 
+pytestmark = pytest.mark.xdist_group("processes")
 STEPS = ["--steps", "6", "--save-every", "3", "--lr", "0.001"]
 
 
@@ -19,16 +20,16 @@ def differences(one, other) -> dict[str, float]:
     return {name: (one[name] - other[name]).abs().max().item() / 0.006 for name in one}
 
 
-@pytest.fixture
-def ddp(groups, folder):
+@pytest.fixture(scope="module")
+def ddp(groups, tmp_path_factory):
     """The folder of a training by data parallelism on two processes."""
-    path = folder / "ddp"
-    path.mkdir()
+    path = tmp_path_factory.mktemp("ddp")
     for difference in groups.run(2, example.train, ["--parallel", "ddp", "--folder", str(path), *STEPS]):
         assert difference < 1e-4
     return path
 
 
+@pytest.mark.slow  # both ways are halves of the next test
 @pytest.mark.parametrize(("world", "parallel"), [(2, "fsdp"), (4, "tp")])
 def test_every_way_trains_the_same_model(groups, folder, ddp, world, parallel):
     other = folder / parallel
