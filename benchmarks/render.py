@@ -99,7 +99,7 @@ def with_kernels(found: Mapping[str, list[Stored]], digests: Mapping[str, str]) 
 
     def of_kernels(file: Stored) -> Stored:
         commit = file.environment["commit"]
-        return file._replace(older=kernels.caption(digests.get(commit or ""), today, commit))
+        return file._replace(kernels=kernels.compared(digests.get(commit or ""), today, commit))
 
     return {
         marker: [of_kernels(file) if is_gpu(file.environment) else file for file in files]

@@ -11,6 +11,7 @@ import hydra_kernels as hk
 from benchmarks import ceilings, host
 from benchmarks.measuring import methods, modes, naive, timing
 from benchmarks.measuring.rows import CeilingRow, HostRow
+from benchmarks.rendering import goals
 from benchmarks.rendering import host as render_host
 
 CPU = torch.device("cpu")
@@ -80,13 +81,27 @@ def test_a_wrong_gradient_ends_the_host_run_before_anything_is_timed(tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def host_row(method: str, backend: str | None, ratio: float) -> HostRow:
+    over = {name: [0.1, ratio, 9.0] for name in ("frozen", "naive_lora", "naive_hydra")}
+    about = dict.fromkeys(HostRow.__annotations__, 1) | {"dtype": "fp32", "device": "cpu", "r_a": 4, "r_b": 4}
+    return HostRow(**{**about, "method": method, "backend": backend, "over": over})
+
+
 def test_goals_are_met_or_missed_by_backend():
     def verdict(backend, ratio):
-        return render_host.verdict({"backend": backend, "over": {"naive_hydra": [0.1, ratio, 9.0]}})
+        return [goal.line()[1:] for goal in goals.host_goals([host_row("ours_hydra", backend, ratio)])]
 
-    assert [verdict("aten", ratio) for ratio in (1.05, 1.051)] == ["1.05 met", "1.05 MISSED"]
-    assert [verdict("native", ratio) for ratio in (0.7, 0.71)] == ["0.70 met", "0.70 MISSED"]
-    assert verdict("triton", 0.5) == verdict(None, 1.0) == "-"
+    assert verdict("aten", 1.05) == [["1.050 (0.100 to 9.000)", "1.05", "met"]]
+    assert verdict("aten", 1.051) == [["1.051 (0.100 to 9.000)", "1.05", "MISSED"]]
+    assert [verdict("native", ratio)[0][-1] for ratio in (0.7, 0.71)] == ["met", "MISSED"]
+    assert verdict("triton", 0.5) == verdict(None, 1.0) == []
+
+
+def test_ours_alone_is_marked_where_the_host_takes_longer():
+    rows = [host_row("naive_hydra", None, 1.2), host_row("ours_hydra", "aten", 1.2), host_row("ours_hydra", "aten", 1)]
+    table = render_host.host_table(rows)
+    assert [line[3:] for line in table.cells] == [["1.200"] * 3, ["1.200", "1.200 ▲", "1.200 ▲"], ["1.000"] * 3]
+    assert list(table.bold) == [False, True, True]
 
 
 @pytest.mark.parametrize(

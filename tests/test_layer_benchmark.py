@@ -25,6 +25,8 @@ from benchmarks.measuring.methods import ParityError, Ranks
 from benchmarks.measuring.passes import Inputs, Pass, Replay
 from benchmarks.measuring.rows import LayerRow, SweepRow
 from benchmarks.measuring.shapes import Entry, Shape
+from benchmarks.rendering import goals
+from benchmarks.rendering import layer as render_layer
 
 from .emulated import emulate_graphs
 
@@ -305,21 +307,36 @@ def test_the_command_stores_every_phase_of_every_method(dry_run):
 
 def test_the_tables_show_what_is_stored(dry_run):
     environment, rows = timing.read_result(dry_run, LayerRow)
-    [(ranks, steps)] = render.layer_steps(rows)
-    headings, cells = render.layer_cells(steps)
-    assert ranks == "8+8"
-    assert [line[0] for line in cells[:2]] == ["256 x 24 x 16", "16 x 16 x 24"]
+    rivals, compiled, frozen = render_layer.layer_tables(rows)
+    assert [line[0] for line in rivals.cells] == ["256 x 24 x 16", "16 x 16 x 24", *MEANS]
+    # What most readers would swap comes first.
+    assert rivals.headings[1] == "our LoRA / PEFT LoRA"
+    over = {row["method"]: row["over"] for row in rows if row["phase"] == "step" and row["M"] == 256}
+    for table, heading, method, rival in (
+        (rivals, "our LoRA / PEFT LoRA", "ours_lora", "peft_lora"),
+        (rivals, "our Hydra / naive LoRA, equal parameters", "ours_hydra", "naive_lora@parameters"),
+        (compiled, "our Hydra / compiled SeqLoRA", "ours_hydra", "compiled_seqlora"),
+    ):
+        ratio = over[method][rival][1]
+        shown = dict(zip(table.headings, table.cells[0], strict=True))[heading]
+        assert shown == f"{ratio:.3f}{' ▲' if ratio > 1 else ''}"
+    line = dict(zip(frozen.headings, frozen.cells[0], strict=True))
+    assert line["our Hydra"] == f"{over['ours_hydra']['frozen'][1]:.3f}"
     [ours] = [r for r in rows if r["method"] == "ours_hydra" and r["phase"] == "step" and r["M"] == 256]
-    line = dict(zip(headings, cells[0], strict=True))
-    assert line["our Hydra / frozen"] == f"{ours['over']['frozen'][1]:.3f}"
-    assert line["ours / naive LoRA, equal parameters"] == f"{ours['over']['naive_lora@parameters'][1]:.3f}"
-    saved = f"{ours['saved_bytes'] / (4 * 256 * 24):.3f}"
-    assert (ours["form"], line["ours saved / x"]) == ("kept", saved)
-    ours["form"] = "composed"
-    headings, cells = render.layer_cells(steps)
-    bound = 1.01 + 16 / 24 + 16 / 256
-    assert dict(zip(headings, cells[0], strict=True))["ours saved / x"] == f"{saved} (goal {bound:.3f})"
-    assert render.layer_markdown(environment, rows).count("\n| ") == 2 + 4
+    assert line["our Hydra saved / x"] == f"{ours['saved_bytes'] / (4 * 256 * 24):.3f}"
+    assert frozen.cells[2][-2:] == ["-", "-"]
+    assert render_layer.layer_markdown(environment, rows).count("\n| ") == 3 * (2 + 4)
+
+
+def test_a_column_that_no_shape_measured_is_left_out(fair):
+    _, rows = fair
+    left = [row for row in rows if not row["method"].startswith("compiled_")]
+    for row in left:
+        row["over"] = {name: ratio for name, ratio in row["over"].items() if not name.startswith(("compiled_", "peft"))}
+    rivals, frozen = render_layer.layer_tables(left)
+    assert rivals.headings[1] == "our LoRA / naive LoRA"
+    assert not any("PEFT" in heading for heading in rivals.headings)
+    assert "compiled Hydra" not in frozen.headings
 
 
 @pytest.fixture
@@ -336,36 +353,51 @@ def fair(dry_run):
     return environment, rows
 
 
+# The lines of the two means.
+MEANS = ("geometric mean, M >= 256", "geometric mean, M <= 64")
+
+
 def find(rows, method: str, M: int, pair: str = "both"):
     [row] = [r for r in rows if (r["method"], r["phase"], r["M"], r["pair"]) == (method, "step", M, pair)]
     return row
 
 
-def losses(rows) -> list[str]:
-    [(_, steps)] = render.layer_steps(rows)
-    return render.layer_losses(steps)
+def missed(rows) -> list[tuple[str, str, str]]:
+    return [(goal.what, f"{goal.figure:.3f}", f"{goal.limit:.3g}") for goal in goals.layer_goals(rows) if goal.missed]
 
 
-def test_every_loss_and_missed_goal_is_named(fair):
+def test_every_slower_step_has_its_mark_and_every_goal_its_line(fair):
     _, rows = fair
-    assert losses(rows) == ["No loss: at every shape ours is no slower than any rival, and no goal is missed"]
+    marks = lambda: [  # noqa: E731
+        (table.headings[place], line[0], cell)
+        for table in render_layer.layer_tables(rows)
+        for line in table.cells
+        for place, cell in enumerate(line)
+        if "▲" in cell
+    ]
+    assert marks() == []
+    assert missed(rows) == []
     find(rows, "ours_hydra", 16)["over"]["naive_seqlora@parameters"] = [0.99, 1.002, 1.1]
     find(rows, "ours_hydra", 16)["over"]["frozen"] = [2.0, 2.0, 2.0]
-    assert losses(rows) == ["LOSS at 16 x 16 x 24: our Hydra 8+8 over naive SeqLoRA 15 1.002 (0.990 to 1.100)"]
-    find(rows, "ours_lora", 256, "rank")["over"]["peft_lora"] = [1.0, 1.5, 1.75]
-    find(rows, "ours_lora", 256, "rank")["over"]["compiled_lora"] = [1.0, 2.0, 2.5]
-    assert losses(rows)[0] == (
-        "LOSS at 256 x 24 x 16: our LoRA 16 over compiled LoRA 16 2.000 (1.000 to 2.500), "
-        "PEFT LoRA 16 1.500 (1.000 to 1.750)"
-    )
-    before = losses(rows)
+    find(rows, "ours_lora", 256, "rank")["over"]["peft_lora"] = [0.1, 1.5, 1.75]
+    find(rows, "ours_lora", 256, "rank")["over"]["compiled_lora"] = [0.1, 2.0, 2.5]
+    # A mean of one shape is that shape's.
+    small, large = (("16 x 16 x 24", MEANS[1]), ("256 x 24 x 16", MEANS[0]))
+    assert marks() == [
+        ("our LoRA / PEFT LoRA", large[0], "1.500 ▲"),
+        ("our Hydra / naive SeqLoRA, equal parameters", small[0], "1.002 ▲"),
+        ("our LoRA / PEFT LoRA", large[1], "1.500 ▲"),
+        ("our Hydra / naive SeqLoRA, equal parameters", small[1], "1.002 ▲"),
+        ("our LoRA / compiled LoRA", large[0], "2.000 ▲"),
+        ("our LoRA / compiled LoRA", large[1], "2.000 ▲"),
+    ]
+    assert missed(rows) == []
     find(rows, "ours_hydra", 256)["over"]["naive_hydra"] = [0.8, 0.81, 0.9]
     find(rows, "ours_seqlora", 256, "rank")["saved_bytes"] += 10**6
     find(rows, "ours_hydra", 256)["saved_bytes"] = 10**6
-    assert losses(rows) == [
-        *before,
-        f"GOAL MISSED: our Hydra 8+8 saves {10**6 / (4 * 256 * 24):.3f} times x at 256 x 24 x 16, goal 1.739",
-        "GOAL MISSED: our Hydra over naive Hydra 0.810 at M >= 256, goal 0.80",
+    assert missed(rows) == [
+        ("our Hydra 8+8 over naive Hydra, geometric mean, M >= 256", "0.810", "0.8"),
+        ("our Hydra 8+8, saved over x at 256 x 24 x 16", f"{10**6 / (4 * 256 * 24):.3f}", "1.74"),
     ]
 
 
@@ -373,10 +405,10 @@ def test_goals_are_only_for_what_they_were_set_for(fair):
     _, rows = fair
     for row in rows:
         row["over"] = {name: [0.99, 0.99, 0.99] for name in row["over"]}
-    assert [line.split()[-1] for line in losses(rows)] == ["0.80", "0.95"]
+    assert [limit for *_, limit in missed(rows)] == ["0.8", "0.95"]
     for key, other in (("dtype", "bf16"), ("device", "cuda"), ("backend", "reference")):
         changed = [{**row, key: other, "saved_bytes": 0} for row in copy.deepcopy(rows)]
-        assert [line[:7] for line in losses(changed)] == ["No loss"]
+        assert missed(changed) == []
 
 
 def test_geometric_means_are_over_large_and_small_m_apart():
@@ -385,40 +417,42 @@ def test_geometric_means_are_over_large_and_small_m_apart():
         for M, ratio in [(6400, 0.5), (256, 0.72), (255, 7.0), (65, 9.0), (64, 2.0), (16, 0.125), (1, 4.0)]
     ]
     steps = [{"ours_hydra": row} for row in rows] + [{"naive_lora": rows[0]}]
-    means = render.layer_means(steps, "ours_hydra", "naive_hydra")
+    means = render_layer.layer_means(steps, "ours_hydra", "naive_hydra")
     assert means == pytest.approx({"M >= 256": 0.6, "M <= 64": 1.0}, rel=1e-12)
-    assert render.layer_means(steps, "ours_hydra", "naive_lora") == {}
+    assert render_layer.layer_means(steps, "ours_hydra", "naive_lora") == {}
 
 
-def test_the_readme_gets_both_blocks_and_dry_rows_are_refused(fair, dry_run, tmp_path, capsys):
+def test_the_page_gets_both_blocks_and_dry_rows_are_refused(fair, dry_run, tmp_path, capsys):
     environment, rows = fair
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    arguments = ["--root", str(readme.parent), "--results", str(results)]
+    (tmp_path / "README.md").touch()
+    page, results = tmp_path / "docs" / "results.md", tmp_path / "results"
+    page.parent.mkdir()
+    arguments = ["--root", str(tmp_path), "--results", str(results)]
     plain, marked = "before\n\nafter\n", "before\n<!-- measured:layer -->\noutdated\n<!-- /measured:layer -->\nafter\n"
-    readme.write_text(plain, encoding="utf-8")
+    page.write_text(plain, encoding="utf-8")
     assert render.main([*arguments, "--check"]) == 0
-    readme.write_text(marked, encoding="utf-8")
+    page.write_text(marked, encoding="utf-8")
     assert render.main(arguments) == 2
-    assert "README.md has markers for layer" in capsys.readouterr().err
+    assert "docs/results.md has markers for layer" in capsys.readouterr().err
     timing.write_result(results / "layer-cpu-fp32.json", environment, rows, LayerRow)
     assert render.main([*arguments, "--check"]) == 1
-    assert readme.read_text(encoding="utf-8") == marked
+    assert page.read_text(encoding="utf-8") == marked
     assert render.main(arguments) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- measured:layer -->\nHydra 8+8")
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- measured:layer -->\nfp32, eager, Hydra 8+8: a step of ours over a rival's:")
     assert text.endswith("<!-- /measured:layer -->\nafter\n")
     assert "outdated" not in text
     assert "| geometric mean, M >= 256 | 0.500 |" in text
-    assert "No loss" in text
+    assert "▲" not in text
     assert render.main([*arguments, "--check"]) == 0
-    readme.write_text(plain, encoding="utf-8")
+    page.write_text(plain, encoding="utf-8")
     assert render.main(arguments) == 2
-    assert "README.md needs one <!-- measured:layer -->" in capsys.readouterr().err
-    readme.write_text(marked, encoding="utf-8")
+    assert "docs/results.md needs one <!-- measured:layer -->" in capsys.readouterr().err
+    page.write_text(marked, encoding="utf-8")
     (results / dry_run.name).write_text(dry_run.read_text(encoding="utf-8"), encoding="utf-8")
     assert render.main(arguments) == 2
     assert f"{dry_run.name} is from a dry run" in capsys.readouterr().err
-    assert readme.read_text(encoding="utf-8") == marked
+    assert page.read_text(encoding="utf-8") == marked
 
 
 def test_a_rival_that_cannot_run_is_stored_and_printed_with_its_reason(tmp_path, monkeypatch, capsys):

@@ -304,7 +304,7 @@ def stored_runs(path: Path) -> list[Stored]:
     ]
 
 
-def test_the_block_shows_the_memory_of_all_and_the_tables_that_the_readme_lacks(tmp_path):
+def test_the_block_shows_the_memory_of_all_and_the_tables_that_are_not_the_papers(tmp_path):
     text = render_models.models_block(stored_runs(tmp_path))
     lines = text.splitlines()
     [table] = [place for place, line in enumerate(lines) if line.startswith("| run |")]
@@ -365,20 +365,22 @@ def test_the_chart_has_a_panel_a_run_and_the_stored_bytes(tmp_path, monkeypatch)
     assert [axes.get_title() for axes in drawn[0].axes][2].startswith("RoBERTa-base, fp32, eager, batch 16, activation")
 
 
-def test_the_readme_keeps_the_papers_table_and_the_page_links_the_chart(tmp_path):
+def test_the_papers_table_stands_by_itself_and_the_page_links_the_chart(tmp_path):
     for number, stored in enumerate(stored_runs(tmp_path)):
         rows = [{**row, "held_bytes": None} for row in stored.rows]
         timing.write_result(tmp_path / "results" / f"table4-{number}.json", ENVIRONMENT, rows, Table4Row)
-    readme, page = tmp_path / "README.md", tmp_path / "docs" / "models.md"
+    (tmp_path / "README.md").touch()
+    page = tmp_path / "docs" / "results.md"
     page.parent.mkdir()
-    readme.write_text("<!-- measured:table4 -->\n<!-- /measured:table4 -->\n", encoding="utf-8")
-    page.write_text("<!-- measured:models -->\n<!-- /measured:models -->\n", encoding="utf-8")
+    markers = ("measured:table4", "measured:models")
+    page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in markers), encoding="utf-8")
     options = ["--root", str(tmp_path), "--results", str(tmp_path / "results")]
     assert render.main(options) == 0
-    assert "micro-batches" not in readme.read_text(encoding="utf-8")
-    assert "RoBERTa" not in readme.read_text(encoding="utf-8")
-    assert "| naive LoRA" in readme.read_text(encoding="utf-8")
-    assert "![models](../results/models.svg)" in page.read_text(encoding="utf-8")
+    papers, others = page.read_text(encoding="utf-8").split("<!-- /measured:table4 -->")
+    assert "micro-batches" not in papers
+    assert "RoBERTa" not in papers
+    assert "| naive LoRA" in papers
+    assert "![models](../results/models.svg)" in others
     assert (tmp_path / "results" / "models.svg").read_text(encoding="utf-8").count("RoBERTa-base") == 1
     assert render.main([*options, "--check"]) == 0
 

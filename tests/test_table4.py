@@ -21,6 +21,7 @@ from benchmarks.measuring import images, methods, models, timing
 from benchmarks.measuring.methods import Contestant, ParityError, Ranks
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment
+from benchmarks.rendering import table4 as render_table4
 
 from .emulated import emulate_graphs
 
@@ -593,37 +594,38 @@ def test_ranks_are_read_by_kind_and_the_others_keep_their_default():
 
 @pytest.fixture
 def published(dry_run, tmp_path):
-    """A folder of results as if the dry run had been a real one, and a README with markers."""
+    """A folder of results as if the dry run had been a real one, and a page with markers."""
     environment, rows = timing.read_result(dry_run, Table4Row)
     results = tmp_path / "results"
     rows = [{**row, "dry": False, "model": models.PAPER_MODEL} for row in rows]
     timing.write_result(results / "table4-cpu-fp32.json", environment, rows, Table4Row)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- measured:table4 -->\nold\n<!-- /measured:table4 -->\nafter\n", encoding="utf-8")
-    page = tmp_path / "docs" / "models.md"
+    (tmp_path / "README.md").touch()
+    page = tmp_path / "docs" / "results.md"
     page.parent.mkdir()
-    page.write_text("<!-- measured:models -->\n<!-- /measured:models -->\n", encoding="utf-8")
-    return readme, results, environment, rows
+    markers = "before\n<!-- measured:table4 -->\nold\n<!-- /measured:table4 -->\nafter\n"
+    page.write_text(f"{markers}<!-- measured:models -->\n<!-- /measured:models -->\n", encoding="utf-8")
+    return page, results, environment, rows
 
 
 def test_render_writes_between_the_markers_and_check_sees_what_is_stale(published, capsys):
-    readme, results, environment, rows = published
-    arguments = ["--root", str(readme.parent), "--results", str(results)]
+    page, results, environment, rows = published
+    arguments = ["--root", str(page.parents[1]), "--results", str(results)]
     assert render.main([*arguments, "--check"]) == 1
-    assert "old" in readme.read_text(encoding="utf-8")
+    assert "old" in page.read_text(encoding="utf-8")
     assert render.main(arguments) == 0
-    text = readme.read_text(encoding="utf-8")
+    text, after = page.read_text(encoding="utf-8").split("\n<!-- /measured:table4 -->\n")
     assert text.startswith("before\n<!-- measured:table4 -->\n| method |")
-    assert text.endswith("\n<!-- /measured:table4 -->\nafter\n")
+    assert after.startswith("after\n")
     assert "old" not in text
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + len(rows)
     for fact in (environment["device"], environment["date"][:10], environment["torch"], "digits", "projected"):
         assert fact in text
     assert f"| our Hydra 3+3 | {rows[-1]['trainable'] / 1e6:.3f} |" in text
     over_own = np.median(np.array(rows[-1]["step_seconds"]) / np.array(rows[4]["step_seconds"]))
-    assert text.split("| our Hydra 3+3 |")[1].split(" | ")[5].startswith(f"{over_own:.3f} (")
+    mark = " ▲" if over_own > 1 else ""
+    assert text.split("| our Hydra 3+3 |")[1].split(" | ")[6].startswith(f"{over_own:.3f}{mark} (")
     faster = sum(np.array(rows[-1]["step_seconds"]) < np.array(rows[2]["step_seconds"]))
-    assert f"faster in {faster} of 3 rounds" in text
+    assert f"Of 3 rounds our Hydra 3+3 was faster than naive LoRA 4 in {faster}, than" in text
     assert render.main([*arguments, "--check"]) == 0
     changed = [{**row, "ratio": 2.5} for row in rows]
     timing.write_result(results / "table4-cpu-fp32.json", environment, changed, Table4Row)
@@ -632,17 +634,17 @@ def test_render_writes_between_the_markers_and_check_sees_what_is_stale(publishe
 
 def test_only_a_whole_epoch_stands_beside_the_papers_seconds(published):
     *_, environment, rows = published
-    assert "119.37" not in render.table4_markdown(environment, rows)
+    assert "119.37" not in render_table4.table4_markdown(environment, rows)
     whole = [{**row, "projected": False} for row in rows]
-    text = render.table4_markdown(environment, whole)
+    text = render_table4.table4_markdown(environment, whole)
     assert "119.37" in text
     assert "projected" not in text
 
 
 def test_render_refuses_dry_rows_and_bad_files(dry_run, published, capsys):
-    readme, results, environment, rows = published
-    before = readme.read_text(encoding="utf-8")
-    arguments = ["--root", str(readme.parent), "--results", str(results)]
+    page, results, environment, rows = published
+    before = page.read_text(encoding="utf-8")
+    arguments = ["--root", str(page.parents[1]), "--results", str(results)]
     (results / "table4-dry.json").write_text(dry_run.read_text(encoding="utf-8"), encoding="utf-8")
     assert render.main(arguments) == 2
     assert "table4-dry.json is from a dry run" in capsys.readouterr().err
@@ -654,13 +656,13 @@ def test_render_refuses_dry_rows_and_bad_files(dry_run, published, capsys):
     (results / "table4-dry.json").write_text(stored, encoding="utf-8")
     assert render.main(arguments) == 2
     assert "missing ['peak_bytes']" in capsys.readouterr().err
-    assert readme.read_text(encoding="utf-8") == before
+    assert page.read_text(encoding="utf-8") == before
 
 
 def test_render_needs_its_markers(published, capsys):
-    readme, results, *_ = published
-    readme.write_text("<!-- /measured:table4 -->\n<!-- measured:table4 -->\n", encoding="utf-8")
-    assert render.main(["--root", str(readme.parent), "--results", str(results)]) == 2
+    page, results, *_ = published
+    page.write_text("<!-- /measured:table4 -->\n<!-- measured:table4 -->\n", encoding="utf-8")
+    assert render.main(["--root", str(page.parents[1]), "--results", str(results)]) == 2
     assert "needs one" in capsys.readouterr().err
 
 

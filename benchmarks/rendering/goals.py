@@ -139,13 +139,11 @@ def host_goals(rows: Sequence[HostRow]) -> list[Goal]:
 
 def goals_block(table4: Sequence[Stored], cpu: Sequence[Stored], gpu: Sequence[Stored], host: Sequence[Stored]) -> str:
     """One table: every run that has goals, a line a goal."""
-    found = [(title(of, rows[0]), older, table4_goals(of, rows)) for of, rows, older in runs(table4)]
+    found = [(title(of, rows[0]), kernels, table4_goals(of, rows)) for of, rows, kernels in runs(table4)]
     for file in (*cpu, *gpu):
         for rows in layer_groups(file.rows):
             ran = f"layer, {what_ran(rows)}; {file.environment['device']}"
-            found.append((ran, file.older, layer_goals(rows)))
-    found += [(f"host time; {file.environment['device']}", file.older, host_goals(file.rows)) for file in host]
-    cells = [
-        [f"{ran}{' (older kernels)' if older else ''}", *goal.line()] for ran, older, goals in found for goal in goals
-    ]
+            found.append((ran, file.kernels, layer_goals(rows)))
+    found += [(f"host time; {file.environment['device']}", file.kernels, host_goals(file.rows)) for file in host]
+    cells = [[ran + kernels.remark(), *goal.line()] for ran, kernels, goals in found for goal in goals]
     return Table("", ["run", *HEADINGS], cells, left=2).markdown()

@@ -27,7 +27,7 @@ def host_table(rows: Sequence[HostRow]) -> Table:
 
 def host_block(stored: Sequence[Stored]) -> str:
     return "\n\n".join(
-        f"{host_table(file.rows).markdown()}\n\n{file.older}{environment_note(file.environment)} Medians of paired "
-        "rounds."
+        f"{host_table(file.rows).markdown()}\n\n{file.kernels.caption}{environment_note(file.environment)} "
+        "Medians of paired rounds."
         for file in stored
     )

@@ -11,10 +11,21 @@ import json
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCES = ("hydra_kernels/kernels", "hydra_kernels/backend", "csrc/cuda")
 SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp")
 RECORD = "kernels.json"
+
+
+class Kernels(NamedTuple):
+    """What is said of a result that ran others than today's: in a few words, and at the start of its caption."""
+
+    short: str = ""
+    caption: str = ""
+
+    def remark(self) -> str:
+        return f" ({self.short})" if self.short else ""
 
 
 def digest(blobs: Iterable[tuple[str, str]]) -> str:
@@ -49,10 +60,11 @@ def recorded(root: Path, results: Path, commits: Iterable[str]) -> dict[str, str
     return known | {commit: found for commit, found in missing.items() if found is not None}
 
 
-def caption(known: str | None, today: str, commit: str | None) -> str:
-    """What stands before the caption of a GPU result; nothing where it ran today's kernels."""
+def compared(known: str | None, today: str, commit: str | None) -> Kernels:
+    """The kernels of a GPU result, whose digest may be known, beside those of today."""
     if known == today:
-        return ""
+        return Kernels()
     if known is None:
-        return "**Whether these are the kernels of today is not known.** "
-    return f"**Measured with older kernels**: their sources have changed since commit {commit[:12]}. "
+        return Kernels("kernels unknown", "**Whether it ran the kernels of today is not known.** ")
+    caption = f"**Measured with older kernels**: their sources have changed since commit {(commit or '')[:12]}. "
+    return Kernels("older kernels", caption)

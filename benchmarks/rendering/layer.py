@@ -201,15 +201,15 @@ def layer_notes(environment: Environment, rows: Sequence[LayerRow]) -> list[str]
     return [*notes, *(line for _, steps in layer_steps(rows) for line in handicapped(steps))]
 
 
-def layer_markdown(environment: Environment, rows: Sequence[LayerRow], older: str = "") -> str:
+def layer_markdown(environment: Environment, rows: Sequence[LayerRow], kernels: str = "") -> str:
     first, *others = layer_notes(environment, rows)
     tables = [f"{table.title}:\n\n{table.markdown()}" for table in layer_tables(rows)]
-    return "\n\n".join([*tables, older + first, "\n".join(f"- {note}" for note in others)]).rstrip()
+    return "\n\n".join([*tables, kernels + first, "\n".join(f"- {note}" for note in others)]).rstrip()
 
 
 def layer_block(stored: Sequence[Stored]) -> str:
     return headed(
-        (file.environment, group, layer_markdown(file.environment, group, file.older))
+        (file.environment, group, layer_markdown(file.environment, group, file.kernels.caption))
         for file in stored
         for group in layer_groups(file.rows)
     )

@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 from benchmarks.measuring.methods import METHODS
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.kernels import Kernels
 from benchmarks.rendering.table4 import MEGA, batch_of, is_papers, table4_markdown
 from benchmarks.rendering.tables import Stored, Table, groups, label, or_dash, svg
 
@@ -22,14 +23,14 @@ MEMORY = (
 )
 
 
-def runs(stored: Sequence[Stored]) -> Iterator[tuple[Environment, list[Table4Row], str]]:
-    """The rows of each model, dtype, mode, accumulation and checkpointing, with what its caption says of its kernels;
+def runs(stored: Sequence[Stored]) -> Iterator[tuple[Environment, list[Table4Row], Kernels]]:
+    """The rows of each model, dtype, mode, accumulation and checkpointing, with what is said of its kernels;
     of one repeated, a run more.
     """
     by = ("model", "dtype", "mode", "batch", "accumulation", "checkpointing")
     for file in stored:
         for group in groups(file.rows, by=by, same=("method",)):
-            yield file.environment, without_sums(group), file.older
+            yield file.environment, without_sums(group), file.kernels
 
 
 def without_sums(rows: list[Table4Row]) -> list[Table4Row]:
@@ -44,7 +45,7 @@ def title(environment: Environment, row: Table4Row) -> str:
     return f"{row['model']}, {row['dtype']}, {row['mode']}, {batch_of(row)}; {environment['device']}"
 
 
-def memory_table(found: Sequence[tuple[Environment, list[Table4Row], str]]) -> Table:
+def memory_table(found: Sequence[tuple[Environment, list[Table4Row], Kernels]]) -> Table:
     """A line a run, a column a method: parameters and optimizer, saved and peak, in MB."""
     used = [name for name in METHODS if any(row["method"] == name for _, rows, _ in found for row in rows)]
     cells = []
@@ -68,9 +69,9 @@ def models_block(stored: Sequence[Stored]) -> str:
         f"that a step holds above them.{f' A dash: {UNKNOWN}.' if unknown else ''}",
         memory_table(found).markdown(),
     ]
-    for environment, rows, older in found:
+    for environment, rows, kernels in found:
         if not is_papers(rows[0]):
-            parts += [f"**{title(environment, rows[0])}**", table4_markdown(environment, rows, older)]
+            parts += [f"**{title(environment, rows[0])}**", table4_markdown(environment, rows, kernels.caption)]
     return "\n\n".join(parts)
 
 

@@ -44,7 +44,7 @@ def model_lines(table4: Sequence[Stored]) -> Iterator[list[str]]:
     """Whole steps of Table 4; PEFT is not measured there."""
     found = list(runs(table4))
     for start, kinds in MODELS:
-        for _, rows, older in [run for run in found if run[1][0]["model"].startswith(start)][:1]:
+        for _, rows, kernels in [run for run in found if run[1][0]["model"].startswith(start)][:1]:
             by_method = {row["method"]: row for row in rows}
             for kind in kinds:
                 ours, naive = (by_method.get(f"{owner}_{kind}") for owner in ("ours", "naive"))
@@ -52,7 +52,7 @@ def model_lines(table4: Sequence[Stored]) -> Iterator[list[str]]:
                     continue
                 time = timing.paired_ratios(ours["step_seconds"], naive["step_seconds"]).median
                 memory = ours["peak_bytes"] / naive["peak_bytes"]
-                about = f"{ours['model']}; {method(label(ours))}, {ours['dtype']}, {batch_of(ours)}{remark(older)}"
+                about = f"{ours['model']}; {method(label(ours))}, {ours['dtype']}, {batch_of(ours)}{kernels.remark()}"
                 yield [about, "-", marked(time, ".2f"), marked(memory, ".2f")]
 
 
@@ -66,8 +66,9 @@ def layer_lines(files: Sequence[Stored]) -> Iterator[list[str]]:
             if not made:
                 continue
             over = (layer_means(made, "ours_lora", rival).get(sizes) for rival in ("peft_lora", "naive_lora"))
-            about = f"one layer on {ON[device]}, {len(made)} shapes of {sizes} rows; "
-            about += f"{method(label(made[0]['ours_lora']))}, {rows[0]['dtype']}, {MODES[mode]}{remark(file.older)}"
+            shapes = f"{len(made)} shape{'s' if len(made) > 1 else ''}"
+            about = f"one layer on {ON[device]}, {shapes} of {sizes} rows; "
+            about += f"{method(label(made[0]['ours_lora']))}, {rows[0]['dtype']}, {MODES[mode]}{file.kernels.remark()}"
             yield [about, *(marked(ratio, ".2f") for ratio in (*over, memory_of(made)))]
 
 
@@ -78,7 +79,3 @@ def memory_of(made: Sequence[Mapping[str, LayerRow]]) -> float:
 
 def method(name: str) -> str:
     return name.removeprefix("our ")
-
-
-def remark(older: str) -> str:
-    return " (older kernels)" if older else ""

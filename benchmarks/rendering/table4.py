@@ -112,8 +112,8 @@ def batch_of(row: Table4Row) -> str:
     return ", ".join(parts + (["activation checkpointing"] if row["checkpointing"] else []))
 
 
-def table4_markdown(environment: Environment, rows: Sequence[Table4Row], older: str = "") -> str:
-    return "\n\n".join([table4_table(rows).markdown(), older + " ".join(table4_notes(environment, rows))])
+def table4_markdown(environment: Environment, rows: Sequence[Table4Row], kernels: str = "") -> str:
+    return "\n\n".join([table4_table(rows).markdown(), kernels + " ".join(table4_notes(environment, rows))])
 
 
 def is_papers(row: Table4Row) -> bool:
@@ -123,7 +123,7 @@ def is_papers(row: Table4Row) -> bool:
 
 def table4_block(stored: Sequence[Stored]) -> str:
     return headed(
-        (file.environment, group, table4_markdown(file.environment, group, file.older))
+        (file.environment, group, table4_markdown(file.environment, group, file.kernels.caption))
         for file in stored
         for group in table4_groups(file.rows)
     )

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from benchmarks.measuring.rows import HostRow, LayerRow, Table4Row
 from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.kernels import Kernels
 
 OWNERS = {"ours": "our", "peft": "PEFT"}
 KINDS = {"lora": "LoRA", "seqlora": "SeqLoRA", "hydra": "Hydra"}
@@ -30,12 +31,12 @@ Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 class Stored(NamedTuple):
-    """One file of results. ``older`` is what a caption says where a GPU ran other kernels than today's."""
+    """One file of results, and for a GPU's what is said of its kernels."""
 
     path: Path
     environment: Environment
     rows: list[Any]
-    older: str = ""
+    kernels: Kernels = Kernels()
 
 
 class Table(NamedTuple):
