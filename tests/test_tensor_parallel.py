@@ -1,6 +1,7 @@
 """Tensor parallelism on many processes against one process and the float64 oracle."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -104,14 +105,18 @@ DTYPES = [
     *(Setting(style, torch.bfloat16, backend="hybrid") for style in ("columns", "rows")),
     Setting("columns", torch.bfloat16, torch.float32, backend="triton"),
 ]
+RARE = [
+    *product((4,), DTYPES, ("cancelling", "huge")),
+    *product((2,), [setting for setting in DTYPES if setting.backend in INTERPRETED], ("huge",)),
+]
 
 
-@pytest.mark.parametrize("rounding", ["cancelling", "huge"])
 @pytest.mark.parametrize(
-    ("world", "setting"),
+    ("world", "setting", "rounding"),
     [
-        *((2, setting) for setting in DTYPES),
-        *(pytest.param(4, s, marks=pytest.mark.slow) for s in DTYPES if s.backend not in INTERPRETED),
+        pytest.param(*drawn, marks=pytest.mark.slow if drawn in RARE else [])
+        for drawn in product(WORLDS, DTYPES, ("cancelling", "huge"))
+        if drawn[0] == 2 or drawn[1].backend not in INTERPRETED
     ],
     ids=str,
 )

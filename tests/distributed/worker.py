@@ -21,7 +21,10 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 
+from ..interpreter import without_waste
 from . import checkpoints, tensor_parallel, training  # noqa: F401  (what the members will run, imported before they fork)
+
+without_waste()
 
 TIMEOUT = datetime.timedelta(seconds=60)
 
