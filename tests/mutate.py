@@ -254,7 +254,7 @@ def main() -> int:
         "--minutes",
         type=float,
         default=float("inf"),
-        help="start no mutation later than this; which come first then changes with every commit",
+        help="start no mutation later than this; which tests' mutations come first then changes with every commit",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time")
     parser.add_argument("--out", type=Path, help="store the summary as JSON")
@@ -265,8 +265,11 @@ def main() -> int:
     if arguments.changed:
         every, chosen = len(chosen), touched(chosen, arguments.changed)
         print(f"{len(chosen)} of {every} mutations: what differs from {arguments.changed} touches them", flush=True)
+    batches = [chosen]
     if arguments.minutes < float("inf"):
-        random.Random(commit()).shuffle(chosen)
+        # Then even the tests without a defect would take too long: those of one selection after the other.
+        batches = [[m for m in chosen if m.tests == tests] for tests in sorted({m.tests for m in chosen})]
+        random.Random(commit()).shuffle(batches)
 
     start = time.monotonic()
     # Read while the libraries are imported: one thread a run, kernels in the interpreter.
@@ -281,12 +284,8 @@ def main() -> int:
         if any(map(is_compiled, chosen)) and not build_native(folder):
             print("the compiled part does not compile without any mutation")
             return 1
-        seconds = sound(folder, chosen, pool)
-        if seconds is None:
-            return 1
-        print(f"{len(seconds)} tests pass without a mutation, {time.monotonic() - start:.0f} s", flush=True)
 
-        def judge(mutation: Mutation) -> None:
+        def judge(mutation: Mutation, seconds: dict[str, float]) -> None:
             began = time.monotonic()
             if began - start > 60 * arguments.minutes:
                 return
@@ -295,7 +294,14 @@ def main() -> int:
             said[key], took[key] = answer, time.monotonic() - began
             print(f"{answer:8s} {took[key]:4.0f} s  {key}", flush=True)
 
-        list(pool.map(judge, chosen))
+        for batch in batches:
+            if time.monotonic() - start > 60 * arguments.minutes:
+                break
+            seconds = sound(folder, batch, pool)
+            if seconds is None:
+                return 1
+            print(f"{len(seconds)} tests pass without a mutation, {time.monotonic() - start:.0f} s", flush=True)
+            list(pool.map(judge, batch, [seconds] * len(batch)))
     missed = {name: answer for name, answer in said.items() if answer != "caught"}
     slowest = sorted(took, key=took.__getitem__, reverse=True)[:10]
     print("slowest:", *(f"  {took[name]:4.0f} s  {name}" for name in slowest), sep="\n")
