@@ -125,10 +125,7 @@ def test_a_measured_winner_is_traced_for_all_sizes_that_it_counts_for(tmp_path, 
 @pytest.mark.parametrize(
     ("backend", "form"),
     # Of each backend one form: the others differ in what aot_eager traces (above), not in what inductor makes of it.
-    [
-        pytest.param(*route, marks=slow_if(route not in (("aten", "composed"), ("triton", "auto"), ("native", "kept"))))
-        for route in ROUTES
-    ],
+    [pytest.param(*route, marks=slow_if(route not in (("aten", "composed"), ("native", "kept")))) for route in ROUTES],
 )
 def test_inductor_equals_eager(backend, form, tmp_path, monkeypatch):
     # Inductor's cache does not know which operators were registered.

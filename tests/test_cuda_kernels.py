@@ -52,6 +52,7 @@ from .cuda_on_host.passes import (
 
 MAP_NORESERVE = 0x4000  # Linux's; Python's mmap has no name for it
 OTHERS = (80, 100, 120)  # than sm_90
+KERNELS = ("compose", "down", "grad_z", "grad_w", "reduce")
 
 
 def check(name: str, got: Tensor, want: Tensor, terms: Tensor) -> None:
@@ -210,8 +211,14 @@ def nvcc_report(source: Path, architectures: tuple[int, ...], folder: Path) -> t
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc was found")
-@pytest.mark.parametrize("architectures", [(90,), pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["90", "others"])
-@pytest.mark.parametrize("name", ["compose", "down", "grad_z", "grad_w", "reduce"])
+@pytest.mark.parametrize(
+    ("name", "architectures"),
+    [
+        *(pytest.param(name, (90,), marks=pytest.mark.slow, id=f"{name}-90") for name in KERNELS if name != "down"),
+        pytest.param("down", (90,), id="down-90"),
+        *(pytest.param(name, OTHERS, marks=pytest.mark.slow, id=f"{name}-others") for name in KERNELS),
+    ],
+)
 def test_compiled_for_every_architecture(name, architectures, tmp_path):
     said, sass = nvcc_report(SOURCES / f"{name}.cu", architectures, tmp_path)
     kernels = len(re.findall("Compiling entry function", said))

@@ -106,7 +106,7 @@ def test_without_adapters_there_are_no_scales_to_keep():
     ("function", "spec"),
     [
         (training.ddp, Spec(options=EVERY_OPTION, compiler="aot_eager")),
-        (training.fsdp, Spec(compiler="inductor", units="block")),
+        pytest.param(training.fsdp, Spec(compiler="inductor", units="block"), marks=pytest.mark.slow),
     ],
     ids=["ddp", "fsdp"],
 )

@@ -119,7 +119,8 @@ def test_the_vit_notices(spoilt, tmp_path, monkeypatch, capsys):
     assert ("logits equal bit for bit: False" in out) == (spoilt == "file")
 
 
-@pytest.mark.parametrize("way", ["inject", pytest.param("peft", marks=SLOW)])
+@SLOW  # and what it must notice runs the same script
+@pytest.mark.parametrize("way", ["inject", "peft"])
 def test_the_trainer_goes_on_as_if_it_had_not_stopped(way, tmp_path):
     out = run("text_trainer.py", "--quick", "--out", tmp_path, *(["--peft"] if way == "peft" else []))
     assert "trainable parameters: 18,886 of" in out

@@ -305,8 +305,7 @@ TILED = replace(ALIGNED, lead=(150,), K=136, N=264)
 @pytest.mark.parametrize(
     ("case", "arch", "dtype"),
     [
-        # Full fp32 and rows that are not aligned take tiles that all architectures share.
-        pytest.param(*drawn, marks=[] if drawn[::2] == (TILED, BF16) or drawn[1] == "sm_80" else pytest.mark.slow)
+        pytest.param(*drawn, marks=[] if drawn[::2] == (TILED, BF16) else pytest.mark.slow)
         for drawn in product((TILED, replace(EVERYTHING, K=141)), SHIPPED, (BF16, F32))
     ],
     ids=str,

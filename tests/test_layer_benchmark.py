@@ -602,6 +602,7 @@ def test_bad_options_are_named(arguments, message, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # pytest-benchmark in a process of its own
 def test_the_cases_run_under_pytest_benchmark_too(tmp_path):
     every = {parameter.id for parameter in layer.pytest_cases()}
     assert {f"{shape}-{method}" for shape in shapes.CPU_SHAPES for method in methods.LAYER_METHODS} <= every or (

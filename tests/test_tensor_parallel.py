@@ -160,7 +160,7 @@ NETWORKS = [
 @pytest.mark.parametrize(
     ("world", "spec"),
     [
-        *((2, spec) for spec in NETWORKS),
+        *(pytest.param(2, spec, marks=[] if spec in NETWORKS[1::2] else pytest.mark.slow) for spec in NETWORKS),
         *(pytest.param(4, spec, marks=pytest.mark.slow) for spec in NETWORKS if not spec.compiler),
     ],
     ids=str,

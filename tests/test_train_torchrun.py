@@ -52,6 +52,7 @@ def test_a_training_goes_on_elsewhere(groups, folder, ddp):
     assert max(found.values()) < 0.01, found
 
 
+@pytest.mark.slow  # the command line alone: the test before runs the same script
 def test_torchrun(folder):
     command = [
         sys.executable,

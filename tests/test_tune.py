@@ -32,6 +32,12 @@ def folder(tmp_path, monkeypatch):
     machine.forget()
 
 
+@pytest.fixture
+def of_aten(monkeypatch):
+    """Where it does not matter what is measured: nothing that the interpreter runs."""
+    monkeypatch.setattr(tuning, "CANDIDATES", (("aten", "composed"), ("aten", "kept")))
+
+
 def tune(*shapes, **options):
     return hk.tune(shapes or [SHAPE], **{"dtype": F32, "rounds": 2, "report": lambda line: None, **options})
 
@@ -137,7 +143,7 @@ def test_where_nothing_is_right_it_raises_and_stores_nothing(monkeypatch, folder
         lambda path, row: path.write_text(json.dumps(row | {"dtype": "no_such"})),
     ],
 )
-def test_a_damaged_file_is_warned_of_and_skipped_and_replaced(damage, folder):
+def test_a_damaged_file_is_warned_of_and_skipped_and_replaced(damage, folder, of_aten):
     (tuned,) = tune()
     (path,) = folder.iterdir()
     damage(path, tuned._asdict())
@@ -162,7 +168,7 @@ def test_a_damaged_file_is_warned_of_and_skipped_and_replaced(damage, folder):
     ],
     ids=str,
 )
-def test_what_another_card_or_version_measured_does_not_count(changed):
+def test_what_another_card_or_version_measured_does_not_count(changed, of_aten):
     (tuned,) = tune()
     for path in machine.cache_folder().iterdir():
         path.unlink()
@@ -179,7 +185,7 @@ def _in_another_process(function, *arguments) -> None:
     assert process.exitcode == 0
 
 
-def test_two_processes_that_write_at_once_lose_nothing(folder, monkeypatch):
+def test_two_processes_that_write_at_once_lose_nothing(folder, monkeypatch, of_aten):
     """The other stores the same shape, and another one, when this one has written and not yet replaced."""
     (tuned,) = tune()
     other = tuned._replace(backend="triton", form="composed")
@@ -248,7 +254,7 @@ def test_on_a_gpu_the_longer_of_its_time_and_the_hosts_counts(gpu_ms, host_s, us
     assert tuning._times({"step": lambda: None}, SimpleNamespace(type="cuda"), 3) == {"step": pytest.approx(us)}
 
 
-def test_a_measurement_names_all_that_it_depends_on():
+def test_a_measurement_names_all_that_it_depends_on(of_aten):
     (tuned,) = tune()
     assert tuned.versions == {
         "hydra_kernels": hk.__version__,
