@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backend import TABLE
-from .backend.interface import ARGUMENTS, Choice, Operands, joined, split
+from .backend.interface import ARGUMENTS, FIRST_OPTION, Choice, Operands, joined, split, without_options
 
 
 def autocast_is_on(t: Tensor) -> bool:
@@ -36,7 +36,8 @@ class HydraFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, choice: Choice, x: Tensor, *operands: Any) -> Tensor:
         needs = frozenset(compress(_ARGUMENTS, ctx.needs_input_grad))
-        h, op, saved = TABLE[choice.backend].forward(x, Operands(*operands), needs, choice.form)
+        given = Operands(*operands) if len(operands) > FIRST_OPTION else without_options(*operands)
+        h, op, saved = TABLE[choice.backend].forward(x, given, needs, choice.form)
         # Every argument of this function, and every tensor saved, costs the host time in every step.
         tensors, ctx.numbers = split(op) if len(operands) == len(op) else (op[: len(operands)], None)
         ctx.save_for_backward(*tensors, *saved)
@@ -57,7 +58,7 @@ class HydraFunction(torch.autograd.Function):
                 "vectorize=True); use backend='aten'"
             )
         tensors, choice, n = ctx.saved_tensors, ctx.choice, ctx.operands
-        op = Operands(*tensors[:n]) if ctx.numbers is None else joined(tensors[:n], ctx.numbers)
+        op = without_options(*tensors[:n]) if ctx.numbers is None else joined(tensors[:n], ctx.numbers)
         saved = tensors[n:]
         backend = TABLE[choice.backend]
         if autocast_is_on(G):

@@ -73,7 +73,7 @@ def hydra_linear(
     check_dropout("dropout_p", dropout_p)
     op = Operands(
         weight, bias, A_down, A_up, B_down, B_up,
-        A_down_bias, A_up_bias, B_down_bias, B_up_bias, mask, scale_a, scale_b,
+        A_down_bias, A_up_bias, B_down_bias, B_up_bias, mask, scale_a, scale_b, 1.0,
     )  # fmt: skip
     if not isinstance(x, Tensor) and has_torch_function((x,)):
         # A stand-in for a tensor, such as torch.fx traces with, says itself what a call is.

@@ -86,6 +86,35 @@ def test_fullgraph_equals_eager(dynamic, backend, form, options):
         same(step(compiled, layer, rows(M)), step(layer, layer, rows(M)))
 
 
+SCALES = (0.7, 1.0, -1.3)
+
+
+@pytest.mark.parametrize(
+    ("backend", "form", "options", "scales", "dynamic"),
+    [
+        pytest.param(
+            *(*route, options, scales, dynamic),
+            id="-".join(map(str, (*route, options, scales, dynamic))),
+            marks=slow_if((options, scales, dynamic) not in (({}, None, True), ({}, SCALES, None))),
+        )
+        for route in ROUTES
+        for options, scales in (({}, None), ({}, SCALES), ({"adapter_bias": True}, SCALES), (EVERY_OPTION, None))
+        for dynamic in (True, None, False)
+    ],
+)
+def test_three_layers_equal_eager(backend, form, options, scales, dynamic):
+    """A number that torch takes for an input of one layer's autograd function must not be read by the next one's."""
+    sizes = ((13, 11), (11, 7), (7, 13))
+    model = nn.Sequential(
+        *(trained(hk.HydraLinear(K, N, r_a=2, r_b=3, form=form, backend=backend, **options)) for K, N in sizes)
+    )
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for M, factor in ((7, 1.0), (5, 1.5)):  # from the second value on a number is dynamic
+        for layer, scale in zip(model, scales or (), strict=False):
+            layer.scale_a, layer.scale_b = factor * scale, scale
+        same(step(compiled, model, rows(M)), step(model, model, rows(M)), tolerance=1e-5)
+
+
 @pytest.mark.parametrize(("backend", "form"), ROUTES)
 def test_a_new_number_of_rows_does_not_recompile(backend, form):
     layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend))

@@ -70,10 +70,10 @@ def test_one_bad_check_costs_one_line(check, reason, place):
 
 def test_a_check_that_hangs_is_killed_and_costs_one_line():
     start = time.monotonic()
-    rows = checks_of(limit=2.0).run({"one": ["a", "hang", "b"], "two": ["c"]}, lambda row: None)
+    rows = checks_of(limit=8.0).run({"one": ["a", "hang", "b"], "two": ["c"]}, lambda row: None)
     assert statuses(rows) == {"a": "pass", "hang": "fail", "b": "pass", "c": "pass"}
-    assert rows[1]["reason"] == "no result within 2 s: killed"
-    assert time.monotonic() - start < 15
+    assert rows[1]["reason"] == "no result within 8 s: killed"
+    assert time.monotonic() - start < 60
 
 
 def test_what_the_time_did_not_reach_fails_and_says_so():
@@ -129,7 +129,10 @@ def test_one_task_that_raises_does_not_stop_the_next(tmp_path, capsys):
 def test_a_stage_that_crashes_or_hangs_does_not_stop_the_next(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     bodies = {"crash": "import os; os.abort()", "hang": "import time; time.sleep(60)", "good": "print('ran')"}
-    selected = [Stage(name, lambda settings: iter(()), CheckRow, 2.0 if name == "hang" else 5.0) for name in bodies]
+    selected = [
+        Stage(name, lambda settings: iter(()), CheckRow, seconds)
+        for name, seconds in zip(bodies, (5.0, 2.0, 20.0), strict=True)
+    ]
     allowed: dict[str, float] = {}
 
     def command(stage: Stage, seconds: float) -> list[str]:
@@ -137,15 +140,15 @@ def test_a_stage_that_crashes_or_hangs_does_not_stop_the_next(tmp_path, capfd, m
         return [sys.executable, "-c", bodies[stage.name]]
 
     start = time.monotonic()
-    assert gpu.run_stages(selected, settings(tmp_path, 12.0), command, {}) == 2
-    assert time.monotonic() - start < 30
+    assert gpu.run_stages(selected, settings(tmp_path, 27.0), command, {}) == 2
+    assert time.monotonic() - start < 50
     out = capfd.readouterr().out
     assert "crash: FAILED (-6)" in out
     assert "hang: FAILED (killed, " in out
     assert "ran\ngood: ok" in out
     # The time that a stage leaves goes to the next.
     assert allowed["crash"] == pytest.approx(5, abs=1)
-    assert 5 < allowed["hang"] < 8
+    assert 2 < allowed["hang"] <= 7
     assert gpu.run_stages(selected, settings(tmp_path, -1.0), command, {}) == 3
     assert capfd.readouterr().out.count("skipped, the time was over") == 3
 

@@ -66,6 +66,16 @@ FIRST_OPTION = len(Operands._fields) - len(Operands._field_defaults)  # most cal
 _FIRST_NUMBER = Operands._fields.index("scale_a")
 
 
+def without_options(*six: Tensor | None) -> Operands:
+    """Operands of weight, bias and the four projections, all options absent.
+
+    Under dynamic tracing only literals are constants. The defaults of a NamedTuple become inputs of the graph, and two
+    autograd functions cannot share one.
+    """
+    weight, bias, A_down, A_up, B_down, B_up = six
+    return Operands(weight, bias, A_down, A_up, B_down, B_up, None, None, None, None, None, 1.0, 1.0, 1.0)
+
+
 def split(op: Operands) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
     """The tensors of all fields, None for a number; and the numbers, 1 in the place of a learnable scale."""
     scales: Any = op[_FIRST_NUMBER:]

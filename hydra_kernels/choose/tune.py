@@ -1,4 +1,7 @@
-"""tune: measures which backend and form is the fastest for a shape on this device, among those that are right."""
+"""tune: measures which backend and form is the fastest for a shape on this device, among those that are right.
+
+It times what users call, so it alone of this folder imports `functional` and `layers`, which stand above.
+"""
 
 from __future__ import annotations
 
