@@ -95,7 +95,7 @@ SCALES = (0.7, 1.0, -1.3)
         pytest.param(
             *(*route, options, scales, dynamic),
             id="-".join(map(str, (*route, options, scales, dynamic))),
-            marks=slow_if((options, scales, dynamic) not in (({}, None, True), ({}, SCALES, None))),
+            marks=slow_if((options, scales, dynamic) != ({}, SCALES if route[1] == "composed" else None, True)),
         )
         for route in ROUTES
         for options, scales in (({}, None), ({}, SCALES), ({"adapter_bias": True}, SCALES), (EVERY_OPTION, None))
@@ -149,12 +149,17 @@ def test_a_measured_winner_is_traced_for_all_sizes_that_it_counts_for(tmp_path, 
     assert launches == [True, True, False, False]
 
 
+# The first that uses it in a process compiles for ten seconds.
+INDUCTOR = pytest.mark.xdist_group("inductor")
+
+
 # torch warns of its own deprecations while inductor is imported.
+@INDUCTOR
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("backend", "form"),
     # Of each backend one form: the others differ in what aot_eager traces (above), not in what inductor makes of it.
-    [pytest.param(*route, marks=slow_if(route not in (("aten", "composed"), ("native", "kept")))) for route in ROUTES],
+    [pytest.param(*route, marks=slow_if(route != ("aten", "composed"))) for route in ROUTES],
 )
 def test_inductor_equals_eager(backend, form, tmp_path, monkeypatch):
     # Inductor's cache does not know which operators were registered.
@@ -266,6 +271,7 @@ def test_up_biases_are_not_added_in_place_where_torch_traces():
     assert "iadd" not in traced[0]
 
 
+@INDUCTOR
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_accumulating_copies_nothing_under_inductor(tmp_path, monkeypatch):
     """What inductor makes of a functional addmm is a copy of its first operand, a pass over [M, N]."""

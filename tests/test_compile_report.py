@@ -115,6 +115,7 @@ def test_full_fp32(tmp_path):
     assert all("FFMA" in row["instructions"] or "FFMA2" in row["instructions"] for row in products(rows))
 
 
+@pytest.mark.slow  # of the tool, not of a kernel
 def test_a_kernel_that_does_not_compile_is_a_row_and_a_failure(tmp_path):
     file = tmp_path / "report.json"
     assembler = tmp_path / "ptxas"

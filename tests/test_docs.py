@@ -94,7 +94,12 @@ def alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch.compile's own
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.page.relative_to(ROOT)}:{run.line}")
+@pytest.mark.parametrize(
+    "run",
+    # Inductor compiles C++ for a page that shows torch.compile.
+    [pytest.param(run, marks=[pytest.mark.slow] if "torch.compile(" in run.source else []) for run in RUNS],
+    ids=lambda run: f"{run.page.relative_to(ROOT)}:{run.line}",
+)
 def test_the_code_runs_and_prints_what_the_page_says(run, alone, capsys):
     exec(compile(run.source, str(run.page), "exec"), {"__name__": "__page__"})
     out = capsys.readouterr().out

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+SLOW = pytest.mark.slow  # variants of an example, and of what it must notice
 # PEFT reads an attribute that transformers has renamed.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
@@ -61,6 +62,7 @@ def spoil(file: Path) -> None:
     save_file(content, file, metadata=metadata)
 
 
+@SLOW  # and what it must notice runs the same script
 def test_the_vit_goes_on_in_another_process_as_if_it_had_not_stopped(tmp_path):
     out = run("vit_digits.py", "--quick", "--out", tmp_path, "--method", "hydra", "head")
     assert "resumed at step 22 of 42" in out
@@ -99,9 +101,6 @@ def without_optimizer(module, monkeypatch):
     monkeypatch.setattr(module.torch.optim.AdamW, "load_state_dict", lambda self, state: None)
 
 
-SLOW = pytest.mark.slow  # variants of an example, and of what it must notice
-
-
 @pytest.mark.parametrize(
     "spoilt", ["file", pytest.param(without_generators, marks=SLOW), pytest.param(without_optimizer, marks=SLOW)]
 )
@@ -119,7 +118,7 @@ def test_the_vit_notices(spoilt, tmp_path, monkeypatch, capsys):
     assert ("logits equal bit for bit: False" in out) == (spoilt == "file")
 
 
-@SLOW  # and what it must notice runs the same script
+@SLOW
 @pytest.mark.parametrize("way", ["inject", "peft"])
 def test_the_trainer_goes_on_as_if_it_had_not_stopped(way, tmp_path):
     out = run("text_trainer.py", "--quick", "--out", tmp_path, *(["--peft"] if way == "peft" else []))

@@ -300,12 +300,13 @@ SHIPPED = {arch.name: arch for arch in configs.BY_CAPABILITY.values()}
 
 
 TILED = replace(ALIGNED, lead=(150,), K=136, N=264)
+DISTINCT = [(TILED, "sm_80", BF16), (TILED, "sm_90", BF16)]  # by pointers, by descriptors
 
 
 @pytest.mark.parametrize(
     ("case", "arch", "dtype"),
     [
-        pytest.param(*drawn, marks=[] if drawn[::2] == (TILED, BF16) else pytest.mark.slow)
+        pytest.param(*drawn, marks=[] if drawn in DISTINCT else pytest.mark.slow)
         for drawn in product((TILED, replace(EVERYTHING, K=141)), SHIPPED, (BF16, F32))
     ],
     ids=str,
