@@ -56,10 +56,11 @@ def inject(
         The dotted names of what was replaced, in the model's order; a shared layer under each of its names.
 
     Raises:
-        ValueError, TypeError: for an unknown method or option, where nothing matches target_modules or exclude (with
-            near names), and where a match is not a plain ``nn.Linear``; the model is then unchanged.
+        ValueError, TypeError: for an unknown method or option, for a name in target_modules or exclude that matches
+            nothing (with near names), and for a match that is no plain ``nn.Linear``; the model is then unchanged.
     """
     layer_class = layer_class_of(method)
+    _check_ranks(method, options)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     excluded = exclude if isinstance(exclude, str) else list(exclude)
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
@@ -67,10 +68,10 @@ def inject(
         names = [n for n in modules if _matches(n, targets) and not _matches(n, excluded)]
     except re.error as error:
         raise ValueError(f"target_modules, exclude: {error.pattern!r} is no regular expression: {error}") from error
-    if excluded and not any(_matches(n, excluded) for n in modules):
-        raise ValueError(f"exclude: {excluded!r} matches no module; {near_names(modules, excluded)}")
+    _check_matched("target_modules", targets, modules)
+    _check_matched("exclude", excluded, modules)
     if not names:
-        raise ValueError(f"target_modules: {targets!r} matches no module; {near_names(modules, targets)}")
+        raise ValueError(f"target_modules: {targets!r} matches no module that exclude={excluded!r} leaves")
     check_targets("target_modules", model, names, layer_class, options)
 
     _warn_of_trained_embeddings(model, {name: modules[name].weight for name in names})
@@ -81,6 +82,38 @@ def inject(
             adapted[id(linear)] = layer_class.from_linear(linear, **options)
         _replace(model, name, adapted[id(linear)])
     return names
+
+
+def _check_ranks(method: str, options: Mapping[str, Any]) -> None:
+    """Raises where the options are those of another method, or leave nothing to train."""
+    others = {"r", "scale"} if method == "hydra" else {"r_a", "r_b", "scale_a", "scale_b"}
+    wrong = sorted(options.keys() & others)
+    if wrong and method == "hydra":
+        raise TypeError(
+            f"{wrong[0]}: hydra has two branches; pass r_a and r_b (scale_a and scale_b), or method='lora' or 'seqlora'"
+        )
+    if wrong:
+        raise TypeError(f"{wrong[0]}: {method} has one branch; pass r (and scale), or method='hydra'")
+    ranks = (options.get("r_a", 4), options.get("r_b", 4)) if method == "hydra" else (options.get("r", 8),)
+    if not any(ranks):
+        raise ValueError(f"{'r_a, r_b' if method == 'hydra' else 'r'}: expected 1 or more, got 0: nothing would train")
+
+
+def _check_matched(argument: str, targets: str | Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for a target that matches no module."""
+    if isinstance(targets, str):
+        unmatched = [] if not targets or any(_matches(n, targets) for n in modules) else [targets]
+    else:
+        unmatched = [target for target in targets if not any(_matches(n, [target]) for n in modules)]
+    if not unmatched and (targets or argument == "exclude"):
+        return
+    shown = targets if isinstance(targets, str) else unmatched
+    hint = ""
+    if isinstance(targets, str) and any(_matches(n, [targets]) for n in modules):
+        hint = f"a string is a regular expression of the whole name, so pass [{targets!r}]; "
+    linear = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
+    names = linear if linear and argument == "target_modules" else modules
+    raise ValueError(f"{argument}: {shown!r} matches no module; {hint}{near_names(names, unmatched)}")
 
 
 def layer_class_of(method: str) -> type[HydraLinear]:
@@ -99,7 +132,9 @@ def check_targets(
         try:
             check_wrappable(modules[name])
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{argument}: {name!r} matches, but {error}") from None
+            inside = [n for n, m in modules[name].named_modules() if n and isinstance(m, nn.Linear)]
+            instead = f"; name the layers in it: {', '.join(inside[:5])}" if inside else ""
+            raise type(error)(f"{argument}: {name!r} matches, but {error}{instead}") from None
         path, _, child = name.rpartition(".")
         parent = model.get_submodule(path)
         read_there = any(child in READS_WEIGHTS_OF.get(c.__name__, ()) for c in type(parent).__mro__)

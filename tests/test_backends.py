@@ -221,6 +221,22 @@ def test_any_subset_of_gradients(wanted, backend, form):
     compare(everything(form), backend, form, wanted=wanted)
 
 
+@pytest.mark.parametrize(("backend", "form"), FORMS)
+def test_no_two_gradients_share_memory(backend, form):
+    """A hook may change one in place."""
+    case = replace(PLAIN, adapter_bias=True)
+    t, G = operands(case, F32)
+    leaves = {name: t[name].requires_grad_() for name in sorted(trainable(t))}
+    h = call(hk.hydra_linear, t, case, form=form, backend=backend)
+    held: dict[int, str] = {}
+    for name, grad in zip(leaves, torch.autograd.grad(h, list(leaves.values()), G), strict=True):
+        places = torch.tensor([grad.data_ptr()])
+        for size, stride in zip(grad.shape, grad.stride(), strict=True):
+            places = (places[:, None] + 4 * stride * torch.arange(size)).flatten()
+        for place in places.tolist():
+            assert held.setdefault(place, name) == name
+
+
 @pytest.mark.filterwarnings("ignore:Input .* requires gradient and is not a double precision:UserWarning")
 @pytest.mark.parametrize(
     ("backend", "form", "sizes"),

@@ -114,7 +114,16 @@ def test_a_shared_layer_is_adapted_once_in_every_place():
     ("arguments", "error", "message"),
     [
         ((["fc3"],), ValueError, r"target_modules: \['fc3'\] matches no module; near names: .*fc"),
-        (("fc2",), ValueError, "target_modules: 'fc2' matches no module; near names: fc2"),
+        (
+            ("fc2",),
+            ValueError,
+            r"'fc2' matches no module; a string is .* whole name, so pass \['fc2'\]; near names: .*fc2",
+        ),
+        ((["fc2", "fc3"],), ValueError, r"target_modules: \['fc3'\] matches no module; near names: .*fc"),
+        ((["fc2"], "hydra", ["fc1", "fc4"]), ValueError, r"exclude: \['fc4'\] matches no module; near names: .*fc"),
+        ((["fc2"], "hydra", ["blocks.0.mlp.fc2", "fc2"]), ValueError, "matches no module that exclude=.* leaves"),
+        ((["gate"],), ValueError, r"\['gate'\] matches no module; near names: .*fc1"),
+        ((["mlp"],), TypeError, "'blocks.0.mlp' matches, but .*; name the layers in it: fc1, fc2"),
         ((["c2"],), ValueError, "matches no module"),
         (([],), ValueError, "matches no module"),
         ((["fc2"], "hydra", ["fc3"]), ValueError, r"exclude: \['fc3'\] matches no module; near names: .*fc"),
@@ -134,19 +143,22 @@ def test_a_refused_inject_changes_nothing(arguments, error, message):
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "error"),
+    ("method", "options", "error", "message"),
     [
-        ("hydra", {"r": 4}, TypeError),
-        ("lora", {"r_b": 4}, TypeError),
-        ("hydra", {"r_a": -1}, ValueError),
-        ("seqlora", {"dropout": 1.0}, ValueError),
-        ("hydra", {"adapter_dtype": torch.bfloat16}, ValueError),
-        ("hydra", {"device": "cpu"}, TypeError),
+        ("hydra", {"r": 4}, TypeError, "r: hydra has two branches; pass r_a and r_b"),
+        ("lora", {"r_b": 4}, TypeError, "r_b: lora has one branch; pass r "),
+        ("seqlora", {"scale_b": 2.0}, TypeError, "scale_b: seqlora has one branch; pass r "),
+        ("lora", {"r": 0}, ValueError, "r: expected 1 or more, got 0"),
+        ("hydra", {"r_a": 0, "r_b": 0}, ValueError, "r_a, r_b: expected 1 or more, got 0"),
+        ("hydra", {"r_a": -1}, ValueError, "r_a: expected an integer >= 0, got -1"),
+        ("seqlora", {"dropout": 1.0}, ValueError, "dropout: expected a number in"),
+        ("hydra", {"adapter_dtype": torch.bfloat16}, ValueError, "adapter_dtype: expected None"),
+        ("hydra", {"device": "cpu"}, TypeError, "device"),
     ],
 )
-def test_a_wrong_option_changes_nothing(method, options, error):
+def test_a_wrong_option_changes_nothing(method, options, error, message):
     model = Model()
-    with pytest.raises(error):
+    with pytest.raises(error, match=message):
         hk.inject(model, ["fc1", "fc2"], method, **options)
     assert not [m for m in model.modules() if isinstance(m, hk.HydraLinear)]
     assert all(p.requires_grad for p in model.parameters())

@@ -216,9 +216,9 @@ def _add_column_sums_of_G(grads: dict[str, Tensor], G: Tensor, op: Operands, nee
     if "bias" in needs:
         grads["bias"] = _sum(g, grads.get("bias"))
     if "A_up_bias" in needs:
-        grads["A_up_bias"] = _scaled(op.scale_a, g)
+        grads["A_up_bias"] = op.scale_a * g  # also by 1: no two gradients may be one tensor
     if "B_up_bias" in needs:
-        grads["B_up_bias"] = _scaled(op.scale_b, g)
+        grads["B_up_bias"] = op.scale_b * g
     if ds_a:
         grads["scale_a"] += _inner(g, op.A_up_bias)
     if ds_b:
