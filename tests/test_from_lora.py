@@ -44,6 +44,7 @@ def saved_lora(path, base=None, **config):
         {"target_modules": "all-linear", "exclude_modules": ["again"]},
         {"target_modules": r"(fc\d|.*again)"},
         {"init_lora_weights": "gaussian"},
+        {"target_parameters": []},  # as PEFT writes it for every LoRA of a model with experts
     ],
     ids=lambda config: "-".join(config) or "plain",
 )
@@ -60,6 +61,20 @@ def test_outputs_are_pefts(tmp_path, config):
     again = peft.PeftModel.from_pretrained(net(), tmp_path / "hydra")
     torch.testing.assert_close(again(inputs()), want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(again.merge_and_unload()(inputs()), want, rtol=1e-12, atol=1e-12)
+
+
+def test_micas_initialisation_leaves_the_base_as_it_was(tmp_path):
+    """In float32, since PEFT refuses it in float64."""
+    config = peft.LoraConfig(r=3, target_modules=["fc1", "fc2"], init_lora_weights="mica")
+    lora = peft.get_peft_model(net().float(), config)
+    with torch.no_grad():
+        for name, p in lora.named_parameters():
+            if "lora_A" in name:
+                p.normal_()
+    lora.save_pretrained(tmp_path)
+    want = lora.eval()(inputs().float())
+    assert not torch.allclose(want, net().float()(inputs().float()), rtol=1e-2)
+    torch.testing.assert_close(from_lora(net().float(), tmp_path)(inputs().float()), want, rtol=1e-5, atol=1e-5)
 
 
 def test_training_goes_on_with_a_new_sequential_branch(tmp_path):

@@ -759,12 +759,21 @@ def test_configurations_that_make_no_sense_or_are_lora_s_alone(options, text):
         HydraConfig(**options)
 
 
-def test_unknown_entries_of_a_file_are_refused(tmp_path):
-    adapted().save_pretrained(tmp_path)
+def test_unknown_entries_of_a_file_are_warned_of(tmp_path):
+    """A newer version may have written them: PEFT's rule."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": False}))
-    with pytest.raises(ValueError, match="HydraConfig has no use_dora"):
-        peft.PeftModel.from_pretrained(net(), tmp_path)
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['use_dora'\]"):
+        again = peft.PeftModel.from_pretrained(net(), tmp_path)
+    torch.testing.assert_close(again(inputs()), model.eval()(inputs()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"r": 8, "lora_alpha": 16}, {"lora_dropout": 0.1}], ids=str)
+def test_loras_own_options_are_translated_in_the_error(options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))}: HydraConfig has r_a and r_b for r"):
+        HydraConfig(**options)
 
 
 def test_under_fsdp2_it_trains_and_merging_is_refused():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
@@ -58,6 +58,15 @@ class HydraConfig(PeftConfig):
     rank_pattern: dict[str, list[int]] = field(default_factory=dict)
     scale_pattern: dict[str, list[float]] = field(default_factory=dict)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> HydraConfig:
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            if name in kwargs:
+                raise TypeError(
+                    f"{name}: HydraConfig has r_a and r_b for r, scale_a and scale_b for lora_alpha / r, and dropout "
+                    "on the bottleneck for lora_dropout; LoRA alone has r_b=0"
+                )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = HydraType.HYDRA
@@ -99,11 +108,3 @@ class HydraConfig(PeftConfig):
             "form": self.form,
             "backend": self.backend,
         }
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """What a file says; PEFT itself would drop, with a warning, what it does not know."""
-        unknown = sorted(kwargs.keys() - {f.name for f in fields(HydraConfig)})
-        if unknown:
-            raise ValueError(f"adapter_config.json: HydraConfig has no {', '.join(unknown)}")
-        return kwargs

@@ -24,7 +24,7 @@ LAYERS = ("layers_to_transform", "layers_pattern")
 TRANSLATED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "lora_dropout")
 WITHOUT_EFFECT = ("peft_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config")
 # Of init_lora_weights: the others (PiSSA, OLoRA, LoftQ, CorDA, ...) change the base weights.
-SPARES_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+SPARES_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def from_lora(
@@ -156,7 +156,8 @@ def _ranks(path: str, lora: PeftConfig, weights: dict[str, Tensor]) -> dict[str,
     known = {*KEPT, *LAYERS, *TRANSLATED, *WITHOUT_EFFECT, "init_lora_weights", "eva_config"}
     plain = LoraConfig()
     for name in (f.name for f in fields(lora) if f.name not in known):
-        if getattr(lora, name) != getattr(plain, name):
+        # PEFT writes empty lists too, where nothing was asked for.
+        if (getattr(lora, name) or None) != (getattr(plain, name) or None):
             raise ValueError(f"path: Hydra has no {name}, got {getattr(lora, name)!r} in {path}")
     down = ".lora_A.weight"
     for key, tensor in weights.items():
