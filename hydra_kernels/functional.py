@@ -89,7 +89,8 @@ def hydra_linear(
     device, drops = x.device, mask is None and training and dropout_p > 0
     choice = _choice(call, device, drops or mask is not None)
     if drops:
-        mask = torch.empty(M, r_a + r_b, dtype=torch.bool, device=device).bernoulli_(1 - dropout_p)
+        # Out of place: selective checkpointing may keep what is drawn. Of its input bernoulli takes the shape alone.
+        mask = torch.bernoulli(torch.empty(M, r_a + r_b, dtype=torch.bool, device=device), 1 - dropout_p)
         op = op._replace(mask=mask, mask_scale=1 / (1 - dropout_p))
     # A scale of an absent branch acts on nothing and gets no gradient.
     if A_down is None or B_down is None:

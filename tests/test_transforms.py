@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import hydra_kernels as hk
 
@@ -367,3 +369,49 @@ def test_adapters_shared_by_two_layers_get_the_sum_of_their_gradients():
     true = a.A_down.detach().double().requires_grad_()
     (oracle_of(a, x, A_down=true) + oracle_of(b, x, A_down=true)).square().sum().backward()
     torch.testing.assert_close(a.A_down.grad.double(), true.grad, rtol=1e-5, atol=1e-4)
+
+
+# Selective activation checkpointing
+
+
+def saves(*operators):
+    """A policy that keeps the outputs of these operators, or of every one."""
+    must, may = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    return lambda context, op, *args, **kwargs: must if not operators or op in operators else may
+
+
+ATEN = torch.ops.aten
+POLICIES = {
+    "products": saves(ATEN.mm.default, ATEN.addmm.default),
+    "sums": saves(ATEN.add.Tensor, ATEN.mul.Tensor),
+    "nothing": saves(ATEN.bmm.default),
+    "everything": saves(),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("options", [{}, {"adapter_bias": True, "scale_a": 0.7}, {"dropout": 0.4}], ids=str)
+@pytest.mark.parametrize(("backend", "form"), REFUSED)
+def test_selective_checkpointing_saves_what_its_policy_says(backend, form, options, policy):
+    if form == "effective" and "dropout" in options:
+        options = {}  # it has none
+    torch.manual_seed(0)
+    layers = [
+        hk.HydraLinear(K, N, r_a=2, r_b=3, backend=backend, form=form, **options) for K, N in ((6, 5), (5, 7), (7, 6))
+    ]
+    for layer in layers:
+        for p in layer.adapters().values():
+            nn.init.normal_(p)
+    model = nn.Sequential(*layers)
+    x = torch.randn(9, 6, requires_grad=True)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def gradients(function):
+        torch.manual_seed(1)
+        h = function(x)
+        return [h.detach(), *torch.autograd.grad(h.square().sum(), leaves)]
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, POLICIES[policy])
+    kept = gradients(lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts))
+    for got, expected in zip(kept, gradients(model), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())

@@ -75,7 +75,7 @@ _FROM_G = ("bias", "A_up_bias", "B_up_bias", "scale_a", "scale_b")
 
 def _composed_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Saved]:
     D, d = _stacked_down(op, x.dtype)
-    Z = _mask_(_affine(x, D, d), op, 0, None)
+    Z = _masked(_affine(x, D, d), op, 0, None)
     return _sum_of_products(x, op, Z, _stacked_up(op, x.dtype)), (
         x if "A_down" in needs or "B_down" in needs else None,
         Z if not needs.isdisjoint(_FROM_DU_A + _FROM_DU_B) else None,
@@ -114,7 +114,7 @@ def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -
     lo, hi = _columns(op, _FROM_DZ_A, _FROM_DZ_B, needs)
     if lo == hi:
         return grads
-    dZ = _mask_(G @ _stacked_up(op, G.dtype)[:, lo:hi], op, lo, hi)
+    dZ = _masked(G @ _stacked_up(op, G.dtype)[:, lo:hi], op, lo, hi)
     dZ_a, dZ_b = dZ.split((r_a - lo, hi - r_a), 1)
     if D is not None:
         grads["x"] = accumulate_(dZ @ D, G, op.weight)
@@ -135,12 +135,12 @@ def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -
 def _kept_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Saved]:
     dtype, Z_a = x.dtype, None
     y0 = F.linear(x, op.weight, op.bias)
-    Z_b = _mask_(F.linear(y0, _to(op.B_down, dtype), _to(op.B_down_bias, dtype)), op, op.r_a, None)
+    Z_b = _masked(F.linear(y0, _to(op.B_down, dtype), _to(op.B_down_bias, dtype)), op, op.r_a, None)
     U_b = _to(_scaled(op.scale_b, op.B_up), dtype)
     h = torch.addmm(y0, Z_b, U_b.t()) if "B_down" in needs else accumulate_(y0, Z_b, U_b.t())
     if op.A_down is not None:
-        Z_a = _mask_(F.linear(x, _to(op.A_down, dtype), _to(op.A_down_bias, dtype)), op, 0, op.r_a)
-        accumulate_(h, Z_a, _to(_scaled(op.scale_a, op.A_up), dtype).t())
+        Z_a = _masked(F.linear(x, _to(op.A_down, dtype), _to(op.A_down_bias, dtype)), op, 0, op.r_a)
+        h = accumulate_(h, Z_a, _to(_scaled(op.scale_a, op.A_up), dtype).t())
     u = _up_bias(op, dtype)
     return h if u is None else add_(h, u), (
         x if "A_down" in needs else None,
@@ -160,9 +160,9 @@ def _kept_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -> di
         _add_up_gradients(grads, _up_gradients(G, Z_b), "B_up", op.B_up, "scale_b", op.scale_b, needs)
 
     if op.A_down is not None and not needs.isdisjoint(_FROM_DZ_A):
-        dZ_a = _mask_(G @ _to(_scaled(op.scale_a, op.A_up), dtype), op, 0, op.r_a)
+        dZ_a = _masked(G @ _to(_scaled(op.scale_a, op.A_up), dtype), op, 0, op.r_a)
     if not needs.isdisjoint(_FROM_DZ_B):
-        dZ_b = _mask_(G @ _to(_scaled(op.scale_b, op.B_up), dtype), op, op.r_a, None)
+        dZ_b = _masked(G @ _to(_scaled(op.scale_b, op.B_up), dtype), op, op.r_a, None)
     if "x" in needs:
         dy0 = torch.addmm(G, dZ_b, _to(op.B_down, dtype))
         grads["x"] = dy0 @ op.weight if dZ_a is None else accumulate_(dZ_a @ _to(op.A_down, dtype), dy0, op.weight)
@@ -257,12 +257,12 @@ def _up_bias(op: Operands, dtype: torch.dtype) -> Tensor | None:
     return _to(_sum(u_a, u_b), dtype)
 
 
-def _mask_(Z: Tensor, op: Operands, lo: int, hi: int | None) -> Tensor:
-    """Applies columns lo:hi of the dropout mask to Z, in place."""
+def _masked(Z: Tensor, op: Operands, lo: int, hi: int | None) -> Tensor:
+    """Z under columns lo:hi of the dropout mask."""
     if op.mask is not None:
-        Z *= op.mask[:, lo:hi]
+        Z = Z * op.mask[:, lo:hi]
         if op.mask_scale != 1:
-            Z *= op.mask_scale
+            Z = Z * op.mask_scale
     return Z
 
 

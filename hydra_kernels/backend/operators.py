@@ -46,6 +46,10 @@ def traced(x: Tensor) -> bool:
     """Whether a tracer or a dispatch mode looks on, or x is a stand-in without data: then nothing may be launched."""
     if torch.compiler.is_compiling() or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return True
+    return _a_mode_is_on()
+
+
+def _a_mode_is_on() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -54,12 +58,13 @@ def accumulate_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         torch.ops.hydra_kernels.accumulate_(out, left, right)
         return out
-    return out.addmm_(left, right)
+    # A mode may keep out as it is now, as selective checkpointing does, or count plain products, as FLOP counters do.
+    return torch.addmm(out, left, right) if _a_mode_is_on() else out.addmm_(left, right)
 
 
 def add_(out: Tensor, v: Tensor) -> Tensor:
     """out + v, in out's place but under torch.compile: torch 2.11 would drop every gradient of a call that does so."""
-    return out + v if torch.compiler.is_compiling() else out.add_(v)
+    return out + v if torch.compiler.is_compiling() or _a_mode_is_on() else out.add_(v)
 
 
 def _are_saved(form: str, op: Operands, needs: Set[str]) -> tuple[bool, bool, bool]:
