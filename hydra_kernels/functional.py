@@ -93,8 +93,10 @@ def hydra_linear(
         mask = torch.bernoulli(torch.empty(M, r_a + r_b, dtype=torch.bool, device=device), 1 - dropout_p)
         op = op._replace(mask=mask, mask_scale=1 / (1 - dropout_p))
     # A scale of an absent branch acts on nothing and gets no gradient.
-    if A_down is None or B_down is None:
-        op = op._replace(scale_a=1.0 if A_down is None else scale_a, scale_b=1.0 if B_down is None else scale_b)
+    if A_down is None and _is_scaled(scale_a):
+        op = op._replace(scale_a=1.0)
+    if B_down is None and _is_scaled(scale_b):
+        op = op._replace(scale_b=1.0)
     flat = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     if call.compiled is not None and choice.backend == "native":
         h = call.compiled.apply(flat, op, choice.form)
@@ -157,6 +159,11 @@ def _choice(call: Call, device: torch.device, masked: bool) -> Choice:
     if reason is not None:
         raise ValueError(f"backend: {choice.backend!r} cannot serve this call: {reason}")
     return choice
+
+
+def _is_scaled(scale: float | Tensor) -> bool:
+    """Whether it may be another number than 1; while torch compiles, a comparison would be a guard."""
+    return torch.compiler.is_compiling() or isinstance(scale, Tensor) or scale != 1
 
 
 def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
