@@ -159,7 +159,7 @@ Forward forward(const at::Tensor& x_any, const Operands& op, Needs needs) {
 
 Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& saved, Needs needs) {
   const c10::OptionalDeviceGuard guard(G_any.device());
-  const at::Tensor G = rows(G_any), x = saved[0].defined() ? rows(saved[0]) : at::Tensor();
+  const at::Tensor G = rows(G_any), x = needs.any(A_DOWN, B_DOWN) ? rows(saved[0]) : at::Tensor();
   const at::Tensor Z = contiguous(saved[1]), D = contiguous(saved[2]);
   const int64_t M = G.size(0), N = G.size(1), K = x.defined() ? x.size(1) : 0;
   const Call c(G, op, N);

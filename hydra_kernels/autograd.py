@@ -22,6 +22,25 @@ def computed_in(t: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(t.device.type) if autocast_is_on(t) and t.dtype != torch.float64 else t.dtype
 
 
+def _asked_for(ctx: Any) -> frozenset[str]:
+    """The gradients that this backward is asked for: fewer than its forward saw in ``torch.autograd.grad(h, [A_up])``.
+
+    torch tells it by a private name alone. Without that name, or outside its engine, they are all computed.
+    """
+    will_run = getattr(torch._C, "_will_engine_execute_node", None)
+    nodes = [node for node, _ in ctx.next_functions if node is not None]
+    if will_run is None or len(nodes) != len(ctx.needs):
+        return ctx.needs
+    asked = []
+    for name, node in zip([name for name in ARGUMENTS if name in ctx.needs], nodes, strict=True):
+        try:
+            if will_run(node):
+                asked.append(name)
+        except RuntimeError:
+            asked.append(name)  # torch.autograd.grad wants just this leaf, or there is no engine to ask
+    return frozenset(asked)
+
+
 _ARGUMENTS = ("choice", *ARGUMENTS)
 
 
@@ -60,10 +79,10 @@ class HydraFunction(torch.autograd.Function):
         tensors, choice, n = ctx.saved_tensors, ctx.choice, ctx.operands
         op = without_options(*tensors[:n]) if ctx.numbers is None else joined(tensors[:n], ctx.numbers)
         saved = tensors[n:]
-        backend = TABLE[choice.backend]
+        backend, needs = TABLE[choice.backend], _asked_for(ctx) if eager else ctx.needs
         if autocast_is_on(G):
             with torch.autocast(G.device.type, enabled=False):
-                grads = backend.backward(G, op, saved, ctx.needs, choice.form)
+                grads = backend.backward(G, op, saved, needs, choice.form)
         else:
-            grads = backend.backward(G, op, saved, ctx.needs, choice.form)
+            grads = backend.backward(G, op, saved, needs, choice.form)
         return tuple([grads.get(name) for name in _ARGUMENTS[: n + 2]])

@@ -14,6 +14,7 @@ from . import extension, reference
 from .autograd import HydraFunction, autocast_is_on
 from .backend import TABLE
 from .backend.interface import FIRST_OPTION, Choice, Operands
+from .backend.operators import is_static
 from .checks import AUTOCAST_DTYPES, check_call, check_dropout, check_route, refuse_sharded
 from .choose.choice import choose
 from .choose.machine import here
@@ -87,7 +88,7 @@ def hydra_linear(
         return reference.hydra_linear(x, *op[:FIRST_OPTION], **_options(op, dropout_p, training))  # type: ignore[arg-type]
 
     device, drops = x.device, mask is None and training and dropout_p > 0
-    choice = _choice(call, device, drops or mask is not None)
+    choice = _choice(call, op, device, drops or mask is not None)
     if drops:
         # Out of place: selective checkpointing may keep what is drawn. Of its input bernoulli takes the shape alone.
         mask = torch.bernoulli(torch.empty(M, r_a + r_b, dtype=torch.bool, device=device), 1 - dropout_p)
@@ -149,11 +150,12 @@ def _judged(x: Tensor, op: Operands, form: str, backend: str) -> Call:
     return Call(sizes, dtype, "kept" if form == "auto" and both_forms else form, backend, cast_to)
 
 
-def _choice(call: Call, device: torch.device, masked: bool) -> Choice:
+def _choice(call: Call, op: Operands, device: torch.device, masked: bool) -> Choice:
     """What serves the call; ValueError where a backend that the user fixed cannot."""
     machine = here(device)
     (M, K, N, r_a, r_b), dtype = call.sizes, call.dtype
-    choice = choose(M, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked)
+    rows = M if is_static(M) else None
+    choice = choose(rows, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked, _saves_x(op))
     reason = machine.reasons[choice.backend]
     reason = reason or TABLE[choice.backend].refusal(choice.form, dtype, r_a, r_b, masked, device)
     if reason is not None:
@@ -161,17 +163,25 @@ def _choice(call: Call, device: torch.device, masked: bool) -> Choice:
     return choice
 
 
+def _saves_x(op: Operands) -> bool:
+    """False where up projections or scales train and no down projection does: their gradients read Z [M, R] alone."""
+    for down in (op.A_down, op.B_down):
+        if down is not None and down.requires_grad:
+            return True
+    others = (op.A_up, op.B_up, op.scale_a, op.scale_b)
+    return not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in others)
+
+
 def _is_scaled(scale: float | Tensor) -> bool:
-    """Whether it may be another number than 1; while torch compiles, a comparison would be a guard."""
-    return torch.compiler.is_compiling() or isinstance(scale, Tensor) or scale != 1
+    """Whether it may be another number than 1."""
+    return isinstance(scale, Tensor) or not is_static(scale) or scale != 1
 
 
 def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
     if not torch.is_grad_enabled():
         return TABLE[choice.backend].forward(x, op, frozenset(), choice.form)[0]
-    *tensors, scale_a, scale_b, _ = op[FIRST_OPTION:]
-    constant = not isinstance(scale_a, Tensor) and not isinstance(scale_b, Tensor)
-    if constant and scale_a == scale_b == 1 and all(t is None for t in tensors):
+    scaled = _is_scaled(op.scale_a) or _is_scaled(op.scale_b)
+    if not scaled and all(t is None for t in op[FIRST_OPTION:-3]):
         return HydraFunction.apply(choice, x, *op[:FIRST_OPTION])
     return HydraFunction.apply(choice, x, *op)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -371,6 +372,21 @@ def test_adapters_shared_by_two_layers_get_the_sum_of_their_gradients():
     torch.testing.assert_close(a.A_down.grad.double(), true.grad, rtol=1e-5, atol=1e-4)
 
 
+EVERY_OPTION = {"adapter_bias": True, "learnable_scale": True}
+
+
+def three_layers(backend: str, form: str, **options) -> nn.Module:
+    """Of different shapes, every adapter random."""
+    torch.manual_seed(0)
+    layers = [
+        hk.HydraLinear(K, N, r_a=2, r_b=3, backend=backend, form=form, **options) for K, N in ((6, 5), (5, 7), (7, 6))
+    ]
+    for layer in layers:
+        for p in layer.adapters().values():
+            nn.init.normal_(p)
+    return nn.Sequential(*layers)
+
+
 # Selective activation checkpointing
 
 
@@ -395,15 +411,7 @@ POLICIES = {
 def test_selective_checkpointing_saves_what_its_policy_says(backend, form, options, policy):
     if form == "effective" and "dropout" in options:
         options = {}  # it has none
-    torch.manual_seed(0)
-    layers = [
-        hk.HydraLinear(K, N, r_a=2, r_b=3, backend=backend, form=form, **options) for K, N in ((6, 5), (5, 7), (7, 6))
-    ]
-    for layer in layers:
-        for p in layer.adapters().values():
-            nn.init.normal_(p)
-    model = nn.Sequential(*layers)
-    x = torch.randn(9, 6, requires_grad=True)
+    model, x = three_layers(backend, form, **options), torch.randn(9, 6, requires_grad=True)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
 
     def gradients(function):
@@ -414,4 +422,31 @@ def test_selective_checkpointing_saves_what_its_policy_says(backend, form, optio
     contexts = functools.partial(create_selective_checkpoint_contexts, POLICIES[policy])
     kept = gradients(lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts))
     for got, expected in zip(kept, gradients(model), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+# Compiled autograd
+
+
+# torch warns of its own deprecations while it compiles, and looks at gradients that are no leaf's.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad:UserWarning")
+@pytest.mark.parametrize("options", [{}, pytest.param(EVERY_OPTION, marks=pytest.mark.slow)], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [pytest.param(*route, marks=[] if "native" in route else [pytest.mark.slow]) for route in REFUSED],
+)
+def test_compiled_autograd_computes_the_same(backend, form, options):
+    """It traces the backward as it runs: what that keeps must be tensors and plain values."""
+    model, x = three_layers(backend, form, **options), torch.randn(9, 6)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    eager = gradients()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        traced = gradients()
+    for got, expected in zip(traced, eager, strict=True):
+        assert expected.any()
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())

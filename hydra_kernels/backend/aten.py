@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .interface import CPU, LOW_PRECISION, Operands, Saved
-from .operators import accumulate_, add_
+from .interface import CPU, LOW_PRECISION, Operands, Saved, read_backwards
+from .operators import accumulate_, add_, is_static
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -43,11 +43,7 @@ def refusal(
 
 def forward(x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
     h, saved = _composed_forward(x, op, needs) if form == "composed" else _kept_forward(x, op, needs)
-    # Under autocast weight is a copy: it stays in memory only where the backward reads it.
-    through_W0 = form == "composed" and "B_down" in needs
-    if not through_W0:
-        op = op._replace(weight=op.weight if "x" in needs else None, bias=None)
-    return h, op, saved
+    return h, read_backwards(op, needs, form), saved
 
 
 def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
@@ -104,7 +100,7 @@ def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -
     x, Z, D = saved
     r_a = op.r_a
     grads: dict[str, Tensor] = {}
-    if Z is not None:
+    if not needs.isdisjoint(_FROM_DU_A + _FROM_DU_B):
         lo, hi = _columns(op, _FROM_DU_A, _FROM_DU_B, needs)
         # Not a slice: batched gradients have no rule for a slice that covers the whole tensor.
         dU_a, dU_b = _up_gradients(G, Z[:, lo:hi]).split((r_a - lo, hi - r_a), 1)
@@ -116,9 +112,9 @@ def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -
         return grads
     dZ = _masked(G @ _stacked_up(op, G.dtype)[:, lo:hi], op, lo, hi)
     dZ_a, dZ_b = dZ.split((r_a - lo, hi - r_a), 1)
-    if D is not None:
+    if "x" in needs:
         grads["x"] = accumulate_(dZ @ D, G, op.weight)
-    if x is not None:
+    if not needs.isdisjoint(("A_down", "B_down")):
         first, last = _columns(op, ("A_down",), ("B_down",), needs)
         read = dZ if (first, last) == (lo, hi) else dZ[:, first - lo : last - lo]
         dD_a, T = (read.t() @ x).split((r_a - first, last - r_a))
@@ -154,9 +150,9 @@ def _kept_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -> di
     x, Z_a, Z_b, y0 = saved
     dtype, dZ_a, dZ_b = G.dtype, None, None
     grads: dict[str, Tensor] = {}
-    if Z_a is not None:
+    if not needs.isdisjoint(_FROM_DU_A):
         _add_up_gradients(grads, _up_gradients(G, Z_a), "A_up", op.A_up, "scale_a", op.scale_a, needs)
-    if Z_b is not None:
+    if not needs.isdisjoint(_FROM_DU_B):
         _add_up_gradients(grads, _up_gradients(G, Z_b), "B_up", op.B_up, "scale_b", op.scale_b, needs)
 
     if op.A_down is not None and not needs.isdisjoint(_FROM_DZ_A):
@@ -166,9 +162,9 @@ def _kept_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -> di
     if "x" in needs:
         dy0 = torch.addmm(G, dZ_b, _to(op.B_down, dtype))
         grads["x"] = dy0 @ op.weight if dZ_a is None else accumulate_(dZ_a @ _to(op.A_down, dtype), dy0, op.weight)
-    if x is not None:
+    if "A_down" in needs:
         grads["A_down"] = dZ_a.t() @ x
-    if y0 is not None:
+    if "B_down" in needs:
         grads["B_down"] = dZ_b.t() @ y0
     _add_column_sums_of_dZ(grads, dZ_a, dZ_b, op, needs)
     return grads
@@ -176,7 +172,8 @@ def _kept_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -> di
 
 def _up_gradients(G: Tensor, Z: Tensor) -> Tensor:
     """dU [N, R]. Z^T G is up to twice as fast as G^T Z, but autograd copies its transpose into U's layout."""
-    return G.t() @ Z if len(G) <= _FEW_ROWS else (Z.t() @ G).t()
+    few = is_static(len(G)) and len(G) <= _FEW_ROWS
+    return G.t() @ Z if few else (Z.t() @ G).t()
 
 
 def _add_up_gradients(
@@ -261,7 +258,7 @@ def _masked(Z: Tensor, op: Operands, lo: int, hi: int | None) -> Tensor:
     """Z under columns lo:hi of the dropout mask."""
     if op.mask is not None:
         Z = Z * op.mask[:, lo:hi]
-        if op.mask_scale != 1:
+        if not is_static(op.mask_scale) or op.mask_scale != 1:
             Z = Z * op.mask_scale
     return Z
 
@@ -279,7 +276,7 @@ def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _scaled(scale: float | Tensor, t: Tensor) -> Tensor:
-    return scale * t if isinstance(scale, Tensor) or scale != 1 else t
+    return scale * t if isinstance(scale, Tensor) or not is_static(scale) or scale != 1 else t
 
 
 def _column_sums(t: Tensor) -> Tensor:

@@ -89,6 +89,21 @@ def joined(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Operan
     return Operands(*tensors[:_FIRST_NUMBER], *scales)  # type: ignore[arg-type]
 
 
+# The gradients that read Z, and those that need dZ = mask * (G U).
+FROM_Z = ("A_up", "B_up", "scale_a", "scale_b")
+FROM_DZ = ("x", "A_down", "B_down", "A_down_bias", "B_down_bias")
+
+
+def read_backwards(op: Operands, needs: Set[str], form: str) -> Operands:
+    """op without what no wanted gradient reads: autocast's copy of weight, a mask drawn for this call."""
+    through_W0 = form != "kept" and "B_down" in needs
+    if not through_W0:
+        op = op._replace(weight=op.weight if "x" in needs else None, bias=None)
+    if op.mask is not None and needs.isdisjoint(FROM_DZ) and not ("bias" in needs and op.r_b):
+        op = op._replace(mask=None)
+    return op
+
+
 # What a forward leaves for its backward besides the operands; which tensors, each backend and form decides for itself.
 Saved = tuple[Tensor | None, ...]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .interface import ARGUMENTS, CPU, MAX_NATIVE_RANK, Operands, Saved
+from .interface import ARGUMENTS, CPU, MAX_NATIVE_RANK, Operands, Saved, read_backwards
 from .triton import KERNEL_DTYPES, too_old
 
 _CPU_DTYPES = (torch.float32, torch.float64)
@@ -45,10 +45,7 @@ def refusal(
 
 def forward(x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
     h, saved = _native().forward(x, op, _bits(needs), form)
-    through_W0 = form != "kept" and "B_down" in needs
-    if not through_W0:
-        op = op._replace(weight=op.weight if "x" in needs else None, bias=None)
-    return h, op, saved
+    return h, read_backwards(op, needs, form), saved
 
 
 def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:

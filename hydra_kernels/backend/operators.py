@@ -10,11 +10,12 @@ from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .interface import ARGUMENTS, Backend, Operands, Saved, joined, split
+from .flops import backward_flops, forward_flops
+from .interface import ARGUMENTS, FROM_Z, Backend, Operands, Saved, joined, read_backwards, split
 
 _CALL = "Tensor?[] tensors, float[] numbers, str needs, str backend, str form"  # `split` makes the first two
-_FROM_Z = ("A_up", "B_up", "scale_a", "scale_b")
 _BACKENDS: dict[str, Backend] = {}  # filled by `Untraceable`, read by the operators' bodies
 
 
@@ -29,14 +30,18 @@ class Untraceable:
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
         if not traced(x):
             return self.backend.forward(x, op, needs, form)
+        _tell_flop_counters()
+        op = _opened(op, x)
         # A list, which torch 2.11 does not trace `h, *left` to be.
         left = list(torch.ops.hydra_kernels.forward(x, *split(op), _listed(needs), self.name, form))
         h, (with_x, *others) = left.pop(0), _are_saved(form, op, needs)
-        return h, op, (x if with_x else None, *(left.pop(0) if saved else None for saved in others))
+        saved = (x if with_x else None, *(left.pop(0) if is_saved else None for is_saved in others))
+        return h, read_backwards(op, needs, form), saved
 
     def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
         if not traced(G):
             return self.backend.backward(G, op, saved, needs, form)
+        _tell_flop_counters()
         names = _listed(needs)
         grads = torch.ops.hydra_kernels.backward(G, list(saved), *split(op), names, self.name, form)
         return dict(zip(names.split(","), grads, strict=True))
@@ -51,6 +56,37 @@ def traced(x: Tensor) -> bool:
 
 def _a_mode_is_on() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _tell_flop_counters() -> None:
+    """Gives our formulas to each FLOP counter that looks on: to register them once would import Triton."""
+    if not torch.compiler.is_compiling():
+        for mode in _get_current_dispatch_mode_stack():
+            registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+            if registry is not None:
+                registry.update(_FLOPS)
+
+
+def is_static(n: float) -> bool:
+    """Whether n is a plain number. One that torch.compile keeps open is bound to its value by a comparison."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # here: it imports sympy, as the compiler does
+
+    return has_static_value(n)
+
+
+def _opened(op: Operands, x: Tensor) -> Operands:
+    """op with a tensor for each number that torch.compile keeps open: an operator would bind it to its value."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    for name in ("scale_a", "scale_b"):
+        scale = getattr(op, name)
+        if not isinstance(scale, Tensor) and not is_static(scale):
+            # A product, since torch keeps a number open for those alone: new_full((), scale) would bind it.
+            op = op._replace(**{name: x.new_ones((), dtype=dtype) * scale})  # type: ignore[arg-type]
+    if op.mask is not None and not is_static(op.mask_scale):
+        op = op._replace(mask=op.mask.to(x.dtype) * op.mask_scale, mask_scale=1.0)
+    return op
 
 
 def accumulate_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -69,7 +105,7 @@ def add_(out: Tensor, v: Tensor) -> Tensor:
 
 def _are_saved(form: str, op: Operands, needs: Set[str]) -> tuple[bool, bool, bool]:
     """Which of its three saved tensors a form leaves: x, Z, D; kept: x, Z, y0; effective: x, D, d."""
-    from_Z, A_down, B_down = not needs.isdisjoint(_FROM_Z), "A_down" in needs, "B_down" in needs
+    from_Z, A_down, B_down = not needs.isdisjoint(FROM_Z), "A_down" in needs, "B_down" in needs
     if form == "kept":
         return A_down, from_Z, B_down
     if form == "composed":
@@ -147,3 +183,5 @@ for _name, _schema, _body, _fake in (
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hydra_kernels::{_name}", _fake, lib=_LIBRARY)
+
+_FLOPS = {torch.ops.hydra_kernels.forward: forward_flops, torch.ops.hydra_kernels.backward: backward_flops}

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..kernels import configs
 from ..kernels.configs import Architecture, cdiv
 from ..kernels.launch import Launch
-from .interface import CPU, LOW_PRECISION, Operands, Saved
+from .interface import CPU, LOW_PRECISION, Operands, Saved, read_backwards
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOWEST_CAPABILITY = (8, 0)
@@ -117,7 +117,7 @@ def forward(
         Z if not needs.isdisjoint(("A_up", "B_up", "scale_a", "scale_b")) else None,
         D if "x" in needs else None,
     )
-    return h, _for_backward(op, needs), saved
+    return h, read_backwards(op, needs, "composed"), saved
 
 
 def _around_cublas(
@@ -141,6 +141,8 @@ def backward(
     from ..kernels import gemm, reduce, skinny
 
     x, Z, D = saved
+    if needs.isdisjoint(("A_down", "B_down")):
+        x = None  # it was saved for a gradient that this backward is not asked for
     if 0 in G.stride():
         G = G.contiguous()  # expanded, like the gradient of a sum; three passes would load its elements one by one
     precision = _precision(G.dtype)
@@ -194,11 +196,6 @@ def backward(
             run(reduce.through_weight(T, op.weight, products, tiles.through, precision))
             run(reduce.finish(products, z_b, op.bias, grads["B_down"], tiles.reduce))
     return grads | dx
-
-
-def _for_backward(op: Operands, needs: Set[str]) -> Operands:
-    through_W0 = "B_down" in needs
-    return op._replace(weight=op.weight if through_W0 or "x" in needs else None, bias=op.bias if through_W0 else None)
 
 
 def _stacked_up(op: Operands, dtype: torch.dtype) -> Tensor:

@@ -50,7 +50,7 @@ class Machine(NamedTuple):
 
 
 def choose(
-    M: int,
+    M: int | None,
     K: int,
     N: int,
     r_a: int,
@@ -60,9 +60,14 @@ def choose(
     form: str = "auto",
     backend: str = "auto",
     masked: bool = False,
+    saves_x: bool = True,
 ) -> Choice:
-    """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b, with dropout where ``masked``. A form or
-    backend other than "auto" is what the user fixed, and stays."""
+    """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b, with dropout where ``masked``.
+
+    M is None where torch.compile keeps it open: one choice then serves every M, since a comparison would compile each
+    layer anew on either side of it. ``saves_x`` is False where an up projection trains and no down projection does:
+    the effective form alone would then save x. A form or backend other than "auto" is what the user fixed, and stays.
+    """
     why_backend = why_form = "you fixed it"
     if r_b == 0 and form == "kept":
         form, why_form = "composed", _WHY_LORA
@@ -74,26 +79,29 @@ def choose(
             why = "it won where it was measured on this device"
             return Choice(winner.backend, winner.form, why, why)
         # The composed form reads W0 twice more. For a smaller W0 that takes less time than the kept form's launches.
-        few_rows = form == "auto" and r_b > 0 and K * N >= _LARGE_WEIGHT and M < _FEW_ROWS * K
-        small = M * K * N < _SMALL_WORK and r_a + r_b <= MAX_NATIVE_RANK
+        few_rows = form == "auto" and r_b > 0 and K * N >= _LARGE_WEIGHT and M is not None and M < _FEW_ROWS * K
+        small = M is not None and M * K * N < _SMALL_WORK and r_a + r_b <= MAX_NATIVE_RANK
         backend, why_backend = _backend(dtype, machine, form, few_rows, small)
     native_on_gpu = backend == "native" and machine.capability is not None
     if form == "auto" and (backend in COMPOSED_ONLY or native_on_gpu):
         form, why_form = "composed", "it is the only form of this backend"
     elif form == "auto":
-        form, why_form = _form(M, K, N, r_a, r_b, dtype, backend, masked)
+        form, why_form = _form(M, K, N, r_a, r_b, dtype, backend, saves_x and not masked)
     return Choice(backend, form, why_backend, why_form)
 
 
-def _winner(machine: Machine, key: Key, M: int) -> Measured | None:
-    """The measurement whose M is nearest in ratio, if that is at most 2. M may be symbolic, hence only comparisons."""
-    best = None
-    for measured, rows in machine.measured:
-        if measured == key:
-            for row in rows:
-                if best is None or M * M >= best.M * row.M:
-                    best = row
-    return best if best is not None and best.M <= 2 * M and M <= 2 * best.M else None
+def _winner(machine: Machine, key: Key, M: int | None) -> Measured | None:
+    """The measurement whose M is nearest in ratio, if that is at most 2; for an open M the one that won at every M."""
+    rows = [row for measured, found in machine.measured if measured == key for row in found]
+    if not rows:
+        return None
+    if M is None:
+        return rows[0] if all(row[1:] == rows[0][1:] for row in rows) else None
+    best = rows[0]
+    for row in rows:
+        if M * M >= best.M * row.M:
+            best = row
+    return best if best.M <= 2 * M and M <= 2 * best.M else None
 
 
 def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, small: bool) -> tuple[str, str]:
@@ -126,15 +134,23 @@ def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]
 
 
 def _form(
-    M: int, K: int, N: int, r_a: int, r_b: int, dtype: torch.dtype, backend: str, masked: bool
+    M: int | None, K: int, N: int, r_a: int, r_b: int, dtype: torch.dtype, backend: str, may_be_effective: bool
 ) -> tuple[str, str]:
-    effective = backend == "native" and not masked and M >= _EFFECTIVE_FROM * N and M * K * N >= _COMPOSED_FROM_WORK
+    effective = (
+        may_be_effective
+        and backend == "native"
+        and M is not None
+        and M >= _EFFECTIVE_FROM * N
+        and M * K * N >= _COMPOSED_FROM_WORK
+    )
     if r_b == 0:
         return ("effective", _WHY_EFFECTIVE) if effective else ("composed", _WHY_LORA)
     if dtype in LOW_PRECISION:
         return "kept", "ATen rounds C = B_down W0 to the base dtype: less exact than the naive layer"
     if r_a == 0 and N < K:
         return "kept", "y0 is smaller than x, which then need not be saved"
+    if M is None:
+        return "composed", "torch.compile keeps M open, and this form is the best for most M"
     if effective:
         return "effective", _WHY_EFFECTIVE
     if M < _COMPOSED_FROM * K:
