@@ -112,3 +112,35 @@ def test_a_measurement_wins_within_a_factor_of_two_of_its_rows():
     assert chosen(16, 64, 64, 8, 8, BF16, card, backend="triton") == ("triton", "composed")
     gone = card._replace(reasons=card.reasons | {"triton": "not installed"})
     assert choose(100, 64, 64, 8, 8, BF16, gone).backend == "hybrid"
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "expected"),
+    [
+        (NATIVE, F32, ("native", "composed")),
+        (NATIVE, BF16, ("aten", "kept")),
+        (CPU, F32, ("aten", "composed")),
+        (BUILT, BF16, ("hybrid", "composed")),
+        (BUILT, F32, ("aten", "composed")),
+    ],
+)
+def test_an_open_M_has_one_choice(machine, dtype, expected):
+    """Where torch.compile keeps the number of rows open: that of many rows, but for the effective form."""
+    assert chosen(None, 4096, 4096, 8, 8, dtype, machine) == expected
+    assert chosen(None, 4096, 1024, 0, 8, F64, machine)[1] == "kept"
+
+
+def test_an_open_M_takes_a_winner_of_every_measurement_alone():
+    def measured(*backends: str) -> Machine:
+        rows = tuple(Measured(M, backend, "composed") for M, backend in zip((20, 80, 320), backends, strict=False))
+        return BUILT._replace(measured=[((13, 11, 2, 3, F32), rows)])
+
+    call = (None, 13, 11, 2, 3, F32)
+    assert chosen(*call, measured("triton", "triton")) == ("triton", "composed")
+    assert chosen(*call, measured("triton", "hybrid")) == chosen(*call, BUILT) == ("aten", "composed")
+
+
+def test_up_projections_that_train_alone_do_not_take_the_form_that_saves_x():
+    call = (4096, 4096, 1024, 16, 0, F32, NATIVE)
+    assert chosen(*call) == ("native", "effective")
+    assert chosen(*call, saves_x=False) == ("native", "composed")

@@ -83,7 +83,7 @@ def _opened(op: Operands, x: Tensor) -> Operands:
         scale = getattr(op, name)
         if not isinstance(scale, Tensor) and not is_static(scale):
             # A product, since torch keeps a number open for those alone: new_full((), scale) would bind it.
-            op = op._replace(**{name: x.new_ones((), dtype=dtype) * scale})  # type: ignore[arg-type]
+            op = op._replace(**{name: x.new_ones((), dtype=dtype) * scale})
     if op.mask is not None and not is_static(op.mask_scale):
         op = op._replace(mask=op.mask.to(x.dtype) * op.mask_scale, mask_scale=1.0)
     return op
