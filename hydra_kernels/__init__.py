@@ -16,6 +16,8 @@ from .model import (
     print_trainable_parameters,
     unmerge,
 )
+from .probe import check_adapters
+from .training import parameter_groups
 from .version import VERSION
 
 __version__ = VERSION
@@ -28,6 +30,7 @@ __all__ = [
     "adapter_state_dict",
     "analysis",
     "backends",
+    "check_adapters",
     "convert",
     "explain",
     "hydra_linear",
@@ -36,6 +39,7 @@ __all__ = [
     "mark_only_adapters_trainable",
     "merge",
     "merge_and_unload",
+    "parameter_groups",
     "print_trainable_parameters",
     "reference",
     "save_adapters",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .layers import HydraLinear
 from .model import METHODS, adapted_layers, names_containing, plain_name, required_layers
+from .refusals import refuse_meta
 from .sharding import fill, gathered, is_writer
 
 FORMAT = 1
@@ -60,11 +61,13 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Itera
             ``["classifier"]`` that was trained too.
 
     Raises:
-        ValueError: where model has no adapted layer, or nothing has a name in include.
+        ValueError: where model has no adapted layer, nothing has a name in include, or what is to be stored is on the
+            meta device, as accelerate's offload leaves it.
     """
     include = [include] if isinstance(include, str) else list(include)
     tensors = {**adapter_state_dict(model), **_included(model, include)}
     description = {"format": FORMAT, "layers": _description(model), "include": include}
+    refuse_meta("save_adapters", tensors)
     contiguous = {name: gathered(tensor).to("cpu").contiguous() for name, tensor in tensors.items()}
     if is_writer(tensors.values()):
         _write_whole(Path(path), save(contiguous, metadata={KEY: json.dumps(description)}))

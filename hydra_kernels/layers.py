@@ -14,6 +14,7 @@ from .adapter import Adapter, Device, check_count
 from .checks import check_finite
 from .functional import hydra_linear
 from .reference import low_rank
+from .refusals import refuse_meta
 from .sharding import is_sharded, mesh_dimensions
 
 Layer = TypeVar("Layer", bound="HydraLinear")
@@ -192,7 +193,7 @@ class HydraLinear(Adapter):
         to x alone. `unmerge`, `train` and `load_state_dict` end the mode. A second merge does nothing.
 
         Raises:
-            ValueError: in training mode, and under FSDP2.
+            ValueError: in training mode, under FSDP2, and where a parameter is on the meta device.
         """
         self._check_whole("merge", dimensions=0 if self.parallel is None else 1)
         if self.training:
@@ -210,7 +211,7 @@ class HydraLinear(Adapter):
         """A plain, frozen ``nn.Linear`` with the merged weight and bias as new tensors.
 
         Raises:
-            ValueError: under FSDP2 and tensor parallelism.
+            ValueError: under FSDP2 and tensor parallelism, and where a parameter is on the meta device.
         """
         self._check_whole("to_linear")
         weight, bias = self.merged_with(self.weight, self.bias)
@@ -231,7 +232,8 @@ class HydraLinear(Adapter):
         return shown + ("" if self.adapters_enabled else ", adapters_enabled=False")
 
     def _check_whole(self, caller: str, dimensions: int = 0) -> None:
-        """Raises where parameters are sharded over a mesh of more dimensions."""
+        """Raises where parameters hold nothing, or are sharded over a mesh of more dimensions."""
+        refuse_meta(caller, dict(self.named_parameters()))
         if any(mesh_dimensions(p) > dimensions for p in self.parameters()):
             raise ValueError(
                 f"{caller}: the layer's parameters are spread over processes; call save_adapters(model, path) on every "

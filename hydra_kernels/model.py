@@ -12,26 +12,12 @@ from torch import nn
 
 from .adapter import Adapter
 from .layers import HydraLinear, LoRALinear, SeqLoRALinear, check_wrappable
+from .refusals import experts_say, experts_without_layers, reads_past_forward, refuse_meta, refuse_wrapped
+from .sharding import is_sharded
 
-# Their fast paths hand the weights of their nn.Linear children to fused operators.
-READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# Classes of transformers, and those of their layers whose weights they read themselves, most in fused kernels.
-READS_WEIGHTS_OF = {
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("x_proj", "dt_proj", "out_proj")),
-    **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
-    **dict.fromkeys(("NemotronHMamba2Mixer", "Zamba2MambaMixer"), ("out_proj",)),
-    "JambaMambaMixer": ("dt_proj",),
-    **dict.fromkeys(
-        ("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap", "MaskFormerDetrMHAttentionMap"), ("k_proj",)
-    ),
-    "DabDetrMHAttentionMap": ("k_linear",),
-    "MobileBertLMPredictionHead": ("decoder", "dense"),
-    "LSHSelfAttention": ("query_key",),
-    "LongcatFlashTopkRouter": ("classifier",),
-}
 # Parts of a name that torch's wrappers inside a model add: activation checkpointing, torch.compile.
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+INJECT_FIRST = "the wrapper would not see the adapters' parameters: inject first, then wrap"
 METHODS: dict[str, type[HydraLinear]] = {"hydra": HydraLinear, "lora": LoRALinear, "seqlora": SeqLoRALinear}
 
 
@@ -47,7 +33,8 @@ def inject(
     Args:
         model: any module; it is changed.
         target_modules: a regular expression that a module's whole dotted name matches, or an iterable of suffixes at a
-            dot: ``["query", "output.dense"]``.
+            dot: ``["query", "output.dense"]``. Experts that are bare parameters have no layer to adapt: a warning says
+            which of them it names.
         method: "hydra", "lora" or "seqlora".
         exclude: names not to take although they match, in the same two ways.
         options: of the layer: ``r_a`` and ``r_b`` for hydra, ``r`` for the others, ``dropout``, ...
@@ -57,8 +44,10 @@ def inject(
 
     Raises:
         ValueError, TypeError: for an unknown method or option, for a name in target_modules or exclude that matches
-            nothing (with near names), and for a match that is no plain ``nn.Linear``; the model is then unchanged.
+            nothing (with near names), for a match that is no plain ``nn.Linear`` or is read past its forward, and for a
+            model that DDP or FSDP has wrapped; the model is then unchanged.
     """
+    refuse_wrapped(model, INJECT_FIRST)
     layer_class = layer_class_of(method)
     _check_ranks(method, options)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
@@ -73,7 +62,13 @@ def inject(
     if not names:
         raise ValueError(f"target_modules: {targets!r} matches no module that exclude={excluded!r} leaves")
     check_targets("target_modules", model, names, layer_class, options)
+    for name in names:
+        if is_sharded(modules[name].weight):
+            raise ValueError(f"model: the weight of {name!r} is spread over processes; {INJECT_FIRST}")
 
+    experts = _experts(modules, targets, excluded)
+    if experts:
+        warnings.warn(f"inject: {experts_say(experts)}", stacklevel=2)
     _warn_of_trained_embeddings(model, {name: modules[name].weight for name in names})
     adapted: dict[int, HydraLinear] = {}
     for name in names:
@@ -111,9 +106,18 @@ def _check_matched(argument: str, targets: str | Sequence[str], modules: Mapping
     hint = ""
     if isinstance(targets, str) and any(_matches(n, [targets]) for n in modules):
         hint = f"a string is a regular expression of the whole name, so pass [{targets!r}]; "
+    experts = _experts(modules, targets if isinstance(targets, str) else unmatched, [])
+    hint += f"{experts_say(experts)}; " if experts and argument == "target_modules" else ""
     linear = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
     names = linear if linear and argument == "target_modules" else modules
     raise ValueError(f"{argument}: {shown!r} matches no module; {hint}{near_names(names, unmatched)}")
+
+
+def _experts(
+    modules: Mapping[str, nn.Module], targets: str | Sequence[str], excluded: str | Sequence[str]
+) -> list[str]:
+    """The experts without a layer that targets name."""
+    return experts_without_layers(modules.items(), lambda n: _matches(n, targets) and not _matches(n, excluded))
 
 
 def layer_class_of(method: str) -> type[HydraLinear]:
@@ -137,11 +141,10 @@ def check_targets(
             raise type(error)(f"{argument}: {name!r} matches, but {error}{instead}") from None
         path, _, child = name.rpartition(".")
         parent = model.get_submodule(path)
-        read_there = any(child in READS_WEIGHTS_OF.get(c.__name__, ()) for c in type(parent).__mro__)
-        if isinstance(parent, READS_WEIGHTS) or read_there:
+        if reads_past_forward(parent, child):
             raise TypeError(
                 f"{argument}: {name!r} matches, but {type(parent).__name__} reads the layer's weight past its "
-                "forward, so adapters would be ignored there"
+                "forward, so adapters would be ignored there; exclude it"
             )
     for dtype in {modules[name].weight.dtype for name in names}:
         layer_class(1, 1, device="meta", dtype=dtype, **options)
@@ -183,9 +186,11 @@ def merge(model: nn.Module) -> None:
     """Merges every adapted layer of model (`HydraLinear.merge`).
 
     Raises:
-        ValueError: where there is none, or one is in training mode.
+        ValueError: where there is none, one is in training mode, or one holds no weights, because accelerate offloads
+            it. The model is then unchanged.
     """
     layers = required_layers(model)
+    refuse_meta("merge", _parameters_of(layers))
     for name, layer in layers.items():
         if layer.training:
             raise ValueError(f"merge: {name or 'the model'} is in training mode; call model.eval() first")
@@ -206,9 +211,10 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     go with them. Returns the model, which is changed; where the model itself is an adapted layer, the ``nn.Linear``.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: where there is none, or one holds no weights, because accelerate offloads it. The model is then
+            unchanged.
     """
-    required_layers(model)
+    refuse_meta("merge_and_unload", _parameters_of(required_layers(model)))
     places: dict[int, list[str]] = {}
     for name in [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, HydraLinear)]:
         places.setdefault(id(model.get_submodule(name)), []).append(name)
@@ -238,6 +244,10 @@ def required_layers(model: nn.Module) -> dict[str, HydraLinear]:
     if not layers:
         raise ValueError("model: it has no adapted layer; call inject first")
     return layers
+
+
+def _parameters_of(layers: Mapping[str, HydraLinear]) -> dict[str, nn.Parameter]:
+    return {f"{name}.{key}".lstrip("."): p for name, layer in layers.items() for key, p in layer.named_parameters()}
 
 
 def plain_name(name: str) -> str:

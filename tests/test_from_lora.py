@@ -148,6 +148,7 @@ def test_what_hydra_has_not_is_refused_by_name(tmp_path, base, config, text):
         from_lora(base(), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:target_modules. .'head.1'. matches no module:RuntimeWarning")
 def test_other_methods_and_other_models_are_refused_and_the_model_stays(tmp_path):
     adapted().save_pretrained(tmp_path / "hydra")
     with pytest.raises(ValueError, match=r"expected a LoRA checkpoint, got one of .*HYDRA"):

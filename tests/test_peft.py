@@ -18,8 +18,8 @@ from .test_layers import of_a_subclass
 peft = pytest.importorskip("peft")  # an optional extra
 transformers = pytest.importorskip("transformers")
 
-from hydra_kernels.model import READS_WEIGHTS_OF  # noqa: E402
 from hydra_kernels.peft import HydraConfig, HydraLinearLayer  # noqa: E402
+from hydra_kernels.refusals import READS_WEIGHTS_OF  # noqa: E402
 
 F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -674,7 +674,8 @@ def test_layers_whose_weights_transformers_reads_are_refused(make, target):
 
 def test_the_classes_said_to_read_weights_do():
     sources = [p.read_text() for p in Path(transformers.__file__).parent.glob("models/*/modeling_*.py")]
-    for name, layers in READS_WEIGHTS_OF.items():
+    of_transformers = {name: layers for name, layers in READS_WEIGHTS_OF.items() if "." not in name}
+    for name, layers in of_transformers.items():
         source = next(s for s in sources if f"\nclass {name}(" in s).split(f"\nclass {name}(")[1].split("\nclass ")[0]
         assert all(f"self.{layer}.weight" in source for layer in layers), name
 
@@ -710,6 +711,17 @@ def test_layers_that_accelerate_offloads_are_refused():
         model(inputs())
 
 
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_what_accelerate_offloads_merges_into_what_it_loads(call):
+    accelerate = pytest.importorskip("accelerate")
+    want = adapted().eval()(inputs())
+    model = accelerate.cpu_offload(adapted().eval(), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"merge: base_layer\.weight is on the meta device and holds nothing"):
+        model.get_base_model().fc1.merge()
+    merged = getattr(model, call)() or model
+    torch.testing.assert_close(merged(inputs()), want, rtol=1e-12, atol=1e-12)
+
+
 def test_a_scale_pattern_that_matches_nothing_is_said():
     with pytest.warns(RuntimeWarning, match="scale_pattern: 'fc7' matches no adapted layer"):
         peft.get_peft_model(net(), HydraConfig(target_modules=["fc1"], scale_pattern={"fc7": [1.0, 2.0]}))
@@ -738,6 +750,7 @@ def test_adapters_of_different_routes_are_not_joined():
     ("options", "text"),
     [
         ({"r_a": -1}, "r_a: "),
+        ({"r_a": 0, "r_b": 0, "rank_pattern": {"fc": [0, 0]}}, "r_a, r_b: expected 1 or more, got 0"),
         ({"dropout": 1.0}, "dropout: "),
         ({"form": "fused"}, "form: "),
         ({"bias": "lora_only"}, "bias: "),
@@ -757,6 +770,11 @@ def test_adapters_of_different_routes_are_not_joined():
 def test_configurations_that_make_no_sense_or_are_lora_s_alone(options, text):
     with pytest.raises((TypeError, ValueError), match=text):
         HydraConfig(**options)
+
+
+def test_single_layers_may_have_all_the_ranks():
+    model = peft.get_peft_model(net(), HydraConfig(r_a=0, r_b=0, target_modules=["fc1"], rank_pattern={"fc1": [2, 0]}))
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "A_up" in name]
 
 
 def test_unknown_entries_of_a_file_are_warned_of(tmp_path):

@@ -88,6 +88,8 @@ class HydraConfig(PeftConfig):
             for key, pair in getattr(self, name).items():
                 if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                     raise ValueError(f"{name}: expected two numbers, for A and for B, got {pair!r} for {key!r}")
+        if not any((self.r_a, self.r_b, *(rank for pair in self.rank_pattern.values() for rank in pair))):
+            raise ValueError("r_a, r_b: expected 1 or more, got 0: nothing would train")
         for key in ("", *self.rank_pattern, *self.scale_pattern):
             Adapter(1, 1, device="meta", **self.options(key))  # an invalid option raises here, not in the model
 

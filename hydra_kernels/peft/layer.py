@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..functional import hydra_linear
 from ..reference import merged_parameters
+from ..refusals import refuse_meta
 from ..sharding import is_sharded
 
 
@@ -149,6 +150,7 @@ class HydraLinearLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _merged_parameters(self, names: list[str], safe: bool) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with the named adapters in them, computed from W0 and b0, which B reads."""
+        refuse_meta("merge", dict(self.named_parameters()))
         if any(is_sharded(p) for p in self.parameters()):
             raise ValueError(
                 "merge: the layer's parameters are spread over processes; save the adapter and merge it in an "

@@ -15,7 +15,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..model import check_targets
+from ..model import INJECT_FIRST, check_targets, near_names
+from ..refusals import experts_say, experts_without_layers, refuse_wrapped
 from .config import HydraConfig
 from .layer import HydraLinearLayer
 
@@ -25,7 +26,8 @@ class HydraModel(BaseTuner):
 
     Raises:
         TypeError, ValueError: naming a target that is no plain ``nn.Linear`` (Conv1D, an embedding, quantised, adapted
-            by another method, with hooks), or one whose weight is read past its forward. The model is then unchanged.
+            by another method, with hooks), one whose weight is read past its forward, or a model that DDP or FSDP has
+            wrapped. The model is then unchanged.
     """
 
     prefix = "hydra_"
@@ -33,6 +35,8 @@ class HydraModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        refuse_wrapped(model, INJECT_FIRST)
+        self._warn_of_what_is_left_out(cast(HydraConfig, peft_config), model)
         _maybe_include_all_linear_layers(peft_config, model)
         targets, within = [], None
         for name, module in model.named_modules():
@@ -53,6 +57,18 @@ class HydraModel(BaseTuner):
                 if child is not None:
                     places[child].append((parent, name))
         self._shared = {child: found for child, found in places.items() if len(found) > 1}
+
+    def _warn_of_what_is_left_out(self, config: HydraConfig, model: nn.Module) -> None:
+        """Warns of targets that match nothing, which PEFT passes over where others match, and of experts."""
+        named, targets = dict(model.named_modules()), config.target_modules
+        everything = isinstance(targets, str) and targets.lower() == "all-linear"
+        wanted = None if everything else lambda name: bool(self._check_target_module_exists(config, name))
+        said = [experts_say(experts)] if (experts := experts_without_layers(named.items(), wanted)) else []
+        if not isinstance(targets, str):
+            missing = [t for t in sorted(targets or ()) if not any(f".{name}".endswith(f".{t}") for name in named)]
+            said += [f"{missing} matches no module; {near_names(filter(None, named), missing)}"] if missing else []
+        if said:
+            warnings.warn(f"target_modules: {'; '.join(said)}", RuntimeWarning, stacklevel=2)
 
     def _check(self, peft_config: PeftConfig, model: nn.Module, name: str) -> None:
         check_targets("target_modules", model, [name], Adapter, cast(HydraConfig, peft_config).options(name))
