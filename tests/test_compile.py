@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -64,11 +63,10 @@ def same(traced: dict[str, Tensor], eager: dict[str, Tensor], tolerance: float =
         )
 
 
-# A number as scale is traced alike by all forms of a backend, and the next test has dynamic sizes without options.
+# tests/test_recompile.py has scales that are numbers, and the next test dynamic sizes without options.
 SHORT = [
-    *((*route, {}, False) for route in ROUTES),
+    *((*route, {}, False) for route in ROUTES if route[1] in ("composed", "auto")),
     *((*route, EVERY_OPTION, True) for route in ROUTES),
-    *((*route, {"scale_a": 0.7}, False) for route in ROUTES if route[1] in ("composed", "auto")),
 ]
 
 
@@ -95,7 +93,7 @@ SCALES = (0.7, 1.0, -1.3)
         pytest.param(
             *(*route, options, scales, dynamic),
             id="-".join(map(str, (*route, options, scales, dynamic))),
-            marks=slow_if((options, scales, dynamic) != ({}, SCALES if route[1] == "composed" else None, True)),
+            marks=slow_if((options, scales, dynamic) != ({}, SCALES, True) or route[1] not in ("composed", "auto")),
         )
         for route in ROUTES
         for options, scales in (({}, None), ({}, SCALES), ({"adapter_bias": True}, SCALES), (EVERY_OPTION, None))
@@ -113,18 +111,6 @@ def test_three_layers_equal_eager(backend, form, options, scales, dynamic):
         for layer, scale in zip(model, scales or (), strict=False):
             layer.scale_a, layer.scale_b = factor * scale, scale
         same(step(compiled, model, rows(M)), step(model, model, rows(M)), tolerance=1e-5)
-
-
-@pytest.mark.parametrize(("backend", "form"), ROUTES)
-def test_a_new_number_of_rows_does_not_recompile(backend, form):
-    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend))
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
-    same(step(compiled, layer, rows(7)), step(layer, layer, rows(7)))
-    graphs = counter.frame_count
-    for M in (5, 12, 31):
-        same(step(compiled, layer, rows(M)), step(layer, layer, rows(M)))
-    assert counter.frame_count == graphs
 
 
 @pytest.mark.parametrize("winners", [("triton",), ("triton", "hybrid")])
