@@ -261,7 +261,7 @@ def test_gradcheck(backend, form, sizes):
     assert torch.autograd.gradcheck(function, [t[name].requires_grad_() for name in names], **limits)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=125, deadline=None, derandomize=True)
 @given(
     lead=st.lists(st.integers(0, 40), max_size=3),
     sizes=st.tuples(st.integers(1, 150), st.integers(1, 150)),

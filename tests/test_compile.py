@@ -259,6 +259,7 @@ def test_up_biases_are_not_added_in_place_where_torch_traces():
 
 
 @INDUCTOR
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_accumulating_copies_nothing_under_inductor(tmp_path, monkeypatch):
     """What inductor makes of a functional addmm is a copy of its first operand, a pass over [M, N]."""

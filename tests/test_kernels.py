@@ -34,6 +34,7 @@ from .oracle import Tensors, differentiate, errors, hydra, violations
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 EVERYTHING = replace(PLAIN, lead=(37,), K=41, N=43, adapter_bias=True, scales="learnable", dropout=True)
 ALIGNED = replace(EVERYTHING, lead=(48,), K=96, N=80, r_a=8, r_b=8)
+FOUR = (EVERYTHING, ALIGNED, replace(EVERYTHING, r_b=0), replace(EVERYTHING, r_a=0, bias=False))
 MAP_NORESERVE = 0x4000  # Linux's; Python's mmap has no name for it
 ALL = frozenset(("x", *reduce.GRADIENTS))
 
@@ -222,7 +223,7 @@ def guarded(t: Tensor, at_end: bool) -> Tensor:
     return copy.copy_(t)
 
 
-def run_guarded(at_end: bool) -> None:
+def run_guarded(at_end: bool, cases: tuple[Case, ...]) -> None:
     """Steps in which every argument of every kernel lies beside a protected page: a stray access ends the process."""
 
     def run(launch: Launch) -> None:
@@ -242,7 +243,7 @@ def run_guarded(at_end: bool) -> None:
                     raise AssertionError(f"{launch.kernel.__name__} left part of {name} unwritten")
                 old.copy_(new)
 
-    for case in (EVERYTHING, ALIGNED, replace(EVERYTHING, r_b=0), replace(EVERYTHING, r_a=0, bias=False)):
+    for case in cases:
         t, G = operands(case, F16)
         expected, got = step(t, G), step(t, G, run)
         for name, value in expected.items():
@@ -257,7 +258,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_kernel_strays_over_the_edge_of_an_argument():
-    code = "from tests.test_kernels import run_guarded; run_guarded(at_end=True); run_guarded(at_end=False)"
+    code = "from tests.test_kernels import *; run_guarded(True, FOUR); run_guarded(False, FOUR[:1])"
     run = python(code, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stderr
 

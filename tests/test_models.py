@@ -165,7 +165,7 @@ def test_a_second_step_starts_from_gradients_of_zero():
 
 
 @pytest.mark.parametrize("option", MODELS)
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_step_recomputes_its_activations_where_asked(option, checkpointing, tmp_path, monkeypatch):
     measure, seen = table4.measure, {}
 

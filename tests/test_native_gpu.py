@@ -115,8 +115,25 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d)[6:] for d in dict.fromkeys(pair)))
-@pytest.mark.parametrize("case", [case for case in CASES if case.r_a + case.r_b <= 64], ids=str)
+def words(pair: tuple[torch.dtype, torch.dtype]) -> str:
+    return "-".join(str(d)[6:] for d in dict.fromkeys(pair))
+
+
+# Every case in bfloat16, and in one more dtype in turn.
+OTHERS = [pair for pair in DTYPES if pair != (torch.bfloat16, torch.bfloat16)]
+SERVED = [case for case in CASES if case.r_a + case.r_b <= 64]
+DRAWN = [
+    pytest.param(
+        *(case, dtypes),
+        id=f"{case}-{words(dtypes)}",
+        marks=[] if dtypes not in OTHERS or dtypes == OTHERS[i % len(OTHERS)] else [pytest.mark.slow],
+    )
+    for i, case in enumerate(SERVED)
+    for dtypes in DTYPES
+]
+
+
+@pytest.mark.parametrize(("case", "dtypes"), DRAWN)
 def test_output_and_every_gradient(case, dtypes):
     true, naive, got = three_ways(case, dtypes)
     assert not violations(got, naive, true, dtypes[0])

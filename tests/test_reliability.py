@@ -83,7 +83,8 @@ def grown_memory(steps: int) -> None:
     print(json.dumps({"clean": clean, "planted": [said.partition(" ")[0] for said in planted]}))
 
 
-@pytest.mark.parametrize("steps", [480, pytest.param(960, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [480])
 def test_memory_is_flat_and_a_leak_would_show(steps):
     """In a process of its own: other tests leave caches that come and go."""
     found = answer(python(f"from tests.test_reliability import grown_memory; grown_memory({steps})"))
@@ -137,6 +138,7 @@ def kill_saves(folder: str, kills: int) -> None:
     print(json.dumps({"seen": seen, "unfinished": unfinished}))
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_one_of_the_two_versions(tmp_path):
     code = "import sys; from tests.test_reliability import kill_saves; kill_saves(sys.argv[1], int(sys.argv[2]))"
     found = answer(python(code, tmp_path, 200))

@@ -433,6 +433,7 @@ def test_the_command_stores_what_it_measured(dry_run):
     assert sorted(dry_run.parent.iterdir()) == [dry_run]
 
 
+@pytest.mark.slow
 def test_in_mode_compile_whole_models_are_compiled_before_anything_is_measured(tmp_path, monkeypatch):
     measure, seen = table4.measure, []
 
