@@ -87,6 +87,12 @@ def test_fullgraph_equals_eager(dynamic, backend, form, options):
 SCALES = (0.7, 1.0, -1.3)
 
 
+def three_layers(backend: str, form: str, options: dict[str, object]) -> nn.Sequential:
+    sizes = ((13, 11), (11, 7), (7, 13))
+    layers = (hk.HydraLinear(K, N, r_a=2, r_b=3, form=form, backend=backend, **options) for K, N in sizes)
+    return nn.Sequential(*map(trained, layers))
+
+
 @pytest.mark.parametrize(
     ("backend", "form", "options", "scales", "dynamic"),
     [
@@ -102,10 +108,7 @@ SCALES = (0.7, 1.0, -1.3)
 )
 def test_three_layers_equal_eager(backend, form, options, scales, dynamic):
     """A number that torch takes for an input of one layer's autograd function must not be read by the next one's."""
-    sizes = ((13, 11), (11, 7), (7, 13))
-    model = nn.Sequential(
-        *(trained(hk.HydraLinear(K, N, r_a=2, r_b=3, form=form, backend=backend, **options)) for K, N in sizes)
-    )
+    model = three_layers(backend, form, options)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for M, factor in ((7, 1.0), (5, 1.5)):  # from the second value on a number is dynamic
         for layer, scale in zip(model, scales or (), strict=False):
@@ -144,16 +147,24 @@ INDUCTOR = pytest.mark.xdist_group("inductor")
 @INDUCTOR
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("backend", "form"),
-    # Of each backend one form: the others differ in what aot_eager traces (above), not in what inductor makes of it.
-    [pytest.param(*route, marks=slow_if(route != ("aten", "composed"))) for route in ROUTES],
+    ("backend", "form", "options", "dynamic"),
+    [
+        pytest.param(
+            *(*route, options, dynamic),
+            id="-".join(map(str, (*route, options, dynamic))),
+            marks=slow_if((*route, options) != ("aten", "composed", {})),
+        )
+        for route in ROUTES
+        for options, dynamic in (({}, None), ({"scale_a": 0.7, "scale_b": -1.3}, True), (EVERY_OPTION, True))
+    ],
 )
-def test_inductor_equals_eager(backend, form, tmp_path, monkeypatch):
+def test_inductor_equals_eager(backend, form, options, dynamic, tmp_path, monkeypatch):
     # Inductor's cache does not know which operators were registered.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend))
-    compiled = torch.compile(layer, fullgraph=True)
-    same(step(compiled, layer, rows(40)), step(layer, layer, rows(40)))
+    model = three_layers(backend, form, options)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    for M in (40, 30) if dynamic else (40,):
+        same(step(compiled, model, rows(M)), step(model, model, rows(M)), tolerance=1e-5)
 
 
 @pytest.mark.parametrize(("backend", "form"), [route for route in ROUTES if route[0] != "native"])
