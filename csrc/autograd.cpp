@@ -1,6 +1,7 @@
 #include "autograd.h"
 
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace hydra {
@@ -132,8 +133,10 @@ Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Form form)
   return cpu::forward(x, op, needs, form);
 }
 
-Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, Form form) {
+Gradients backward(const at::Tensor& gradient, const Operands& op, const Saved& saved, Needs needs, Form form) {
   const BelowAutograd guard;
+  // A ZeroTensor has no elements in memory.
+  const at::Tensor G = gradient._is_zerotensor() ? at::zeros(gradient.sizes(), gradient.options()) : gradient;
 #ifdef HYDRA_WITH_CUDA
   if (!G.is_cpu()) return gpu::backward(G, op, saved, needs);
 #endif

@@ -9,11 +9,12 @@
 namespace hydra {
 namespace {
 
-// Whether t is an ordinary tensor in memory: no fake tensor, no wrapper, no lazy negation.
+// Whether t is an ordinary tensor in memory: no fake tensor, no wrapper, no lazy negation, not nested, not without storage.
 bool plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet special(
       {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-       c10::DispatchKey::Functionalize, c10::DispatchKey::Negative});
+       c10::DispatchKey::Functionalize, c10::DispatchKey::Negative, c10::DispatchKey::NestedTensor,
+       c10::DispatchKey::ZeroTensor});
   return !t.unsafeGetTensorImpl()->key_set().has_any(special) && t.layout() == at::kStrided && !t.is_meta();
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,50 @@ from .functional import hydra_linear
 from .reference import merged_parameters
 
 Device = torch.device | str | int | None
+
+
+class Merging(nn.Module):
+    """A layer that can be merged: what it holds meanwhile moves with it, and a change of its Parameters is noticed.
+
+    What it holds are no buffers. A merged model would have more of them than the same model unmerged, and what goes
+    through the buffers of two models side by side (``AveragedModel``) would fail.
+    """
+
+    HELD: tuple[str, str]
+    # The Parameters that the merged weight is made of, and how often each had been written in place.
+    merged_from: tuple[tuple[Tensor, int], ...] = ()
+
+    def _note(self, *modules: nn.Module) -> None:
+        """Remembers the state of their Parameters; those made in inference mode keep no count."""
+        self.merged_from = _counted(p for module in modules for p in module.parameters())
+
+    def _check_unchanged(self) -> None:
+        """Raises ValueError where a noted Parameter was written since: the merged weight does not have the change."""
+        if not torch.compiler.is_compiling() and self._is_outdated():
+            changed = {id(p) for p, version in self.merged_from if p._version != version}
+            name = next((name for name, p in self.named_parameters() if id(p) in changed), "a parameter")
+            raise ValueError(
+                f"{name}: it was changed while the layer is merged, and the merged weight does not have the change; "
+                "unmerge first, also before an average of weights or an optimizer changes parameters"
+            )
+
+    def _is_outdated(self) -> bool:
+        return any(p._version != version for p, version in self.merged_from)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for name in self.HELD:
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else fn(held))
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.merged_from = _counted(p for p, _ in self.merged_from)  # a copy counts anew
+
+
+def _counted(parameters: Iterable[Tensor]) -> tuple[tuple[Tensor, int], ...]:
+    return tuple((p, p._version) for p in parameters if not p.is_inference())
 
 
 class Adapter(nn.Module):
@@ -151,6 +196,13 @@ class Adapter(nn.Module):
             training=self.training,
             form=self.form,
             backend=self.backend,
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks every module first."""
+        raise TypeError(
+            "torch.jit.script: it cannot compile adapted layers; use torch.compile, torch.export or torch.jit.trace, "
+            "or script what merge_and_unload returns"
         )
 
     def extra_repr(self) -> str:

@@ -76,6 +76,8 @@ class HydraFunction(torch.autograd.Function):
                 f"hydra_linear: backend {ctx.choice.backend!r} takes no batched gradients (is_grads_batched, "
                 "vectorize=True); use backend='aten'"
             )
+        if eager and G._is_zerotensor():
+            G = torch.zeros(G.shape, dtype=G.dtype, device=G.device)  # a kernel would look for its elements
         tensors, choice, n = ctx.saved_tensors, ctx.choice, ctx.operands
         op = without_options(*tensors[:n]) if ctx.numbers is None else joined(tensors[:n], ctx.numbers)
         saved = tensors[n:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .adapter import Adapter
 from .layers import HydraLinear
 from .model import METHODS, adapted_layers, names_containing, plain_name, required_layers
 from .refusals import refuse_meta
@@ -86,6 +88,10 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: saying what differs or what is wrong with the file. Model is then unchanged.
     """
     description, tensors = _read(Path(path))
+    if not any(isinstance(module, Adapter) for module in model.modules()):
+        raise ValueError(
+            f"model: it has no adapted layer; the layers of {path} are made by {_calls(description['layers'], model)}"
+        )
     differences = _differences(description["layers"], _description(model))
     if differences:
         raise ValueError(f"load_adapters: {path} is of another model: {'; '.join(differences[:5])}")
@@ -135,6 +141,44 @@ def _method(layer: HydraLinear) -> str:
 def _scale(layer: HydraLinear, name: str) -> float | str:
     scale = getattr(layer, name)
     return "learnable" if isinstance(scale, Tensor) else float(scale)
+
+
+def _calls(layers: dict[str, dict[str, Any]], model: nn.Module) -> str:
+    """The calls that make layers in a plain model as a file describes them."""
+    linear = [plain_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names_of: dict[tuple[str, str], list[str]] = {}
+    for name, layer in layers.items():
+        method = next((method for method, kind in METHODS.items() if kind.__name__ == layer.get("method")), None)
+        if method is None or not {"r_a", "r_b", "scale_a", "scale_b", "adapter_bias"} <= layer.keys():
+            return f"a newer version: {name!r} is {layer}"
+        names_of.setdefault((method, _options(method, layer)), []).append(name)
+    calls = []
+    for (method, options), names in names_of.items():
+        if names == [""]:
+            calls.append(f"hk.{METHODS[method].__name__}.from_linear(model, {options})")
+        else:
+            calls.append(f"hk.inject(model, {_targets(names, linear)!r}, method={method!r}, {options})")
+    return "; ".join(calls)
+
+
+def _options(method: str, layer: dict[str, Any]) -> str:
+    """The arguments of `inject` for a layer of the file, those at their defaults left out."""
+    sides = {"hydra": {"a": "_a", "b": "_b"}, "lora": {"a": ""}, "seqlora": {"b": ""}}[method]
+    options = {f"r{suffix}": layer[f"r_{side}"] for side, suffix in sides.items()}
+    scales = {suffix: layer[f"scale_{side}"] for side, suffix in sides.items()}
+    options |= {f"scale{suffix}": scale for suffix, scale in scales.items() if scale not in (1.0, "learnable")}
+    options |= {"learnable_scale": True} if "learnable" in scales.values() else {}
+    options |= {key: layer[key] for key in ("adapter_bias", "dropout") if layer.get(key)}
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _targets(names: list[str], linear: list[str]) -> list[str] | str:
+    """What `inject` takes for these layers and no other: ends of one or two parts, else a regular expression."""
+    for parts in (1, 2):
+        ends = sorted({".".join(name.split(".")[-parts:]) for name in names})
+        if {name for name in linear if f".{name}".endswith(tuple(f".{end}" for end in ends))} == set(names):
+            return ends
+    return "|".join(map(re.escape, names))
 
 
 def _differences(saved: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]) -> list[str]:

@@ -35,8 +35,7 @@ def check_call(x: Tensor, op: Operands, cast_to: torch.dtype | None) -> tuple[in
 def _check_frozen(x: Any, weight: Any, bias: Any, cast_to: torch.dtype | None) -> tuple[int, int, int]:
     """Checks x, weight and bias; returns M, K, N."""
     for name, t in (("x", x), ("weight", weight)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        _check_plain(name, t)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
     if weight.requires_grad:
@@ -78,8 +77,7 @@ def _check_branch(
             if t is not None:
                 raise ValueError(f"{name}: given, but {missing} is None; a branch needs both projections")
         return 0
-    if not isinstance(down, Tensor):
-        raise TypeError(f"{names[0]}: expected a Tensor, got {type(down).__name__}")
+    _check_plain(names[0], down)
     r = down.shape[0] if down.dim() else 0
     if r == 0:
         raise ValueError(f"{names[0]}: expected shape [r >= 1, {fan_in}] or None, got {list(down.shape)}")
@@ -93,11 +91,25 @@ def _check_branch(
     return r
 
 
-def _check_tensor(
-    name: str, t: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
+def _check_plain(name: str, t: Any) -> None:
+    """Raises TypeError unless t is a tensor that has its elements in memory, at strides."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    if t.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; call with t.values() of a jagged t, and make "
+            "torch.nested.nested_tensor_from_jagged(h, t.offsets()) of the result"
+        )
+    if t.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {t.layout}; pass t.to_dense()")
+    if not torch.compiler.is_compiling() and t._is_zerotensor():
+        raise TypeError(f"{name}: expected a tensor with elements in memory, got a ZeroTensor; pass t.clone()")
+
+
+def _check_tensor(
+    name: str, t: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    _check_plain(name, t)
     if t.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
     if t.dtype not in dtypes:
@@ -137,5 +149,11 @@ def check_finite(name: str, value: float, kind: str = "a number") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {kind}, got {type(value).__name__}")
     # Under dynamic tracing a float is symbolic, and asking whether it is finite would break the graph.
-    if not torch.compiler.is_compiling() and not math.isfinite(value):
+    if torch.compiler.is_compiling():
+        return
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that float64 can hold, got an integer beyond it") from None
+    if not finite:
         raise ValueError(f"{name}: expected a finite number, got {value}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .adapter import Adapter, Device, check_count
+from .adapter import Adapter, Device, Merging, check_count
 from .checks import check_finite
 from .functional import hydra_linear
 from .reference import low_rank
@@ -28,7 +28,7 @@ class Branches(NamedTuple):
     sequential: Tensor
 
 
-class HydraLinear(Adapter):
+class HydraLinear(Merging, Adapter):
     """A frozen linear layer with two low-rank branches (Eq. 9-10 of arXiv 2309.06922), in place of an ``nn.Linear``.
 
     ``h = y0 + scale_a A_up drop(A_down x) + scale_b B_up drop(B_down y0)`` with ``y0 = weight x + bias``; x [*, K] and
@@ -57,8 +57,9 @@ class HydraLinear(Adapter):
 
     weight: Tensor
     bias: Tensor | None
-    merged_weight: Tensor | None
-    merged_bias: Tensor | None
+    merged_weight: Tensor | None = None
+    merged_bias: Tensor | None = None
+    HELD = ("merged_weight", "merged_bias")
     # How tensor parallelism computes h (`hydra_kernels.parallel`), in place of the layer alone.
     parallel: Callable[[HydraLinear, Tensor], Tensor] | None = None
 
@@ -106,8 +107,6 @@ class HydraLinear(Adapter):
 
         self.weight = frozen(out_features, in_features)
         self.register_parameter("bias", frozen(out_features) if bias else None)
-        self.register_buffer("merged_weight", None, persistent=False)
-        self.register_buffer("merged_bias", None, persistent=False)
         self.reset_parameters()
 
     @classmethod
@@ -123,7 +122,8 @@ class HydraLinear(Adapter):
         """
         check_wrappable(linear)
         has_bias, dtype = linear.bias is not None, linear.weight.dtype
-        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta", dtype=dtype, **options)
+        K, N = int(linear.in_features), int(linear.out_features)  # a size may be a 0-dimensional tensor
+        layer = cls(K, N, has_bias, device="meta", dtype=dtype, **options)
         layer.weight, layer.bias = linear.weight, linear.bias
         for name, parameter in layer.adapters().items():
             setattr(layer, name, nn.Parameter(torch.empty_like(parameter, device=linear.weight.device)))
@@ -152,10 +152,9 @@ class HydraLinear(Adapter):
             return self.parallel(self, x)
         if not self.adapters_enabled:
             return hydra_linear(x, self.weight, self.bias, None, None, None, None)
-        # Not self.merged_weight: the way through Module.__getattr__ costs host time in every forward.
-        merged_weight = self._buffers["merged_weight"]
-        if merged_weight is not None:
-            return hydra_linear(x, merged_weight, self.merged_bias, None, None, None, None)
+        if self.merged_weight is not None:
+            self._check_unchanged()
+            return hydra_linear(x, self.merged_weight, self.merged_bias, None, None, None, None)
         return self.adapted(x, self.weight, self.bias)
 
     def branches(self, x: Tensor) -> Branches:
@@ -189,8 +188,9 @@ class HydraLinear(Adapter):
     def merge(self) -> None:
         """Makes the forward one plain product with W0 + s_a A_up A_down + s_b B_up B_down W0 (Eq. 11-12).
 
-        The merged weight and bias stand in buffers outside the state_dict; the Parameters do not change, gradients flow
-        to x alone. `unmerge`, `train` and `load_state_dict` end the mode. A second merge does nothing.
+        The merged weight and bias stand outside the state_dict; the Parameters do not change, gradients flow to x
+        alone. `unmerge`, `train` and `load_state_dict` end the mode. A forward after a Parameter was changed in place
+        raises ValueError; a second merge does nothing, but where one was changed it merges anew.
 
         Raises:
             ValueError: in training mode, under FSDP2, and where a parameter is on the meta device.
@@ -200,12 +200,14 @@ class HydraLinear(Adapter):
             raise ValueError(
                 "merge: the layer is in training mode, where merged adapters would get no gradient; call eval()"
             )
-        if not self.merged:
+        if not self.merged or self._is_outdated():
             self.merged_weight, self.merged_bias = self.merged_with(self.weight, self.bias)
+            self._note(self)
 
     def unmerge(self) -> None:
         """Drops the merged weight and bias: the layer is bit for bit what it was."""
         self.merged_weight = self.merged_bias = None
+        self.merged_from = ()
 
     def to_linear(self) -> nn.Linear:
         """A plain, frozen ``nn.Linear`` with the merged weight and bias as new tensors.
@@ -239,6 +241,11 @@ class HydraLinear(Adapter):
                 f"{caller}: the layer's parameters are spread over processes; call save_adapters(model, path) on every "
                 f"rank, then load_adapters into an unsharded model and {caller} there"
             )
+
+    def _replicate_for_data_parallel(self) -> HydraLinear:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.unmerge()  # what is merged stays on the first device; a replica's Parameters are on its own
+        return replica
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from .adapter import Adapter
+from .backend.interface import LOW_PRECISION
 from .layers import HydraLinear, LoRALinear, SeqLoRALinear, check_wrappable
 from .refusals import experts_say, experts_without_layers, reads_past_forward, refuse_meta, refuse_wrapped
 from .sharding import is_sharded
@@ -37,7 +38,8 @@ def inject(
             which of them it names.
         method: "hydra", "lora" or "seqlora".
         exclude: names not to take although they match, in the same two ways.
-        options: of the layer: ``r_a`` and ``r_b`` for hydra, ``r`` for the others, ``dropout``, ...
+        options: of the layer: ``r_a`` and ``r_b`` for hydra, ``r`` for the others, ``dropout``, ... Over a bfloat16 or
+            float16 base the adapters have its dtype, and a warning says so, unless ``adapter_dtype`` is given.
 
     Returns:
         The dotted names of what was replaced, in the model's order; a shared layer under each of its names.
@@ -70,6 +72,7 @@ def inject(
     if experts:
         warnings.warn(f"inject: {experts_say(experts)}", stacklevel=2)
     _warn_of_trained_embeddings(model, {name: modules[name].weight for name in names})
+    _warn_of_low_precision([modules[name].weight for name in names], options)
     adapted: dict[int, HydraLinear] = {}
     for name in names:
         linear = modules[name]
@@ -304,3 +307,14 @@ def _warn_of_trained_embeddings(model: nn.Module, weights: dict[str, nn.Paramete
                     f"inject: the weight of {name!r} is also the embedding {embedding_name!r}, which is frozen with it",
                     stacklevel=3,
                 )
+
+
+def _warn_of_low_precision(weights: Iterable[nn.Parameter], options: Mapping[str, Any]) -> None:
+    """Warns where adapters get the low precision of their base unasked: an optimizer's small steps are rounded away."""
+    low = sorted({str(weight.dtype) for weight in weights if weight.dtype in LOW_PRECISION})
+    if low and options.get("adapter_dtype") is None:
+        warnings.warn(
+            f"inject: the adapters are {' and '.join(low)}, as the base is, in which an optimizer's small steps are "
+            f"rounded away; pass adapter_dtype=torch.float32, or adapter_dtype={low[0]} to keep them so",
+            stacklevel=3,
+        )

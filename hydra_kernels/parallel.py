@@ -191,6 +191,7 @@ def _plain(layer: HydraLinear, x: Tensor, placements: dict[str, Shard], with_bia
     """This rank's part of h, or summand, where the layer is one product: merged, or without adapters."""
     weight, bias = layer.weight, layer.bias
     if layer.adapters_enabled and layer.merged_weight is not None:
+        layer._check_unchanged()
         weight, bias = layer.merged_weight, layer.merged_bias
 
     def local(name: str, t: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """A wrong call is refused before anything is computed: by the argument, what it was, and what was expected."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -38,6 +39,13 @@ class Nothing(TorchDispatchMode):
 
 
 meta = torch.empty(0, device="meta")
+# No operand may be a tensor without elements in memory at strides; a Triton or C++ kernel would look for them.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch calls them a prototype
+    NESTED, JAGGED = (
+        torch.nested.nested_tensor([torch.zeros(3, K), torch.zeros(2, K)], layout=layout)
+        for layout in (torch.strided, torch.jagged)
+    )
 CALLS = [
     # changes, error, what the message must contain
     ({"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
@@ -49,6 +57,16 @@ CALLS = [
         "x: expected torch.float32, as weight has, got torch.int64",
     ),
     ({"x": torch.ones(M, K, dtype=torch.complex64)}, TypeError, "got torch.complex64"),
+    ({"x": NESTED}, TypeError, "x: expected a dense tensor, got a nested one; call with t.values() of a jagged t"),
+    ({"x": JAGGED}, TypeError, "x: expected a dense tensor, got a nested one; call with t.values() of a jagged t"),
+    ({"x": torch.ones(M, K).to_sparse()}, TypeError, "x: expected a dense tensor, got one of layout torch.sparse_coo"),
+    ({"x": torch._efficientzerotensor((M, K))}, TypeError, "x: expected a tensor with elements in memory, got a Zero"),
+    ({"weight": torch.ones(N, K).to_mkldnn()}, TypeError, "weight: expected a dense tensor, got one of layout"),
+    ({"weight": torch._efficientzerotensor((N, K))}, TypeError, "weight: expected a tensor with elements in memory"),
+    ({"bias": torch._efficientzerotensor((N,))}, TypeError, "bias: expected a tensor with elements in memory"),
+    ({"A_down": torch.ones(R_A, K).to_sparse()}, TypeError, "A_down: expected a dense tensor"),
+    ({"B_up": torch._efficientzerotensor((N, R_B))}, TypeError, "B_up: expected a tensor with elements in memory"),
+    ({"scale_a": torch._efficientzerotensor(())}, TypeError, "scale_a: expected a tensor with elements in memory"),
     (
         {"x": torch.randn(M, K, dtype=torch.float64)},
         TypeError,
@@ -97,6 +115,7 @@ CALLS = [
     ({"B_down_bias": torch.randn(R_A)}, ValueError, "B_down_bias: expected shape [3], got [2]"),
     ({"B_up_bias": torch.randn(N).half()}, TypeError, "B_up_bias: expected torch.float32, got torch.float16"),
     ({"scale_a": NAN}, ValueError, "scale_a: expected a finite number, got nan"),
+    ({"scale_a": 10**400}, ValueError, "scale_a: expected a number that float64 can hold, got an integer beyond it"),
     ({"scale_b": -INF}, ValueError, "scale_b: expected a finite number, got -inf"),
     ({"scale_a": "2"}, TypeError, "scale_a: expected a number or a 0-dimensional tensor, got str"),
     ({"scale_b": True}, TypeError, "scale_b: expected a number or a 0-dimensional tensor, got bool"),
@@ -128,6 +147,15 @@ def test_the_arguments_of_these_tests_are_right_but_for_the_change():
     assert hk.hydra_linear(**arguments()).shape == (M, N)
 
 
+@pytest.mark.parametrize("backend", ["aten", "hybrid", "reference"])
+def test_a_gradient_without_elements_in_memory_is_zeros(backend):
+    leaves = {name: v.requires_grad_(name != "weight") for name, v in arguments().items()}
+    h = hk.hydra_linear(**leaves, backend=backend)
+    wanted = [v for v in leaves.values() if v.requires_grad]
+    for v, grad in zip(wanted, torch.autograd.grad(h, wanted, torch._efficientzerotensor((M, N))), strict=True):
+        assert torch.equal(grad + 0, torch.zeros_like(v))
+
+
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
 def test_a_low_precision_base_takes_its_own_dtype_and_fp32_adapters_only(low):
     base = {name: v.to(low) for name, v in arguments().items()}
@@ -148,6 +176,8 @@ CONSTRUCTIONS = [
     ({"dropout": 1}, ValueError, "dropout: expected a number in [0, 1), got 1"),
     ({"scale_a": NAN}, ValueError, "scale_a: expected a finite number, got nan"),
     ({"scale_b": None}, TypeError, "scale_b: expected a number, got NoneType"),
+    ({"scale_b": -(10**400)}, ValueError, "scale_b: expected a number that float64 can hold, got an integer beyond"),
+    ({"init_std": 10**400}, ValueError, "init_std: expected a number that float64 can hold, got an integer beyond it"),
     ({"scale_b": torch.ones(())}, TypeError, "scale_b: expected a number, got Tensor"),
     ({"dtype": torch.int8}, TypeError, "dtype: expected one of torch.float64"),
     ({"adapter_dtype": torch.float64}, ValueError, "adapter_dtype: expected None, or torch.float32 over"),
@@ -207,6 +237,13 @@ def test_ranks_of_a_single_branch_have_one_name(kind):
         kind(3, 4, r=-2)
     with pytest.raises(ValueError, match=r"^scale: expected a finite number, got nan"):
         kind(3, 4, scale=NAN)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torch_jit_script_is_refused_by_name_and_what_it_can_compile_is_said():
+    for model in (hk.HydraLinear(3, 4), nn.Sequential(nn.Linear(3, 3), hk.LoRALinear(3, 4))):
+        with pytest.raises(TypeError, match=r"torch.jit.script: it cannot compile adapted layers; use torch.compile"):
+            torch.jit.script(model)
 
 
 def test_the_package_contains_no_assert():

@@ -61,6 +61,58 @@ def test_what_is_saved_comes_back(tmp_path, method, options, merged):
         assert not torch.equal(loaded, old)
 
 
+@pytest.mark.parametrize(
+    ("method", "targets", "options", "call"),
+    [
+        ("hydra", ("fc1", "fc2"), {"r_a": 2, "r_b": 3}, "(model, ['fc1', 'fc2'], method='hydra', r_a=2, r_b=3)"),
+        (
+            "hydra",
+            ("fc2",),
+            {**OPTIONS, "r_a": 0},
+            "(model, ['fc2'], method='hydra', r_a=0, r_b=3, learnable_scale=True, adapter_bias=True)",
+        ),
+        (
+            "hydra",
+            ("fc2",),
+            {"scale_a": 0.5, "scale_b": 2.0},
+            "(model, ['fc2'], method='hydra', r_a=4, r_b=4, scale_a=0.5, scale_b=2.0)",
+        ),
+        (
+            "lora",
+            ("fc2", "query"),
+            {"r": 2, "scale": 0.5, "dropout": 0.1},
+            "(model, ['fc2', 'query'], method='lora', r=2, scale=0.5, dropout=0.1)",
+        ),
+        ("seqlora", ("blocks.1.mlp.fc2",), {"r": 3}, r"(model, 'blocks\\.1\\.mlp\\.fc2', method='seqlora', r=3)"),
+    ],
+)
+def test_a_plain_model_is_told_the_call_that_makes_the_layers_of_the_file(tmp_path, method, targets, options, call):
+    source, path = adapted(1, method, targets, **options), tmp_path / "a.safetensors"
+    hk.save_adapters(source, path)
+    torch.manual_seed(0)
+    plain = Model().eval()
+    with pytest.raises(ValueError, match=r"model: it has no adapted layer; the layers of .* are made by ") as error:
+        hk.load_adapters(plain, path)
+    said = str(error.value).partition("are made by ")[2]
+    assert said == f"hk.inject{call}"
+    eval(said, {"hk": hk, "model": plain})
+    hk.load_adapters(plain, path)
+    assert all(torch.equal(a, b) for a, b in zip(plain(TOKENS), source(TOKENS), strict=True))
+
+
+def test_a_plain_model_is_told_each_call_where_there_are_several_and_a_layer_how_it_is_made(tmp_path):
+    source, path = adapted(1, targets=("fc1",), r_a=2, r_b=3), tmp_path / "a.safetensors"
+    hk.inject(source, ["fc2", "query"], "lora", r=5)
+    hk.save_adapters(source, path)
+    calls = r"hk.inject\(model, \['fc2', 'query'\], method='lora', r=5\); "
+    calls += r"hk.inject\(model, \['fc1'\], method='hydra', r_a=2, r_b=3\)"
+    with pytest.raises(ValueError, match=calls):
+        hk.load_adapters(Model(), path)
+    hk.save_adapters(hk.SeqLoRALinear(3, 4, r=2), path)
+    with pytest.raises(ValueError, match=r"made by hk.SeqLoRALinear.from_linear\(model, r=2\)"):
+        hk.load_adapters(torch.nn.Linear(3, 4), path)
+
+
 def test_the_file_holds_the_adapters_and_says_what_they_are(tmp_path):
     model = adapted(0, "lora", r=2, scale=0.5, dropout=0.25)
     hk.save_adapters(model, tmp_path / "a", include=["classifier"])

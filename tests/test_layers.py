@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -242,6 +243,14 @@ def test_fake_and_meta_weights_are_plain():
     assert hk.HydraLinear.from_linear(nn.Linear(3, 4, device="meta")).A_up.is_meta
 
 
+def test_a_linear_whose_sizes_are_tensors_is_adapted():
+    linear = nn.Linear(torch.tensor(3), torch.tensor(4))
+    layer = hk.HydraLinear.from_linear(linear, r_a=2, r_b=1)
+    assert [(type(n), n) for n in (layer.in_features, layer.out_features)] == [(int, 3), (int, 4)]
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(trained(layer)(x).double(), oracle_output(layer, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["plain", "options"])
@@ -263,9 +272,9 @@ def test_merge_is_a_mode(kind, bias, options):
     assert layer.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
 
-    buffer = layer.merged_weight
+    held = layer.merged_weight
     layer.merge()
-    assert layer.merged_weight is buffer
+    assert layer.merged_weight is held
     layer.unmerge()
     assert not layer.merged
     assert torch.equal(layer(x), adapted)
@@ -294,6 +303,77 @@ def test_what_ends_a_merge(end):
     end(layer)
     assert not layer.merged
     assert list(layer.buffers()) == []
+
+
+def change_by_average(layer):
+    other = trained(copy.deepcopy(layer), seed=7)
+    average = torch.optim.swa_utils.AveragedModel(nn.Sequential(layer))
+    average.update_parameters(nn.Sequential(layer))  # copies
+    average.update_parameters(nn.Sequential(other))  # averages
+    return average.module[0]
+
+
+def change_by_a_step(layer):
+    optimizer = torch.optim.SGD(layer.adapters().values(), lr=0.1)
+    for p in layer.adapters().values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return layer
+
+
+def change_a_copy(layer):
+    return change_by_a_step(pickle.loads(pickle.dumps(copy.deepcopy(layer))))
+
+
+@pytest.mark.parametrize("change", [change_by_average, change_by_a_step, change_a_copy])
+def test_a_merged_layer_whose_parameters_changed_refuses_to_answer_with_the_old_ones(change):
+    layer, x = trained(hk.HydraLinear(3, 4, dtype=F64)).eval(), torch.randn(5, 3, dtype=F64)
+    layer.merge()
+    assert list(layer.buffers()) == []  # with buffers of its own the average fails in torch's pairs of buffers
+    changed = change(layer)
+    with pytest.raises(ValueError, match=r"A_down: it was changed while the layer is merged, .*; unmerge first"):
+        changed(x)
+    changed.merge()
+    torch.testing.assert_close(changed(x), oracle_output(changed, x), rtol=1e-12, atol=1e-12)
+    changed.unmerge()
+    torch.testing.assert_close(changed(x), oracle_output(changed, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        copy.deepcopy,
+        lambda layer: pickle.loads(pickle.dumps(layer)),
+        lambda layer: layer.double(),
+        lambda layer: layer.to("cpu").requires_grad_(False),
+        lambda layer: layer.half().double(),
+    ],
+    ids=["deepcopy", "pickle", "double", "frozen", "half and back"],
+)
+def test_a_merged_layer_that_is_copied_or_moved_stays_merged(harmless):
+    layer, x = trained(hk.HydraLinear(3, 4)).eval(), torch.randn(5, 3, dtype=F64)
+    layer.merge()
+    before = oracle_output(layer, x)
+    moved = harmless(layer).double()
+    assert moved.merged
+    assert moved.merged_weight.dtype == moved.merged_bias.dtype == F64
+    torch.testing.assert_close(moved(x), before, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(moved.to("meta").merged_weight, torch.empty(4, 3, dtype=F64, device="meta"))
+
+
+def test_replicas_of_data_parallel_have_the_weights_of_their_own_device(monkeypatch):
+    """A merged weight stays on the first GPU, where a replica's x is not."""
+    monkeypatch.setattr(
+        sys.modules["torch.nn.parallel.replicate"],
+        "_broadcast_coalesced_reshape",  # the only part that needs GPUs
+        lambda tensors, devices, detach=False: [[t.detach().clone() for t in tensors] for _ in devices],
+    )
+    layer, x = trained(hk.HydraLinear(3, 4, dtype=F64)).eval(), torch.randn(5, 3, dtype=F64)
+    layer.merge()
+    for replica in torch.nn.parallel.replicate(layer, [0, 1]):
+        assert replica.merged_weight is None
+        torch.testing.assert_close(replica(x), layer(x), rtol=1e-12, atol=1e-12)
+    assert layer.merged
 
 
 def test_a_merge_made_in_inference_mode_serves_a_backward():

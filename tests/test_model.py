@@ -164,6 +164,30 @@ def test_a_wrong_option_changes_nothing(method, options, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_adapters_are_said_once_with_the_way_out(dtype):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).to(dtype)
+    with pytest.warns(UserWarning, match="^inject: ") as said:
+        hk.inject(model, ["0", "1"], r_a=1, r_b=1)
+    (warning,) = said
+    assert f"the adapters are {dtype}, as the base is" in str(warning.message)
+    assert f"pass adapter_dtype=torch.float32, or adapter_dtype={dtype} to keep them so" in str(warning.message)
+    assert warning.filename == __file__
+    assert model[0].A_down.dtype == dtype
+    hk.inject(model, ["2"], r_a=1, r_b=1, adapter_dtype=torch.float32)  # a warning would be an error here
+    assert model[2].A_down.dtype == torch.float32
+    for given in (torch.float32, dtype):
+        hk.inject(nn.Sequential(nn.Linear(4, 4)).to(dtype), ["0"], adapter_dtype=given)
+
+
+def test_where_the_note_is_an_error_nothing_is_changed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).bfloat16())
+    with pytest.raises(UserWarning, match=r"pass adapter_dtype=torch\.float32"):
+        hk.inject(model, ["0", "1"])
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_generators_serve_as_targets_and_exclusions():
     model = Model()
     assert hk.inject(model, (n for n in ["fc1", "fc2"]), exclude=(n for n in ["fc1"])) == [
@@ -175,6 +199,12 @@ def test_generators_serve_as_targets_and_exclusions():
         hk.inject(Model(), (n for n in ["fc9"]))
     with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
         hk.inject(Model(), "(")
+
+
+def test_a_linear_whose_size_is_a_tensor_is_adapted_with_the_others():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(torch.tensor(4), 3))
+    assert hk.inject(model, ["0", "1"]) == ["0", "1"]
+    assert model(torch.randn(2, 4)).shape == (2, 3)
 
 
 def test_an_option_that_fits_only_some_dtypes_changes_nothing():

@@ -20,7 +20,7 @@ from hydra_kernels.backend.interface import Operands
 
 from .cases import PLAIN, Case, operands
 from .test_backends import EVERYTHING, F32, F64, NAMES, call, compare, everything
-from .test_bad_input import CALLS, R_A, R_B, K, M, N, arguments
+from .test_bad_input import CALLS, NESTED, R_A, R_B, K, M, N, arguments
 
 NATIVE = extension.load()
 pytestmark = pytest.mark.skipif(NATIVE is None, reason=f"no compiled part: {extension.why_not()}")
@@ -158,7 +158,9 @@ def test_special_tensors_and_modes_are_left_to_python():
     found.append(sizes(x=torch.randn(M, K).to_sparse()))
     found += [sizes(scale_a=10**400), sizes(scale_b=torch.ones(()).to(torch.float8_e4m3fn))]
     found.append(sizes(x=torch._neg_view(torch.randn(M, K))))
-    assert found == [None] * 9
+    found.append(sizes(x=torch._efficientzerotensor((M, K))))
+    found.append(sizes(x=NESTED))
+    assert found == [None] * 11
     assert sizes(x=x) == (3 * M, K, N, R_A, R_B)
 
 
@@ -267,6 +269,13 @@ def test_negated_memory_and_scales_of_another_dtype(form):
     assert torch._neg_view(-G).is_neg()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gradient_without_elements_in_memory_is_zeros(form):
+    t, G = operands(PLAIN, F32)
+    for name, value in results_of(t, torch._efficientzerotensor(G.shape), PLAIN, form).items():
+        assert name == "h" or (not value.any() and not value._is_zerotensor()), name
 
 
 def test_subclasses_without_a_dispatch_of_their_own():

@@ -104,7 +104,9 @@ def build(
     torch.manual_seed(seed)
     owner, _, kind = method.partition("_")
     if owner == "ours":
-        hk.inject(model, target, method=kind, adapter_bias=adapter_bias, **widths(kind, ranks[kind]))
+        dtype = next(model.parameters()).dtype  # as the naive adapters have it
+        options = {"adapter_bias": adapter_bias, "adapter_dtype": dtype, **widths(kind, ranks[kind])}
+        hk.inject(model, target, method=kind, **options)
         hk.mark_only_adapters_trainable(model, keep=(head,))
     elif owner == "naive":
         names = [name for name, _ in model.named_modules() if re.fullmatch(target, name)]
