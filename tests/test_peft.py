@@ -372,7 +372,13 @@ def test_low_precision_does_not_round_the_scales_of_joined_adapters():
 
 
 def test_biases_are_not_merged_into_a_layer_without_one():
-    model = adapted(net(bias=False), adapter_bias=True)
+    said = r"adapter_bias: the base layer of 'fc1' and 1 more layers has no bias, .* not merged"
+    with pytest.warns(UserWarning, match=said) as warned:
+        model = adapted(net(bias=False), adapter_bias=True)
+    assert len(warned) == 1
+    with pytest.warns(UserWarning, match="adapter_bias: the base layer of 'fc1' has no bias"):
+        model.add_adapter("second", HydraConfig(target_modules=["fc1"], adapter_bias=True))
+    model.add_adapter("third", HydraConfig(target_modules=["fc1"]))
     with pytest.raises(ValueError, match="merge: expected a base layer with a bias"):
         model.merge_adapter()
     plain = adapted(net(bias=False))
@@ -522,6 +528,109 @@ def test_patterns_give_layers_ranks_and_scales_of_their_own():
     fc1, fc2 = (getattr(model.get_base_model(), name).hydra_adapters["default"] for name in ("fc1", "fc2"))
     assert (fc1.r_a, fc1.r_b, fc1.scale_a, fc1.scale_b) == (3, 2, 0.5, 4.0)
     assert (fc2.r_a, fc2.r_b, fc2.scale_a, fc2.scale_b) == (0, 6, 1.0, 1.0)
+
+
+def test_patterns_that_overlap_are_refused_where_they_disagree(tmp_path):
+    """PEFT takes the first match, and stores the keys sorted: the adapter would load as another one."""
+    for name, wide, narrow in (("scale_pattern", [1.0, 1.0], [2.0, 2.0]), ("rank_pattern", [3, 2], [1, 1])):
+        said = rf"{name}: expected one answer for each layer, got .*'fc2': .*'more\.again|fc2': .* for "
+        with pytest.raises(ValueError, match=said):
+            HydraConfig(target_modules=["fc2"], **{name: {"fc2": wide, "more.again|fc2": narrow}})
+        # Only the names of the layers tell that these overlap.
+        config = HydraConfig(target_modules=["fc1", "fc2"], **{name: {"fc[23]": wide, "fc[12]": narrow}})
+        base = net()
+        with pytest.raises(
+            ValueError, match=rf"{name}: expected one answer .*'fc\[23\]'.*'fc\[12\]'.* for 'fc2'; write"
+        ):
+            peft.get_peft_model(base, config)
+        assert type(base.fc1) is nn.Linear
+        alike = adapted(**{name: {"fc2": narrow, ".*2": narrow}})
+        alike.save_pretrained(tmp_path)
+        assert torch.equal(peft.PeftModel.from_pretrained(net(), tmp_path)(inputs()), alike(inputs()))
+
+
+def test_patterns_load_as_they_were_saved(tmp_path):
+    model = adapted(rank_pattern={"fc2": [1, 4], "^fc1": [2, 0]}, scale_pattern={"fc2": [3.0, 1.0], "^fc1": [0.5, 4.0]})
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(net(), tmp_path)
+    assert torch.equal(again(inputs()), model(inputs()))
+
+
+def added_by(way, dtype):
+    """The layers of a small ViT of that dtype, adapted in one of PEFT's ways."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = transformers.ViTModel(transformers.ViTConfig(image_size=32, **sizes)).to(dtype)
+    config = HydraConfig(target_modules=["fc1", "fc2"], learnable_scale=True, adapter_bias=True)
+    if way == "add_adapter":
+        base.add_adapter(config)
+    elif way == "inject_adapter_in_model":
+        peft.inject_adapter_in_model(config, base)
+    elif way == "PeftModel.add_adapter":
+        peft.get_peft_model(base, HydraConfig(target_modules=["fc1"])).add_adapter("second", config)
+    else:
+        peft.get_peft_model(base, config, autocast_adapter_dtype=way == "get_peft_model")
+    return [m for m in base.modules() if isinstance(m, HydraLinearLayer)]
+
+
+WAYS = ["get_peft_model", "PeftModel.add_adapter", "add_adapter", "inject_adapter_in_model"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64], ids=str)
+def test_adapters_are_float32_over_a_low_precision_base_whichever_way_they_are_added(way, dtype):
+    layers = added_by(way, dtype)
+    assert len(layers) == 2
+    wide = F64 if dtype == F64 else torch.float32
+    assert {p.dtype for layer in layers for p in layer.hydra_adapters.parameters()} == {wide}
+    assert {layer.base_layer.weight.dtype for layer in layers} == {dtype}
+
+
+def test_adapters_have_the_dtype_of_the_base_where_pefts_option_says_so(tmp_path):
+    layers = added_by("get_peft_model without autocast_adapter_dtype", torch.bfloat16)
+    assert {p.dtype for layer in layers for p in layer.hydra_adapters.parameters()} == {torch.bfloat16}
+    options = {"target_modules": ["fc1"]}
+    model = peft.get_peft_model(net(torch.bfloat16), HydraConfig(**options))
+    model.add_adapter("low", HydraConfig(**options), autocast_adapter_dtype=False)
+    adapters = model.get_base_model().fc1.hydra_adapters
+    assert {name: adapters[name].A_down.dtype for name in adapters} == {"default": torch.float32, "low": torch.bfloat16}
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(net(torch.bfloat16), tmp_path, autocast_adapter_dtype=False)
+    assert loaded.get_base_model().fc1.hydra_adapters["default"].B_up.dtype == torch.bfloat16
+
+
+def test_pefts_helpers_take_the_layers():
+    """disable_input_dtype_casting is for LoRA's own casts of x; Hydra has none, so nothing changes."""
+    model = adapted()
+    want = model(inputs())
+    with peft.helpers.disable_input_dtype_casting(model):
+        assert torch.equal(model(inputs()), want)
+    with pytest.raises(TypeError, match=r"x: expected torch\.float64"):
+        model(inputs(torch.float32))
+
+
+def test_an_average_of_a_merged_model_is_refused_until_it_is_unmerged():
+    model, other = adapted().eval(), adapted(net(seed=0)).eval()
+    randomise(other, 8)
+    model.merge_adapter()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(other)  # a copy of the unmerged parameters
+    with pytest.raises(ValueError, match=r"it was changed while the layer is merged, .*; unmerge first"):
+        average(inputs())
+    average.module.unmerge_adapter()
+    torch.testing.assert_close(average(inputs()), other(inputs()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torch_jit_script_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"torch.jit.script: it cannot compile adapted layers; use torch.compile"):
+        torch.jit.script(adapted().get_base_model())
+
+
+def test_a_base_layer_whose_size_is_a_tensor_is_adapted():
+    base = nn.Sequential(nn.Linear(torch.tensor(7), 11))
+    model = peft.get_peft_model(base, HydraConfig(target_modules=["0"]))
+    assert model(inputs(torch.float32)).shape == (5, 11)
+    assert type(base[0].in_features) is int
 
 
 def test_low_precision_bases_get_float32_adapters():
@@ -727,11 +836,55 @@ def test_a_scale_pattern_that_matches_nothing_is_said():
         peft.get_peft_model(net(), HydraConfig(target_modules=["fc1"], scale_pattern={"fc7": [1.0, 2.0]}))
 
 
-def test_hooks_on_the_base_layer_are_not_passed_over():
-    model = adapted()
-    model.get_base_model().fc1.base_layer.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="base_layer: it has hooks"):
-        model(inputs())
+@pytest.mark.parametrize("names", [["one"], ["one", "two", "three"]], ids="+".join)
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_the_base_layer_run_and_the_adapters_act(kind, names):
+    layer, x = several(), inputs().requires_grad_()
+    layer.set_adapter(names)
+    layer(x).sum().backward()
+    plain = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None} | {"x": x.grad}
+    layer.zero_grad()
+    ran = []
+    getattr(layer.base_layer, f"register_{kind}_hook")(lambda *_: ran.append(kind))
+    again = inputs().requires_grad_()
+    with pytest.warns(UserWarning, match="base_layer: it has hooks; so that they run, it is called"):
+        h = layer(again)
+    torch.testing.assert_close(h, oracle(layer, again.detach(), names), rtol=1e-12, atol=1e-12)
+    h.sum().backward()
+    hooked = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None} | {"x": again.grad}
+    assert ran == [kind]
+    assert hooked.keys() == plain.keys()
+    for name, want in plain.items():
+        torch.testing.assert_close(hooked[name], want, rtol=1e-11, atol=1e-11)
+
+
+def test_what_a_hook_on_the_base_layer_returns_counts():
+    """The sequential branch reads it, as the rest of the model would."""
+    layer, x = several(), inputs()
+    layer.set_adapter(["three"])
+    want = oracle(layer, x, ["three"])
+    layer.base_layer.register_forward_hook(lambda module, args, y0: y0 + 1)
+    biased = copy.deepcopy(layer)
+    with torch.no_grad():
+        biased.base_layer.bias += 1
+    with pytest.warns(UserWarning, match="base_layer: it has hooks"):
+        h = layer(x)
+    torch.testing.assert_close(h, oracle(biased, x, ["three"]), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(h, want)
+
+
+def test_dropout_acts_beside_hooks_too():
+    layer = HydraLinearLayer(nn.Linear(64, 64), "one", {"r_a": 64, "r_b": 0, "dropout": 0.5})
+    randomise(layer).base_layer.register_forward_hook(lambda *_: None)
+    x = torch.ones(2, 64)
+
+    def twice():
+        with pytest.warns(UserWarning, match="base_layer: it has hooks"):
+            return [layer(x) for _ in range(2)]
+
+    assert not torch.equal(*twice())
+    layer.eval()
+    assert torch.equal(*twice())
 
 
 def test_batches_of_several_adapters_are_refused():
@@ -820,3 +973,15 @@ def test_the_package_itself_does_not_import_peft():
     code = "import hydra_kernels, sys; sys.exit('peft' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert "peft" not in hk.__all__
+
+
+def test_the_error_of_a_missing_import_is_explained_where_people_look(tmp_path, monkeypatch):
+    adapted().save_pretrained(tmp_path)
+    monkeypatch.delitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "HYDRA")  # as without the import
+    with pytest.raises(KeyError) as error:
+        peft.PeftModel.from_pretrained(net(), tmp_path)
+    root = Path(__file__).parent.parent
+    for page in ("README.md", "docs/peft.md", "docs/swap-it-in.md"):
+        text = (root / page).read_text()
+        assert f"`KeyError: {error.value}`" in text, page
+        assert "import hydra_kernels.peft" in text, page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,8 @@ class HydraConfig(PeftConfig):
             dropout acts on the bottleneck.
         bias: which biases of the base train too: "none", "all" or "hydra_only" (those of the adapted layers).
         rank_pattern: other ranks for some layers, ``{name or regular expression: [r_a, r_b]}``.
-        scale_pattern: other scales for some layers, ``{name or regular expression: [scale_a, scale_b]}``.
+        scale_pattern: other scales for some layers, ``{name or regular expression: [scale_a, scale_b]}``. In neither
+            may two keys match one layer and say different things: PEFT stores patterns in another order.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -95,9 +97,8 @@ class HydraConfig(PeftConfig):
 
     def options(self, layer: str) -> dict[str, Any]:
         """The arguments of `hydra_kernels.adapter.Adapter` for the layer of that dotted name."""
-        r_a, r_b = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), (self.r_a, self.r_b))
-        key = get_pattern_key(list(self.scale_pattern), layer)
-        scale_a, scale_b = self.scale_pattern.get(key, (self.scale_a, self.scale_b))
+        r_a, r_b = _of_pattern("rank_pattern", self.rank_pattern, layer, (self.r_a, self.r_b))
+        scale_a, scale_b = _of_pattern("scale_pattern", self.scale_pattern, layer, (self.scale_a, self.scale_b))
         return {
             "r_a": r_a,
             "r_b": r_b,
@@ -110,3 +111,18 @@ class HydraConfig(PeftConfig):
             "form": self.form,
             "backend": self.backend,
         }
+
+
+def _of_pattern(
+    argument: str, pattern: Mapping[str, Sequence[Any]], layer: str, default: Sequence[Any]
+) -> Sequence[Any]:
+    """What a pattern says of the layer of that dotted name; ValueError where two of its keys say different things."""
+    found = [key for key in pattern if get_pattern_key([key], layer) == key]
+    if any(list(pattern[key]) != list(pattern[found[0]]) for key in found):
+        # In PEFT the first match wins, but save_pretrained sorts the keys: the adapter would load as another one.
+        said = ", ".join(f"{key!r}: {list(pattern[key])}" for key in found)
+        raise ValueError(
+            f"{argument}: expected one answer for each layer, got {said} for {layer!r}; write keys that do not "
+            "overlap, such as whole names behind a '^'"
+        )
+    return pattern[found[0]] if found else default

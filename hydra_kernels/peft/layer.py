@@ -14,15 +14,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ..adapter import Adapter, Merging
+from ..backend.interface import LOW_PRECISION
 from ..functional import hydra_linear
-from ..reference import merged_parameters
+from ..reference import low_rank, merged_parameters
 from ..refusals import refuse_meta
 from ..sharding import is_sharded
 
 
 # "Linear": by that PEFT's "all-linear" tells tuner layers that a further adapter can join.
-class HydraLinearLayer(nn.Module, BaseTunerLayer):
+class HydraLinearLayer(Merging, BaseTunerLayer):
     """An ``nn.Linear`` with named Hydra adapters (`hydra_kernels.adapter.Adapter`) in ``hydra_adapters``.
 
     Args:
@@ -31,29 +32,35 @@ class HydraLinearLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("hydra_adapters",)
+    cast_input_dtype_enabled = True  # peft.helpers sets it; as in nn.Linear, no input is cast here outside autocast
     base_layer: nn.Linear
-    unmerged_weight: Tensor | None
-    unmerged_bias: Tensor | None
+    unmerged_weight: Tensor | None = None
+    unmerged_bias: Tensor | None = None
+    HELD = ("unmerged_weight", "unmerged_bias")  # move with the module, so unmerging works after a `.to()`
 
     def __init__(
         self, base_layer: nn.Linear, adapter_name: str, options: dict[str, Any], inference_mode: bool = False
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        # A size may be a 0-dimensional tensor.
+        self.in_features, self.out_features = int(base_layer.in_features), int(base_layer.out_features)
         self.hydra_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        # Buffers move with the module, so unmerging works after a `.to()`.
-        self.register_buffer("unmerged_weight", None, persistent=False)
-        self.register_buffer("unmerged_bias", None, persistent=False)
         self._active_adapter = adapter_name
         self.train(base_layer.training)
         self.add_adapter(adapter_name, options, inference_mode)
 
     def add_adapter(self, name: str, options: dict[str, Any], inference_mode: bool = False) -> None:
-        """Adds an adapter at the start of its training; it trains if it is active and not for inference."""
-        weight = self.base_layer.weight
-        adapter = Adapter(self.in_features, self.out_features, device=weight.device, dtype=weight.dtype, **options)
+        """Adds an adapter at the start of its training, float32 over a low-precision base.
+
+        It trains if it is active and not for inference.
+        """
+        device, dtype = self.base_layer.weight.device, self.base_layer.weight.dtype
+        wide = torch.float32 if dtype in LOW_PRECISION else None
+        adapter = Adapter(
+            self.in_features, self.out_features, adapter_dtype=wide, device=device, dtype=dtype, **options
+        )
         adapter.reset_adapters()
         self.hydra_adapters[name] = adapter.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -64,11 +71,14 @@ class HydraLinearLayer(nn.Module, BaseTunerLayer):
         base: Any = self._modules["base_layer"]
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        active = [] if self._disable_adapters or self.merged_adapters else self._named(self.active_adapters)
+        if self.merged_adapters:
+            self._check_unchanged()
+            return base(x)
+        active = [] if self._disable_adapters else self._named(self.active_adapters)
         if not active:
             return base(x)
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-            raise ValueError("base_layer: it has hooks, which would not run; register them on the adapted layer")
+            return self._around_hooks(x, active)
         if getattr(base.__dict__.get("_hf_hook"), "offload", False):
             raise ValueError(
                 "base_layer: accelerate offloads it, and its weight is read here; dispatch without offload"
@@ -82,6 +92,22 @@ class HydraLinearLayer(nn.Module, BaseTunerLayer):
         mask = _joined_mask(active, x) if self.training else None
         (form, backend), operands = routes[0], _joined(active, dropped=mask is not None)
         return hydra_linear(x, weight, bias, **operands, mask=mask, form=form, backend=backend)
+
+    def _around_hooks(self, x: Tensor, active: Sequence[Adapter]) -> Tensor:
+        """h where the base layer is called, so that its hooks run; the branches are then plain PyTorch."""
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                "base_layer: it has hooks; so that they run, it is called and the adapters run as plain PyTorch, which "
+                "is slower; register them on the adapted layer to avoid this",
+                stacklevel=4,
+            )
+        h = y0 = self.base_layer(x)
+        for a in active:
+            if a.A_down is not None and a.A_up is not None:
+                h = h + low_rank(x, a.A_down, a.A_up, a.A_down_bias, a.A_up_bias, a.scale_a, a.dropout, a.training)
+            if a.B_down is not None and a.B_up is not None:
+                h = h + low_rank(y0, a.B_down, a.B_up, a.B_down_bias, a.B_up_bias, a.scale_b, a.dropout, a.training)
+        return h
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts adapters into the base layer's weight and bias (Eq. 11-12), beside those that are merged already.
@@ -106,6 +132,7 @@ class HydraLinearLayer(nn.Module, BaseTunerLayer):
         if bias is not None:
             base.bias.data = bias
         self.merged_adapters = merged
+        self._note(base, *self._named(merged))
 
     def unmerge(self) -> None:
         """Gives the base layer its own weight and bias back, bit for bit."""
@@ -117,7 +144,7 @@ class HydraLinearLayer(nn.Module, BaseTunerLayer):
         if self.unmerged_bias is not None:
             self.base_layer.bias.data = self.unmerged_bias
         self.unmerged_weight = self.unmerged_bias = None
-        self.merged_adapters = []
+        self.merged_adapters, self.merged_from = [], ()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -48,6 +48,7 @@ class HydraModel(BaseTuner):
             elif found:
                 self._check(peft_config, model, name)
             targets += [name] if found else []
+        _warn_of_biases(cast(HydraConfig, peft_config), model, targets)
         for key in cast(HydraConfig, peft_config).scale_pattern:
             if not any(get_pattern_key([key], name) == key for name in targets):
                 warnings.warn(f"scale_pattern: {key!r} matches no adapted layer", RuntimeWarning, stacklevel=2)
@@ -103,6 +104,13 @@ class HydraModel(BaseTuner):
         if len(places) > 1:
             self._shared[new_module] = places
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # A layer makes float32 adapters over a low-precision base, whichever way they are added.
+        for layer in (m for m in self.model.modules() if isinstance(m, HydraLinearLayer)):
+            if not autocast_adapter_dtype and adapter_name in layer.hydra_adapters:
+                layer.hydra_adapters[adapter_name].to(layer.base_layer.weight.dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's. Raises ValueError where another module holds the weight, such as an embedding tied to it."""
         holders = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
@@ -144,3 +152,19 @@ class HydraModel(BaseTuner):
                     f"{name}: expected None, since Hydra has no batches of several adapters; got {kwargs[name]!r}"
                 )
         yield
+
+
+def _warn_of_biases(config: HydraConfig, model: nn.Module, targets: Sequence[str]) -> None:
+    """Warns where adapters get biases that the base layer has no place for, as PEFT does of its lora_bias."""
+    if not config.adapter_bias:
+        return
+    layers = ((name, model.get_submodule(name)) for name in targets)
+    bases = ((name, m.base_layer if isinstance(m, HydraLinearLayer) else m) for name, m in layers)
+    without = [name for name, base in bases if base.bias is None]
+    if without:
+        more = f" and {len(without) - 1} more layers" if without[1:] else ""
+        warnings.warn(
+            f"adapter_bias: the base layer of {without[0]!r}{more} has no bias, so these adapters can be trained and "
+            "saved, but not merged",
+            stacklevel=2,
+        )
