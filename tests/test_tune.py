@@ -314,9 +314,76 @@ def test_explain_takes_another_card_to_have_the_compiled_part():
     assert hk.explain(6400, 3072, 768, 8, 8, BF16, (9, 0))[:2] == ("native", "composed")
 
 
+def test_explain_takes_r_for_lora_and_names_of_cards(capsys):
+    choice = hk.explain(8192, 4096, 4096, r=16, capability="h100")
+    assert choice == hk.explain(8192, 4096, 4096, 16, 0, BF16, (9, 0))
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("x ["))
+    assert first == second
+    assert first.endswith("ranks 16+0, torch.bfloat16, on compute capability 9.0, as NVIDIA H100 80GB HBM3")
+    for name, said in {
+        "H200": "9.0, as NVIDIA H200",
+        "RTX 3090": "8.6, as NVIDIA GeForce RTX 3090",
+        "3090": "8.6, as NVIDIA GeForce RTX 3090",
+        "NVIDIA A100-SXM4-80GB": "8.0, as NVIDIA A100-SXM4-80GB",
+        "90": "9.0, as NVIDIA H100 80GB HBM3",
+    }.items():
+        hk.explain(8, 8, 8, r=1, capability=name)
+        assert capsys.readouterr().out.splitlines()[0].endswith(f"on compute capability {said}"), name
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("cpu", F32), (None, F32), ("sm_90", BF16)])
+def test_explain_asks_in_the_dtype_that_the_device_is_used_in(capability, dtype, capsys):
+    hk.explain(64, 64, 64, 8, 8, capability=capability)
+    assert f"ranks 8+8, {dtype}, on " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("capability", ["cpu", None])
+def test_explain_tells_the_cpu_that_was_measured_from_the_one_that_is_asked(capability, monkeypatch, capsys):
+    """In the name of the CPU, in the reasons, and where something was measured here."""
+
+    def said():
+        machine.forget()
+        hk.explain(64, 48, 32, 3, 2, capability=capability)
+        lines = capsys.readouterr().out.splitlines()
+        return lines[0], next(line for line in lines if line.startswith("numbers"))
+
+    monkeypatch.setattr(machine, "cpu_name", lambda: "AMD EPYC 9B45")
+    threads = torch.get_num_threads()
+    here, numbers = said()
+    assert here.endswith(f"on AMD EPYC 9B45, {threads} threads")
+    assert "the rules were measured on Intel(R) Xeon(R) Processor, 2 threads; nothing was measured on this" in numbers
+    row = (*SHAPE, "float32", f"AMD EPYC 9B45, {threads} threads", "aten", "kept", {}, {}, machine.versions(), "")
+    _store(tuning.Tuned(*row))
+    here, numbers = said()
+    assert here.endswith(f"on AMD EPYC 9B45, {threads} threads")
+    assert numbers.startswith("numbers   measured on this device for some shapes; the rules for others on Intel")
+
+
+def test_explain_knows_the_card_that_was_measured(capsys):
+    for name, said in (
+        ("h200", "the rules were measured on NVIDIA H200, as this device is"),
+        ("h100", "the rules were measured on NVIDIA H200; nothing was measured on this device"),
+    ):
+        hk.explain(8, 8, 8, r=1, capability=name)
+        assert f"numbers   {said}" in capsys.readouterr().out
+
+
+def test_explain_says_why_gpu_time_does_not_decide_for_small_layers(capsys):
+    """roofline predicts that the others take less of the GPU's time here."""
+    assert hk.explain(1024, 4096, 1024, 16, 0, capability="sm_90").backend == "native"
+    out = capsys.readouterr().out
+    assert "GPU time alone, as benchmarks.roofline predicts it, does not decide; in a CUDA graph it does" in out
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
+        ({"r": 4}, TypeError, "r: expected r alone, which is LoRA's rank, or r_a and r_b"),
+        ({"r": -1, "r_a": None, "r_b": None}, ValueError, "^r: expected an integer >= 0, got -1"),
+        ({"r": 0, "r_a": None, "r_b": None}, ValueError, "^r: it is 0"),
+        ({"r_b": None}, TypeError, "r_b: expected an integer >= 0, got NoneType"),
+        ({"capability": "nvidia"}, ValueError, "capability: expected one such as .*a card such as 'h100'"),
+        ({"capability": ""}, ValueError, "capability: expected one such as"),
         ({"capability": "hopper"}, ValueError, "capability: expected one such as"),
         ({"capability": 9.0}, ValueError, "capability: expected one such as"),
         ({"M": 0}, ValueError, "M: expected an integer >= 1, got 0"),

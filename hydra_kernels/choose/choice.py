@@ -22,6 +22,10 @@ _COMPOSED_FROM_WORK: int = DATA["composed_from_multiply_adds"]
 _FEW_ROWS: float = DATA["on_a_gpu"]["kept_below_M_over_K"]
 _LARGE_WEIGHT: int = DATA["on_a_gpu"]["kept_from_weight_elements"]
 _SMALL_WORK: int = DATA["on_a_gpu"]["native_below_multiply_adds"]
+_WHY_SMALL = (
+    "the host would take longer to launch Triton kernels than the GPU to run them (an H200), so GPU time alone, as "
+    "benchmarks.roofline predicts it, does not decide; in a CUDA graph it does: there try backend='hybrid'"
+)
 _WHY_LORA = "without a sequential branch nothing needs y0"
 _WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
 _WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
@@ -121,7 +125,7 @@ def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, sm
     if dtype == torch.float32:
         return "aten", "in fp32 ATen's own products are faster than the Triton kernels (an H200)"
     if small and machine.reasons["native"] is None:
-        return "native", "the host would take longer to launch Triton kernels than the GPU to run them (an H200)"
+        return "native", _WHY_SMALL
     return "hybrid", "its kernels are the fastest where the GPU's time counts (an H200), each GEMM its own or cuBLAS's"
 
 
@@ -130,7 +134,7 @@ def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]
         return "aten", "the compiled part is not built, or the device is neither a CPU nor an NVIDIA GPU"
     if dtype in LOW_PRECISION and form != "effective":
         return "aten", "the compiled part has float32 and float64 alone on a CPU"
-    return "native", "the compiled part was measured faster than ATen calls from Python"
+    return "native", "the compiled part was measured faster than ATen calls from Python (an Intel Xeon)"
 
 
 def _form(
