@@ -287,3 +287,17 @@ def test_the_bug_template_asks_for_the_report():
     fields = {field["id"]: field for field in template["body"] if "id" in field}
     assert "python -m hydra_kernels" in fields["report"]["attributes"]["description"]
     assert all(fields[name]["validations"]["required"] for name in ("what", "code", "report"))
+
+
+def test_the_error_of_a_missing_import_is_explained_where_people_look(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")  # an optional extra
+    from hydra_kernels.peft import HydraConfig
+
+    HydraConfig().save_pretrained(tmp_path)
+    monkeypatch.delitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "HYDRA")  # as without the import
+    with pytest.raises(KeyError) as error:
+        peft.PeftModel.from_pretrained(torch.nn.Linear(3, 3), tmp_path)
+    for page in ("README.md", "docs/peft.md", "docs/swap-it-in.md"):
+        text = (ROOT / page).read_text()
+        assert f"`KeyError: {error.value}`" in text, page
+        assert "import hydra_kernels.peft" in text, page

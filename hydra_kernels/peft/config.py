@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils.other import get_pattern_key
 
 from ..adapter import Adapter
 
@@ -117,7 +118,7 @@ def _of_pattern(
     argument: str, pattern: Mapping[str, Sequence[Any]], layer: str, default: Sequence[Any]
 ) -> Sequence[Any]:
     """What a pattern says of the layer of that dotted name; ValueError where two of its keys say different things."""
-    found = [key for key in pattern if get_pattern_key([key], layer) == key]
+    found = [key for key in pattern if matches(key, layer)]
     if any(list(pattern[key]) != list(pattern[found[0]]) for key in found):
         # In PEFT the first match wins, but save_pretrained sorts the keys: the adapter would load as another one.
         said = ", ".join(f"{key!r}: {list(pattern[key])}" for key in found)
@@ -126,3 +127,14 @@ def _of_pattern(
             "overlap, such as whole names behind a '^'"
         )
     return pattern[found[0]] if found else default
+
+
+def matches(key: str, layer: str) -> bool:
+    """Whether a key of a pattern means the layer of that dotted name, as in PEFT."""
+    return key == layer or _compiled(key).match(layer) is not None
+
+
+# Each key meets every layer, and more than 512 fall out of re's own cache.
+@functools.lru_cache(4096)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")

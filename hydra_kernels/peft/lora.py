@@ -10,10 +10,9 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .config import HydraConfig
+from .config import HydraConfig, matches
 from .layer import HydraLinearLayer
 
 # lora_B acts on lora_A's output, with a bias where lora_bias was set.
@@ -172,7 +171,7 @@ def _ranks(path: str, lora: PeftConfig, weights: dict[str, Tensor]) -> dict[str,
 
 def _scale(lora: LoraConfig, name: str, r: int) -> float:
     alphas = lora.alpha_pattern or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), name), lora.lora_alpha)
+    alpha = next((alphas[key] for key in alphas if matches(key, name)), lora.lora_alpha)
     return float(alpha / math.sqrt(r) if lora.use_rslora else alpha / r)
 
 

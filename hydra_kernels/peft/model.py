@@ -11,13 +11,12 @@ from typing import Any, cast
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..model import INJECT_FIRST, check_targets, near_names
 from ..refusals import experts_say, experts_without_layers, refuse_wrapped
-from .config import HydraConfig
+from .config import HydraConfig, matches
 from .layer import HydraLinearLayer
 
 
@@ -50,7 +49,7 @@ class HydraModel(BaseTuner):
             targets += [name] if found else []
         _warn_of_biases(cast(HydraConfig, peft_config), model, targets)
         for key in cast(HydraConfig, peft_config).scale_pattern:
-            if not any(get_pattern_key([key], name) == key for name in targets):
+            if not any(matches(key, name) for name in targets):
                 warnings.warn(f"scale_pattern: {key!r} matches no adapted layer", RuntimeWarning, stacklevel=2)
         places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
         for parent in model.modules():
