@@ -183,6 +183,7 @@ def main() -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     difference = train(options)
+    dist.barrier()  # a process that leaves while others still talk to it may end them too
     dist.destroy_process_group()
     return int(difference > 1e-3)
 

@@ -19,7 +19,7 @@ Column-wise: W0' [N/n, K], b0', A_up', B_up', a_u', b_u' and B_down' [r_b, N/n];
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from .choose.choice import Machine, choose
 from .choose.machine import here
 from .functional import hydra_linear
 from .layers import HydraLinear
+from .private import at_the_end_of_the_backward, in_a_backward
 from .reference import low_rank
 from .sharding import is_sharded
 
@@ -106,8 +107,10 @@ class RowwiseHydra(RowwiseParallel):
 def keep_scales_whole(model: nn.Module, group: dist.ProcessGroup | None = None) -> set[nn.Parameter]:
     """The learnable scales of model's adapters, PEFT's too, for the ``ignored_params`` of every ``fully_shard`` call.
 
-    FSDP2 shards no parameter without dimensions. Hooks average the gradients of the scales over the ranks of group, all
-    ranks by default, as FSDP2 does those of the others. Give the scales a parameter group of their own in the
+    FSDP2 shards no parameter without dimensions. At the end of each backward, hooks average the gradients of the scales
+    over the ranks of group, all ranks by default, as FSDP2 does those of the others. Where a rank makes no use of a
+    scale, its gradient there counts as zero; one that no rank uses stays without a gradient. Every rank must call model
+    itself and run a backward from its output, as under FSDP2. Give the scales a parameter group of their own in the
     optimizer: torch's optimizers take no plain tensors and DTensors in one.
 
     Raises:
@@ -116,17 +119,65 @@ def keep_scales_whole(model: nn.Module, group: dist.ProcessGroup | None = None) 
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     if not adapters:
         raise ValueError("model: it has no adapters; put them in first")
-    scales = {p for adapter in adapters for p in adapter.adapters().values() if p.dim() == 0}
+    # In an order that all ranks share; a dictionary, since a layer may be there twice.
+    scales = list(dict.fromkeys(p for adapter in adapters for p in adapter.adapters().values() if p.dim() == 0))
+    if scales:
+        averages = _Averages(scales, group)
+        for scale in scales:
+            if scale.requires_grad:
+                scale.register_post_accumulate_grad_hook(averages.start)
+        model.register_forward_hook(torch.compiler.disable(averages.watch))
+    return set(scales)
 
-    def average(scale: Tensor) -> None:
-        grad: Any = scale.grad
-        grad = grad.to_local() if isinstance(grad, DTensor) else grad
-        dist.all_reduce(grad, group=group)
-        grad /= dist.get_world_size(group)
 
-    for scale in scales:
-        scale.register_post_accumulate_grad_hook(average)
-    return scales
+class _Averages:
+    """Averages the gradients of all scales in one all-reduce at the end of a backward.
+
+    Not each in a hook of its own: where a rank makes no use of a scale that hook never runs, and the others would wait
+    for it. A gradient that comes to an output of the model starts it on every rank; one of a scale does too, for what
+    the outputs do not show.
+    """
+
+    def __init__(self, scales: list[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+        self.scales, self.group, self.started = scales, group, False
+
+    def watch(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        """A forward hook."""
+        if not in_a_backward():
+            self.started = False  # though the last backward may have failed half-way
+        for t in _tensors(output):
+            if t.requires_grad:
+                t.register_hook(self.start)
+
+    def start(self, _: Tensor) -> None:
+        """A hook of a tensor, which runs in a backward."""
+        if not self.started:
+            self.started = True
+            at_the_end_of_the_backward(self.average)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        self.started = False
+        grads = [torch.zeros_like(s) if s.grad is None else s.grad for s in self.scales]
+        own = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        users = own[0].new_ones(len(own), dtype=torch.float32)
+        missing = [i for i, scale in enumerate(self.scales) if scale.grad is None]
+        users[missing] = 0
+        *sums, users = _summed([*own, users], self.group)
+        for mine, total in zip(own, sums, strict=True):
+            mine.copy_(total / dist.get_world_size(self.group))
+        for i in missing:  # the host waits for the others' word only where a gradient is missing
+            if users[i] > 0:
+                self.scales[i].grad = grads[i]
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Those in what a module returns, also in dictionaries, lists and tuples."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
 
 
 def _checked(style: str, module: nn.Module, mesh: DeviceMesh, size: str) -> HydraLinear:
@@ -317,7 +368,7 @@ class _Meet(torch.autograd.Function):
         return None, None, *(next(sums) if need else None for need in needed)
 
 
-def _summed(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+def _summed(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
     """The sums over ranks of each, through one all-reduce in float32 or float64."""
     if not tensors:
         return []

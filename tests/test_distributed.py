@@ -101,6 +101,33 @@ def test_fsdp_trains_a_model_of_peft_with_learnable_scales_as_one_process(groups
     check(groups, 2, training.fsdp_of_peft, spec, seeds_for(spec))
 
 
+@pytest.mark.parametrize(
+    "left_out",
+    [{1: (0,)}, {0: (1,), 1: (0,)}, {1: (0, 1)}, {0: (1,), 1: (1,)}],
+    ids=["one layer on one rank", "another on each", "all on one rank", "one on every rank"],
+)
+def test_a_rank_may_leave_out_layers_whose_scales_are_kept_whole(groups, left_out):
+    """Its gradient counts as zero there; nobody waits for it."""
+    spec = Spec(options=EVERY_OPTION, micro_batches=2)
+    net = training.with_oracle(training.build(spec))
+    scales = {name: p for name, p in net.named_parameters() if name.endswith(("scale_a", "scale_b"))}
+    true = {}
+    for rank in range(2):
+        for _ in range(spec.micro_batches):
+            h = training.data(spec)[0].double().chunk(2)[rank]
+            for i, block in enumerate(net.blocks):
+                h = h if i in left_out.get(rank, ()) else block(h)
+            loss = net.head(h).square().mean()
+            used = [name for name in scales if int(name.split(".")[1]) not in left_out.get(rank, ())]
+            if used:
+                for name, grad in zip(used, torch.autograd.grad(loss, [scales[n] for n in used]), strict=True):
+                    true[name] = true.get(name, 0) + grad / 2
+    for got in groups.run(2, training.scales_with_a_layer_left_out, spec, left_out, within=30):
+        assert got.keys() == true.keys()
+        for name, value in true.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-14)
+
+
 def test_without_adapters_there_are_no_scales_to_keep():
     with pytest.raises(ValueError, match="model: it has no adapters"):
         keep_scales_whole(torch.nn.Linear(3, 4))
@@ -111,8 +138,11 @@ def test_without_adapters_there_are_no_scales_to_keep():
     [
         (training.ddp, Spec(options=EVERY_OPTION, compiler="aot_eager")),
         pytest.param(training.fsdp, Spec(compiler="inductor", units="block"), marks=pytest.mark.slow),
+        pytest.param(
+            training.fsdp, Spec(options=EVERY_OPTION, compiler="aot_eager", units="block"), marks=pytest.mark.slow
+        ),
     ],
-    ids=["ddp", "fsdp"],
+    ids=["ddp", "fsdp", "fsdp with scales"],
 )
 def test_compiled_it_trains_as_one_process(groups, function, spec):
     check(groups, 2, function, spec)

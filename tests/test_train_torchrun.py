@@ -1,6 +1,7 @@
 """examples/train_torchrun.py: alone, as its page says, and in groups that are there already."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -66,6 +67,9 @@ def test_torchrun(folder):
     command += ["--parallel", "fsdp", "--folder", str(folder / "out"), *STEPS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(example.PATH.parent.parent)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr
-    assert "step    6  loss" in run.stdout
+    # Not the status: gloo may abort a process that has printed all its results (`distributed.worker` says why).
+    assert "step    6  loss" in run.stdout, run.stderr
+    differs = re.search(r"the answers differ by (\S+)$", run.stdout, re.MULTILINE)
+    assert differs, run.stderr
+    assert float(differs[1]) < 1e-4
     assert load_file(folder / "out" / "adapters.safetensors")

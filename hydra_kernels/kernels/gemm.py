@@ -34,9 +34,9 @@ def compute_tile(
     group = min(blocks_m - first_m, GROUP_M)
     pid_m = first_m + tile % (GROUP_M * blocks_n) % group
     pid_n = tile % (GROUP_M * blocks_n) // group
-    first, rows = pid_m.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
+    first, rows = pid_m.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M).to(tl.int64)
     offs_m, offs_n = first + rows, pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k, offs_r = tl.arange(0, BLOCK_K).to(tl.int64), tl.arange(0, BLOCK_R)
+    offs_k, offs_r = tl.arange(0, BLOCK_K).to(tl.int64), tl.arange(0, BLOCK_R).to(tl.int64)
     mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
     if not DESCRIPTORS:
         block_k = tl.full((1, 1), BLOCK_K, tl.int64)

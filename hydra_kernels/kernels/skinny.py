@@ -35,8 +35,8 @@ def down_kernel(
     stride_xm, stride_xk,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    first, rows = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
-    offs_m, offs_r = first + rows, tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first, rows = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_m, offs_r = first + rows, tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -92,8 +92,8 @@ def grad_z_kernel(
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    pid, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first, rows = pid * BLOCK_M, tl.arange(0, BLOCK_M)
+    pid, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, rows = pid * BLOCK_M, tl.arange(0, BLOCK_M).to(tl.int64)
     offs_m, offs_r = first + rows, pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     inside, tile = mask_m[:, None] & mask_r[None, :], rows[:, None] * R + offs_r[None, :]

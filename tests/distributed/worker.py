@@ -1,4 +1,10 @@
-"""`python -m tests.distributed.worker FOLDER`: imports torch once and forks the members of groups (`group.Groups`)."""
+"""`python -m tests.distributed.worker FOLDER`: imports torch once and forks the members of groups (`group.Groups`).
+
+gloo's threads now and then abort a process that leaves while another still talks to it, or while it exits ("terminate
+called", once a signal in malloc), without this package as well. So a member hands over each answer at once, and when it
+is told to end, it meets the others at a barrier, closes the group and leaves without exit handlers. What becomes of it
+after its last answer is nobody's concern: `group.Groups` asks for no status.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +28,7 @@ import torch._dynamo
 import torch.distributed as dist
 
 from ..interpreter import without_waste
-from . import checkpoints, tensor_parallel, training  # noqa: F401  (what the members will run, imported before they fork)
+from . import checkpoints, ending, tensor_parallel, training  # noqa: F401  (what members run, imported before they fork)
 
 without_waste()
 
@@ -43,7 +49,10 @@ def serve(folder: str) -> None:
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 server.close()
-                be_member(rank, world, address, store)
+                try:
+                    be_member(rank, world, address, store)
+                except Exception:
+                    traceback.print_exc()
                 os._exit(0)
 
 
@@ -56,14 +65,19 @@ def be_member(rank: int, world: int, address: str, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
     while True:
         try:
-            function, arguments = pickle.loads(connection.recv_bytes())
-        except EOFError:
+            task = pickle.loads(connection.recv_bytes())
+        except EOFError:  # the tests are gone, and the other members may be
             return
+        if task is None:
+            break
+        function, arguments = task
         try:
             answer = True, function(*arguments)
         except Exception:
             answer = False, traceback.format_exc()
         connection.send_bytes(pickle.dumps(answer))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
