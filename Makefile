@@ -43,7 +43,7 @@ else
 # ever built over, or loaded by, the torch of another. What it installs stays; remove .venv-newest for a newer torch.
 COPY := build/$(TORCH)
 CHANGES_newest := /^(torch|triton|numpy)==/d
-CHANGES_oldest := s/^torch==.*/torch==2.11.0/
+CHANGES_oldest := s/^torch==.*/torch==2.11.0/; s/^setuptools==.*/setuptools==81.0.0/
 
 test test-slow test-all:
 	$(if $(CHANGES_$(TORCH)),,$(error TORCH is $(TORCH): expected newest or oldest))

@@ -84,6 +84,7 @@ def mini(tmp_path, monkeypatch):
         tool.chmod(0o755)
     for variable in ("HYDRA_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", None)  # a CUDA build takes no nvcc of another version than its own
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
     monkeypatch.syspath_prepend(tmp_path)

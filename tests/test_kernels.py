@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import logging
 import mmap
 import os
@@ -15,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import hydra_kernels as hk
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
-from hydra_kernels.kernels import configs, language, reduce
+from hydra_kernels.kernels import configs, gemm, language, reduce
 from hydra_kernels.kernels import launch as launch_module
 from hydra_kernels.kernels.launch import Launch
 
@@ -295,6 +297,41 @@ def test_offsets_past_2_to_the_31(fused):
 
     got = step(t, G, run, fused=fused)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@FUSED
+@pytest.mark.parametrize("case", [EVERYTHING, ALIGNED], ids=["pointers", "descriptors"])
+def test_no_block_of_offsets_is_multiplied_in_32_bits(monkeypatch, fused, case):
+    """Such a product is right at every size that a test can hold in memory.
+
+    But for the rows of one tile: times R they never pass 2^31, and where they do times N, the launcher says so.
+    """
+    R = case.r_a + case.r_b
+    found, multiply = set(), interpreter_builder.create_mul
+
+    def create_mul(left, right):
+        if left.data.dtype == np.int32 and right.data.size > 1 and set(np.unique(right.data)) != {R}:
+            kernel = next(frame for frame in inspect.stack() if "/kernels/" in frame.filename)
+            found.add(f"{Path(kernel.filename).name}:{kernel.lineno}")
+        return multiply(left, right)
+
+    monkeypatch.setattr(interpreter_builder, "create_mul", create_mul)
+    t, G = operands(case, F16)
+
+    def run(launch: Launch) -> None:
+        launch._replace(arguments=launch.arguments | ({"WIDE": True} if "WIDE" in launch.arguments else {})).run()
+
+    step(t, G, run, fused=fused)
+    assert found == set()
+
+
+def test_a_gemm_is_told_where_the_rows_of_a_tile_span_2_to_the_31():
+    for N, wide in ((2**24 - 1, False), (2**24, True)):
+        x, out = (torch.empty(1, columns, dtype=F16, device="meta") for columns in (16, N))
+        weight, Z = torch.empty(N, 16, dtype=F16, device="meta"), torch.empty(1, 8, dtype=F16, device="meta")
+        U = torch.empty(N, 8, dtype=F16, device="meta")
+        launch = gemm.forward(x, weight, None, Z, U, out, configs.SM80.half.gemm, 1, "ieee")
+        assert launch.arguments["WIDE"] == wide
 
 
 SHIPPED = {arch.name: arch for arch in configs.BY_CAPABILITY.values()}

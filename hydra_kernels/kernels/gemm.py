@@ -25,7 +25,7 @@ from .launch import Launch
 def compute_tile(
     tile, x, w, bias_ptr, out, p_ptr, q_ptr, M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
-    FORWARD: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    FORWARD: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of out. Tiles are numbered down GROUP_M blocks of rows, then across, so that blocks of W stay in L2."""
@@ -34,9 +34,11 @@ def compute_tile(
     group = min(blocks_m - first_m, GROUP_M)
     pid_m = first_m + tile % (GROUP_M * blocks_n) % group
     pid_n = tile % (GROUP_M * blocks_n) // group
-    first, rows = pid_m.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M).to(tl.int64)
+    first, rows = pid_m.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
+    if WIDE:  # not always: in int64 these offsets cost registers, and two programs would no longer fit on sm_80
+        rows = rows.to(tl.int64)
     offs_m, offs_n = first + rows, pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k, offs_r = tl.arange(0, BLOCK_K).to(tl.int64), tl.arange(0, BLOCK_R).to(tl.int64)
+    offs_k, offs_r = tl.arange(0, BLOCK_K).to(tl.int64), tl.arange(0, BLOCK_R)
     mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
     if not DESCRIPTORS:
         block_k = tl.full((1, 1), BLOCK_K, tl.int64)
@@ -60,7 +62,7 @@ def compute_tile(
         acc = dot(x_tile, w_tile, acc, PRECISION)
 
     p_ptrs = p_ptr + first * R + (rows[:, None] * R + offs_r[None, :])
-    q_ptrs = q_ptr + offs_r[:, None] * stride_qr + offs_n[None, :] * stride_qn
+    q_ptrs = q_ptr + offs_r[:, None].to(tl.int64) * stride_qr + offs_n[None, :] * stride_qn
     p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
     acc = dot(p, tl.load(q_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0), acc, PRECISION)
     if bias_ptr is not None:
@@ -85,6 +87,7 @@ def gemm_kernel(
     M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
     FORWARD: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,  # whether the rows of a tile of out span 2^31 elements
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     if PERSISTENT:
@@ -92,14 +95,14 @@ def gemm_kernel(
             compute_tile(
                 tile, x, w, bias_ptr, out, p_ptr, q_ptr, M, N, K, R,
                 stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
-                FORWARD, DESCRIPTORS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
+                FORWARD, DESCRIPTORS, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
             )  # fmt: skip
     else:
         # Not a loop that runs once: Triton pipelines that less well.
         compute_tile(
             tl.program_id(0), x, w, bias_ptr, out, p_ptr, q_ptr, M, N, K, R,
             stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
-            FORWARD, DESCRIPTORS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
+            FORWARD, DESCRIPTORS, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
         )  # fmt: skip
 
 
@@ -142,6 +145,7 @@ def _launch(
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wk=stride_wk, stride_wn=stride_wn,
         stride_qr=stride_qr, stride_qn=stride_qn,
         FORWARD=is_forward, DESCRIPTORS=config.descriptors, PERSISTENT=config.persistent, PRECISION=precision,
+        WIDE=BLOCK_M * max(N, R) >= 2**31,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=rank_block(R), GROUP_M=config.GROUP_M,
     )  # fmt: skip
 

@@ -103,7 +103,7 @@ def gradients_of_ranks(
         ds_a = tl.zeros((BLOCK_R,), tl.float32)
         ds_b = tl.zeros((BLOCK_R,), tl.float32)
         for r in range(0, R + 2, BLOCK_R):
-            offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+            offs_r = r + tl.arange(0, BLOCK_R)
             ds = sum_of_partials(scales_ptr, P, R + 2, offs_r, offs_r < R + 2, BLOCK_P)
             of_a = (offs_r < r_a) | (offs_r == R)
             ds_a += tl.where(of_a, ds, 0.0)

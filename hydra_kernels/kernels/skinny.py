@@ -35,8 +35,8 @@ def down_kernel(
     stride_xm, stride_xk,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    first, rows = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M).to(tl.int64)
-    offs_m, offs_r = first + rows, tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first, rows = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
+    offs_m, offs_r = first + rows, tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -44,10 +44,10 @@ def down_kernel(
         mask_k = offs_k < K
         x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        D_ptrs = D_ptr + offs_r[None, :] * K + offs_k[:, None]
+        D_ptrs = D_ptr + offs_r[None, :].to(tl.int64) * K + offs_k[:, None]
         z = dot(x, tl.load(D_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0), z, PRECISION)
         if rest_ptr is not None:
-            rest_ptrs = rest_ptr + (offs_r - r_a)[None, :] * K + offs_k[:, None]
+            rest_ptrs = rest_ptr + (offs_r - r_a)[None, :].to(tl.int64) * K + offs_k[:, None]
             mask_b = mask_r & (offs_r >= r_a)
             z = dot(x, tl.load(rest_ptrs, mask=mask_k[:, None] & mask_b[None, :], other=0.0), z, PRECISION)
     inside, tile = mask_m[:, None] & mask_r[None, :], rows[:, None] * R + offs_r[None, :]
@@ -92,8 +92,8 @@ def grad_z_kernel(
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    pid, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first, rows = pid * BLOCK_M, tl.arange(0, BLOCK_M).to(tl.int64)
+    pid, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, rows = pid * BLOCK_M, tl.arange(0, BLOCK_M)
     offs_m, offs_r = first + rows, pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     inside, tile = mask_m[:, None] & mask_r[None, :], rows[:, None] * R + offs_r[None, :]
@@ -109,7 +109,7 @@ def grad_z_kernel(
         G_ptrs = G_ptr + offs_m[:, None] * stride_gm + offs_n[None, :] * stride_gn
         G = tl.load(G_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         if dZ_ptr is not None or scales_ptr is not None:
-            up_ptrs = up_ptr + offs_r[None, :] * N + offs_n[:, None]
+            up_ptrs = up_ptr + offs_r[None, :].to(tl.int64) * N + offs_n[:, None]
             dz = dot(G, tl.load(up_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0), dz, PRECISION)
         if g_ptr is not None or A_up_bias_ptr is not None or B_up_bias_ptr is not None:
             g, mask_g = tl.sum(G.to(tl.float32), 0), mask_n & (pid_r == 0)
