@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backend import TABLE
 from .backend.interface import ARGUMENTS, FIRST_OPTION, Choice, Operands, joined, split, without_options
+from .private import asks_the_engine, is_batched_for_vectorize
 
 
 def autocast_is_on(t: Tensor) -> bool:
@@ -27,7 +28,7 @@ def _asked_for(ctx: Any) -> frozenset[str]:
 
     torch tells it by a private name alone. Without that name, or outside its engine, they are all computed.
     """
-    will_run = getattr(torch._C, "_will_engine_execute_node", None)
+    will_run = asks_the_engine()
     nodes = [node for node, _ in ctx.next_functions if node is not None]
     if will_run is None or len(nodes) != len(ctx.needs):
         return ctx.needs
@@ -71,7 +72,7 @@ class HydraFunction(torch.autograd.Function):
                 "hydra_linear: create_graph=True asks for a derivative of its backward, which has none; use "
                 "backend='reference' for gradient penalties and other double backwards"
             )
-        if eager and ctx.choice.backend != "aten" and torch._C._functorch.is_legacy_batchedtensor(G):
+        if eager and ctx.choice.backend != "aten" and is_batched_for_vectorize(G):
             raise RuntimeError(
                 f"hydra_linear: backend {ctx.choice.backend!r} takes no batched gradients (is_grads_batched, "
                 "vectorize=True); use backend='aten'"

@@ -18,6 +18,7 @@ from .backend.operators import is_static
 from .checks import AUTOCAST_DTYPES, check_call, check_dropout, check_route, refuse_sharded
 from .choose.choice import choose
 from .choose.machine import here
+from .private import a_transform_is_on, in_a_dual_level, is_exporting
 
 
 def hydra_linear(
@@ -122,7 +123,7 @@ class Call(NamedTuple):
 
 def _vouched(x: Tensor, op: Operands, form: str, backend: str) -> Call | None:
     """The fast path: the compiled part checks the whole call at once. None where it cannot judge it."""
-    if torch.compiler.is_compiling() or _in_a_dual_level():
+    if torch.compiler.is_compiling() or in_a_dual_level():
         return None
     native = extension.load()
     sizes = None if native is None else native.sizes(x, op)
@@ -209,21 +210,17 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type)
 
 
-def _in_a_dual_level() -> bool:
-    return forward_ad._current_level >= 0
-
-
 def _follower(operands: tuple[object, ...]) -> str | None:
     """What looks on and can follow plain operators alone: past a kernel it would lose the operands in silence."""
-    if torch._C._are_functorch_transforms_active():
+    if a_transform_is_on():
         return "a transform of torch.func"
-    if torch.compiler._is_exporting_flag:  # is_exporting() is True under torch.compile too, in torch 2.11
+    if is_exporting():
         return "torch.export"
     if torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit.trace"
-    if _in_a_dual_level() and any(
+    if in_a_dual_level() and any(
         isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in operands
     ):
         return "forward-mode differentiation"

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .adapter import Adapter, Device, Merging, check_count
 from .checks import check_finite
 from .functional import hydra_linear
+from .private import FakeTensor
 from .reference import low_rank
 from .refusals import refuse_meta
 from .sharding import is_sharded, mesh_dimensions

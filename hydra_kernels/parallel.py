@@ -38,7 +38,7 @@ from .choose.choice import Machine, choose
 from .choose.machine import here
 from .functional import hydra_linear
 from .layers import HydraLinear
-from .private import at_the_end_of_the_backward, in_a_backward
+from .private import at_the_end_of_the_backward, found, in_a_backward
 from .reference import low_rank
 from .sharding import is_sharded
 
@@ -48,6 +48,7 @@ _COLUMNS = {name: Shard(0) for name in ("weight", "bias", "A_up", "B_up", "A_up_
     "B_down": Shard(1)
 }
 _ROWS = {"weight": Shard(1), "A_down": Shard(1)}
+found("torch.distributed.tensor.parallel.style", "ParallelStyle._apply")  # which both styles override
 Masks = tuple[Tensor | None, Tensor | None]  # of the two branches
 Local = dict[str, Any]  # of a layer, by name: this rank's parts of the parameters, None where absent, and float scales
 

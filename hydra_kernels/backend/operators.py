@@ -10,8 +10,8 @@ from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ..private import count_dispatch_modes, dispatch_modes
 from .flops import backward_flops, forward_flops
 from .interface import ARGUMENTS, FROM_Z, Backend, Operands, Saved, joined, read_backwards, split
 
@@ -55,13 +55,13 @@ def traced(x: Tensor) -> bool:
 
 
 def _a_mode_is_on() -> bool:
-    return torch._C._len_torch_dispatch_stack() > 0
+    return bool(count_dispatch_modes() > 0)
 
 
 def _tell_flop_counters() -> None:
     """Gives our formulas to each FLOP counter that looks on: to register them once would import Triton."""
     if not torch.compiler.is_compiling():
-        for mode in _get_current_dispatch_mode_stack():
+        for mode in dispatch_modes():
             registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
             if registry is not None:
                 registry.update(_FLOPS)
