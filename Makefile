@@ -51,6 +51,7 @@ test test-slow test-all:
 	find $(COPY) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	git ls-files -z --cached --others --exclude-standard | tar -c --ignore-failed-read --null -T - | tar -x -C $(COPY)
 	sed -E '$(CHANGES_$(TORCH))' constraints.txt > $(COPY)/build/constraints.txt
+	touch -r constraints.txt $(COPY)/build/constraints.txt  # as old as its source, or all would be installed again
 	$(MAKE) -C $(COPY) $@ TORCH=pinned VENV=../../.venv-$(TORCH) CONSTRAINTS=build/constraints.txt
 endif
 
