@@ -93,7 +93,6 @@ def alone(tmp_path, monkeypatch):
     machine.forget()
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize(
     "run",
     # Inductor compiles C++ for a page that shows torch.compile.

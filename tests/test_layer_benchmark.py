@@ -30,8 +30,6 @@ from benchmarks.rendering import layer as render_layer
 
 from .emulated import emulate_graphs
 
-# torch.compile warns of torch's own deprecations while it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 CPU = torch.device("cpu")
 SMALL = Shape(5, 11, 7)

@@ -19,7 +19,6 @@ from benchmarks.rendering import subspaces as render_subspaces
 from benchmarks.rendering import tables
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

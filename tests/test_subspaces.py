@@ -17,7 +17,6 @@ from benchmarks.measuring.rows import SubspaceRow
 from benchmarks.rendering import subspaces as render_subspaces
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

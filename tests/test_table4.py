@@ -25,8 +25,6 @@ from benchmarks.rendering import table4 as render_table4
 
 from .emulated import emulate_graphs
 
-# torch.compile warns of torch's own deprecations while it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 CPU = torch.device("cpu")
 VIT = models.MODELS["vit-b/32"]
