@@ -30,7 +30,6 @@ from benchmarks.rendering import layer as render_layer
 
 from .emulated import emulate_graphs
 
-
 CPU = torch.device("cpu")
 SMALL = Shape(5, 11, 7)
 RANKS = {"hydra": Ranks(3, 2), "lora": Ranks(4, 0), "seqlora": Ranks(0, 3)}

@@ -25,7 +25,6 @@ from benchmarks.rendering import table4 as render_table4
 
 from .emulated import emulate_graphs
 
-
 CPU = torch.device("cpu")
 VIT = models.MODELS["vit-b/32"]
 FP32 = methods.TOLERANCES["fp32"]

@@ -21,7 +21,6 @@ from .cases import PLAIN, operands
 from .oracle import hydra
 from .test_reliability import NAMES, NATIVE, assert_is, layer_of, oracle_of
 
-
 ROUTES = [("auto", "auto"), ("aten", "composed"), ("aten", "kept"), ("hybrid", "auto"), ("triton", "auto")]
 ROUTES += [("native", form) for form in ("composed", "kept", "effective")] if NATIVE else []
 REFUSED = ROUTES[1:]
