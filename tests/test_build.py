@@ -425,7 +425,10 @@ def test_nothing_stale_or_damaged_is_loaded(mini, case):
 
 
 @compiles
-@pytest.mark.parametrize(("mode", "wheel"), [("none", "py3-none-any.whl"), ("cpp", "linux_"), (None, "linux_")])
+@pytest.mark.parametrize(
+    ("mode", "wheel"),
+    [("none", "py3-none-any.whl"), pytest.param("cpp", "linux_", marks=pytest.mark.slow), (None, "linux_")],
+)
 def test_setup_py_builds_in_place_and_wheels(mini, mode, wheel):
     shutil.copy(ROOT / "setup.py", mini.root)
     mini.folder.rename(mini.root / "hydra_kernels")

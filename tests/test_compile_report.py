@@ -66,9 +66,8 @@ def missing(rows: list[dict[str, Any]]) -> list[str]:
 @pytest.mark.parametrize(
     ("archs", "ranks", "variants"),
     [
-        # The least shared memory, and TMA loads; the largest ranks take the most registers, all options the longest
-        # kernels.
-        (["86", "90"], ["32+32"], ["options"]),
+        # The largest ranks take the most registers, all options the longest kernels.
+        (["90"], ["32+32"], ["options"]),
         pytest.param(list(map(str, MULTIPROCESSORS)), ["8+8", "32+32"], ALIGNED, marks=pytest.mark.slow),
     ],
     ids=["largest", "all"],

@@ -214,8 +214,7 @@ def nvcc_report(source: Path, architectures: tuple[int, ...], folder: Path) -> t
 @pytest.mark.parametrize(
     ("name", "architectures"),
     [
-        *(pytest.param(name, (90,), marks=pytest.mark.slow, id=f"{name}-90") for name in KERNELS if name != "down"),
-        pytest.param("down", (90,), id="down-90"),
+        *(pytest.param(name, (90,), marks=pytest.mark.slow, id=f"{name}-90") for name in KERNELS),
         *(pytest.param(name, OTHERS, marks=pytest.mark.slow, id=f"{name}-others") for name in KERNELS),
     ],
 )

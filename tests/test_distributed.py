@@ -136,7 +136,7 @@ def test_without_adapters_there_are_no_scales_to_keep():
 @pytest.mark.parametrize(
     ("function", "spec"),
     [
-        (training.ddp, Spec(options=EVERY_OPTION, compiler="aot_eager")),
+        pytest.param(training.ddp, Spec(options=EVERY_OPTION, compiler="aot_eager"), marks=pytest.mark.slow),
         pytest.param(training.fsdp, Spec(compiler="inductor", units="block"), marks=pytest.mark.slow),
         pytest.param(
             training.fsdp, Spec(options=EVERY_OPTION, compiler="aot_eager", units="block"), marks=pytest.mark.slow

@@ -109,6 +109,7 @@ def test_the_subspace_table_sets_each_figure_beside_that_of_random_adapters():
     assert "over 2 random draws of each seed." in text
 
 
+@pytest.mark.slow
 def test_a_run_looks_at_the_trained_layers_of_every_seed(digits, base):
     rows = subspaces.run(None, CPU, TINY, 2, 2, True)
     assert [row["seed"] for row in rows] == [0, 1]

@@ -41,6 +41,7 @@ def test_every_way_trains_the_same_model(groups, folder, ddp, world, parallel):
     assert max(found.values()) < 0.01, found
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_elsewhere(groups, folder, ddp):
     """Three steps by tensor parallelism on four processes, three more by FSDP2 on two."""
     other = folder / "other"
