@@ -146,7 +146,8 @@ def test_cancelling_bias_and_huge_channels(backend, form, dtypes, case, seed):
 
 
 @pytest.mark.parametrize(
-    ("backend", "form", "case"), joined(FORMS, ROUNDING, lambda i, backend, form, case: backend == "hybrid")
+    ("backend", "form", "case"),
+    joined(FORMS, ROUNDING, lambda i, backend, form, case: backend == "hybrid" or (backend == "triton" and i > 0)),
 )
 def test_cancelling_bias_and_huge_channels_in_fp32(case, backend, form):
     """The rule holds for the median of many draws: in fp32 the composed form errs up to 1.6 times as much as the naive

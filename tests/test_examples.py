@@ -148,11 +148,12 @@ def without_trainer_generators(module, monkeypatch):
 
 
 @PEFT_WARNS
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "spoilt"),
     [
-        pytest.param([], "file", marks=SLOW),
-        pytest.param(["--peft"], "file", marks=SLOW),
+        ([], "file"),
+        (["--peft"], "file"),
         ([], without_trainer_generators),
     ],
 )

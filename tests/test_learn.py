@@ -342,9 +342,10 @@ def test_the_bf16_table_sets_each_sum_beside_naive_and_fp32():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
-    [rounding, *(pytest.param(m, marks=pytest.mark.slow) for m in (learn, subspaces))],
+    [learn, rounding, subspaces],
     ids=lambda m: m.__name__.rpartition(".")[2],
 )
 def test_a_dry_run_stores_a_result_that_reads_back_and_renders(module, tmp_path, capsys):

@@ -70,10 +70,7 @@ TEN = (0.5, 1.0, 0.25, 2.0, -1.0, 0.3, 1.5, 4.0, 0.125, 7.0)
 
 @pytest.mark.parametrize(
     ("backend", "form"),
-    [
-        pytest.param(*route, marks=slow_if(route[0] == "hybrid" or route[1] in ("kept", "effective")))
-        for route in ROUTES
-    ],
+    [pytest.param(*route, marks=slow_if(route[1] != "composed")) for route in ROUTES],
 )
 def test_ten_scales_are_two_graphs(backend, form):
     """A constant scale that changes is an input of the graph, for operators as for what is traced."""
