@@ -93,7 +93,8 @@ def test_fullgraph_equals_eager(dynamic, backend, form, options):
 SCALES = (0.7, 1.0, -1.3)
 
 
-FIRST = [("aten", "composed"), ("triton", "auto"), ("native", "composed")]
+# Of each backend one case: hybrid is traced as triton is.
+FIRST = {("aten", "composed"): SCALES, ("triton", "auto"): SCALES, ("native", "composed"): None}
 
 
 def three_layers(backend: str, form: str, options: dict[str, object]) -> nn.Sequential:
@@ -108,7 +109,7 @@ def three_layers(backend: str, form: str, options: dict[str, object]) -> nn.Sequ
         pytest.param(
             *(*route, options, scales, dynamic),
             id="-".join(map(str, (*route, options, scales, dynamic))),
-            marks=slow_if((options, scales, dynamic) != ({}, SCALES, True) or route not in FIRST),
+            marks=slow_if((options, scales, dynamic) != ({}, FIRST.get(route, ()), True)),
         )
         for route in ROUTES
         for options, scales in (({}, None), ({}, SCALES), ({"adapter_bias": True}, SCALES), (EVERY_OPTION, None))
@@ -205,7 +206,7 @@ def test_checkpointing_recomputes_with_the_same_mask(backend, form):
     same(traced, step(layer, layer, rows(7)))
 
 
-@pytest.mark.parametrize(("backend", "form"), often(ROUTES))
+@pytest.mark.parametrize(("backend", "form"), ROUTES)
 def test_without_gradients(backend, form):
     layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -226,6 +227,8 @@ CASES = [
 
 def checked(case: int, operator: int, permuted: bool) -> bool:
     """A dozen of 80: every case with some operator, each operator with all options and permuted adapters."""
+    if CASES[case].r_b == 0 and OPERATORS[operator][0] == "native":
+        return not permuted  # the one operator whose D is then an operand
     return (case == 2 and permuted) or ((case + operator) % len(OPERATORS) == 0 and permuted == (case % 2 == 1))
 
 
