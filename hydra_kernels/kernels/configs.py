@@ -152,10 +152,18 @@ _TF32 = _HALF._replace(
     through=Skinny(64, 64, 4, 3, max_registers=255),
 )
 
+# Compiled by Triton 3.8 for these architectures, reduce would spill 8 bytes.
+_REDUCE = Reduce(128, 32, 4, 1, max_registers=255)
 # 164 KiB of shared memory on each of 108 multiprocessors.
-SM80 = Architecture("sm_80", _HALF, _TF32, _SMALL, multiprocessors=108)
+SM80 = Architecture(
+    "sm_80",
+    _HALF._replace(reduce=_REDUCE),
+    _TF32._replace(reduce=_REDUCE),
+    _SMALL._replace(reduce=_REDUCE),
+    multiprocessors=108,
+)
 # 100 KiB of shared memory: one stage less.
-SM86 = Architecture("sm_86", _HALF._replace(gemm=Gemm(128, 128, 32, 8, 3)), _TF32, _SMALL, multiprocessors=128)
+SM86 = SM80._replace(name="sm_86", half=SM80.half._replace(gemm=Gemm(128, 128, 32, 8, 3)), multiprocessors=128)
 # wgmma takes 128 x 256 with two warpgroups, loaded by the tensor memory accelerator; 227 KiB of shared memory.
 SM90 = Architecture(
     "sm_90",
