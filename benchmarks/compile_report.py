@@ -10,7 +10,6 @@ Known spill: in full fp32 products run without matrix instructions, and the GEMM
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -30,10 +28,8 @@ import triton
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.device.compilation import DTYPES, Compilation, assembled, compilation, products_of_fp32
 from benchmarks.measuring import timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.rendering.tables import Table, show
@@ -43,13 +39,6 @@ from hydra_kernels.kernels import configs
 from hydra_kernels.kernels.language import INTERPRETED
 from hydra_kernels.kernels.launch import Launch
 
-# The data type, and what torch's setting for fp32 products must say.
-DTYPES = {
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "fp32": (torch.float32, "ieee"),
-}
 # ViT-B/16 fc2, 128 images.
 M, K, N = 128 * 197, 3072, 768
 ADAPTERS = frozenset({"x", "A_down", "A_up", "B_down", "B_up"})
@@ -92,18 +81,6 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {str(v): v for v in itertools.starmap(Variant, itertools.product((False, True), (True, False)))}
-
-
-class Compilation(NamedTuple):
-    """All that decides a binary, as plain data that another process takes."""
-
-    module: str
-    kernel: str
-    signature: dict[str, str]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
-    options: dict[str, int]
-    arch: int
 
 
 class Binary(NamedTuple):
@@ -172,16 +149,6 @@ def operands(dtype: torch.dtype, ranks: Ranks, variant: Variant) -> tuple[Tensor
     return rows(M, K), rows(M, N), op
 
 
-@contextmanager
-def products_of_fp32(precision: str) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
 def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Launch]:
     """Every launch of a step of the fused backend with all gradients, its GEMMs in each of the architecture's tiles.
 
@@ -217,25 +184,10 @@ def config_of(launch: Launch) -> dict[str, int]:
     return tiles | launch.options
 
 
-def compilation(launch: Launch, arch: int) -> Compilation:
-    """A launch as Triton's own launcher would specialize and compile it on that architecture."""
-    kernel, backend = launch.kernel, make_backend(_target(arch))
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    arguments, specialization, options = bind(**launch.arguments, **launch.options)
-    _, signature, constants, attributes = kernel._pack_args(backend, options, arguments, specialization, options)
-    return Compilation(kernel.__module__, kernel.__name__, signature, constants, attributes, options, arch)
-
-
-def _target(arch: int) -> GPUTarget:
-    return GPUTarget("cuda", arch, 32)
-
-
 def compiled(job: Compilation) -> Binary | str:
     """What the assembler made of it, or the error of a compiler that gave up."""
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    source = ASTSource(kernel, job.signature, job.constants, job.attributes)
     try:
-        binary = triton.compile(source, target=_target(job.arch), options=job.options)
+        binary = assembled(job)
     except Exception as error:  # the compiler's passes raise what they like; whatever it is, it is the finding
         return f"{type(error).__name__}: {error}".strip().splitlines()[0]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.gpu --stage doctor` checks: each kernel and each backend against float64 on this machine.
+"""What the doctors of `benchmarks.gpu` check: each kernel and each backend against float64 on this machine.
 
 A group of checks runs in a process of its own, ``python -m benchmarks.doctor GROUP [CHECK ...]``, which prints a line
 of JSON a check. The rule is `hydra_kernels.choose.accuracy`: at most twice the error of the naive layer, plus slack.
@@ -7,6 +7,7 @@ of JSON a check. The rule is `hydra_kernels.choose.accuracy`: at most twice the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import numpy
 import torch
@@ -24,6 +26,7 @@ import triton
 from torch import Tensor
 
 import hydra_kernels as hk
+from benchmarks.device.compilation import tell_compilations
 from benchmarks.device.doctor_kernels import (
     F32,
     FORMATS,
@@ -37,6 +40,7 @@ from benchmarks.device.doctor_kernels import (
     slack_of,
 )
 from hydra_kernels.backend import TABLE
+from hydra_kernels.backend.interface import FORMS
 from hydra_kernels.kernels import configs
 from tests.cases import PLAIN, ROUNDING, Case, operands
 from tests.oracle import Tensors, differentiate, hydra
@@ -49,6 +53,7 @@ EVERYTHING = replace(PLAIN, lead=(23, 3), adapter_bias=True, scales="learnable",
 SMALL = (PLAIN, Case((64,), 96, 80, 8, 8), EVERYTHING)
 REAL = (Case((6400,), 3072, 768, 8, 8), Case((300,), 4096, 4096, 8, 8), Case((300,), 1024, 512, 32, 32))
 DRY = (Case((40,), 48, 32, 8, 8), EVERYTHING)
+QUICK, QUICK_FORMATS = (EVERYTHING, REAL[0]), ("bf16", "tf32")
 MANY_RANKS = Case((300,), 1024, 512, 37, 33)
 DRAWS = 5  # of a small case, where chance can break a single one
 
@@ -70,8 +75,8 @@ def wanted(t: Tensors) -> set[str]:
     return set(t) - {"weight", "mask"}
 
 
-def ours(case: Case, backend: str, t: Tensors, G: Tensor) -> Tensors:
-    return differentiate(partial(call, hk.hydra_linear, case, backend=backend), t, G, wanted(t))
+def ours(case: Case, backend: str, t: Tensors, G: Tensor, form: str = "auto") -> Tensors:
+    return differentiate(partial(call, hk.hydra_linear, case, backend=backend, form=form), t, G, wanted(t))
 
 
 def against_oracle(got: Tensors, form: Format, case: Case, t: Tensors, G: Tensor) -> list[Compared]:
@@ -82,10 +87,11 @@ def against_oracle(got: Tensors, form: Format, case: Case, t: Tensors, G: Tensor
     return [Compared(name, got[name], naive[name], value, slack) for name, value in true.items()]
 
 
-def backend_check(backend: str, form: Format, case: Case, draws: int) -> Finding:
+def backend_check(backend: str, form: Format, case: Case, draws: int, way: str = "auto") -> Finding:
+    """``way`` is the form of hydra_linear."""
     prepare(form)
     operands_of = (drawn(case, form, seed) for seed in range(draws))
-    return judge([against_oracle(ours(case, backend, t, G), form, case, t, G) for t, G in operands_of])
+    return judge([against_oracle(ours(case, backend, t, G, way), form, case, t, G) for t, G in operands_of])
 
 
 def same_bits(backend: str, form: Format, case: Case) -> Finding:
@@ -223,16 +229,47 @@ def serves(backend: str, form: Format) -> bool:
     return backend == "aten" or TABLE[backend].refusal("composed", form.base, 1, 1, device=device()) is None
 
 
+def tested() -> list[str]:
+    """Where `native` cannot run, the machine's group fails."""
+    return ["triton", "hybrid", "aten"] + (["native"] if TABLE["native"].unavailable(device()) is None else [])
+
+
+def machine() -> dict[str, Check]:
+    return {"versions": versions, "GPU": gpu, **{name: partial(usable, name) for name in TABLE}}
+
+
+def quick_cases(form: Format, dry: bool) -> tuple[Case, ...]:
+    """Two sizes, and where rounding shows the cases that expose it."""
+    return (DRY if dry else QUICK) + (tuple(ROUNDING) if form.base != F32 else ())
+
+
+def quick(dry: bool) -> dict[str, dict[str, Check]]:
+    """What comes first where time is short: every backend and form, each backend and format in a process."""
+    found: dict[str, dict[str, Check]] = {"machine": machine()}
+    for backend, name in itertools.product(tested(), QUICK_FORMATS):
+        form = FORMATS[name]
+        checks: dict[str, Check] = {}
+        for way, case in itertools.product(FORMS[1:], quick_cases(form, dry)):
+            refusal = partial(TABLE[backend].refusal, way, form.base, masked=case.dropout, device=device())
+            # What no Hydra may run in, a LoRA may.
+            ranks = next((r for r in ((case.r_a, case.r_b), (case.r_a, 0)) if refusal(*r) is None), None)
+            if ranks is None or (way == "kept" and not ranks[1]):
+                continue
+            case = replace(case, r_a=ranks[0], r_b=ranks[1])
+            draws = DRAWS if case.M < 100 and not dry else 1
+            checks[f"{name} {way} {case}"] = partial(backend_check, backend, form, case, draws, way)
+        if checks:
+            found[f"{backend} {name}"] = checks
+    return found
+
+
 def groups(dry: bool) -> dict[str, dict[str, Check]]:
     """Every check by the name of its group, and its own: a process a group, the longest first.
 
     A dry run has no compiler to wait for, so that processes would cost more than they save: it has a few large groups.
     """
-    found: dict[str, dict[str, Check]] = {"machine": {"versions": versions, "GPU": gpu}}
-    found["machine"] |= {name: partial(usable, name) for name in TABLE}
-    backends = ["triton", "hybrid", "aten"]
-    backends += ["native"] if TABLE["native"].unavailable(device()) is None else []  # else the machine's group fails
-    for backend in backends:
+    found: dict[str, dict[str, Check]] = {"machine": machine()}
+    for backend in tested():
         formats = {name: form for name, form in FORMATS.items() if serves(backend, form)}
         for name, form in formats.items():
             cases = DRY if dry else (*SMALL, *REAL, *([MANY_RANKS] if backend == "hybrid" else []))
@@ -288,10 +325,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("group")
     parser.add_argument("checks", nargs="*", help="all of the group's, where none is named")
     parser.add_argument("--dry", action="store_true", help="fewer and smaller checks")
+    parser.add_argument("--quick", action="store_true", help="the groups that come first where time is short")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="gets a line for each kernel that Triton compiles")
     options = parser.parse_args(arguments)
     # Without it torch refuses cuBLAS to `use_deterministic_algorithms`.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    checks = groups(options.dry)[options.group]
+    if options.log is not None:
+        tell_compilations(options.log)
+    checks = (quick if options.quick else groups)(options.dry)[options.group]
     lines = sys.stdout
     with redirect_stdout(sys.stderr):
         for name, finding, seconds in findings({name: checks[name] for name in options.checks or checks}):

@@ -1,28 +1,28 @@
-"""All that a GPU which runs this code should do, stage by stage. ``python -m benchmarks.gpu``
+"""All that a GPU which runs this code should do, in eight minutes, what counts first. ``python -m benchmarks.gpu``
 
-doctor: each kernel and each backend compiled and compared with float64. ceilings: what the card reaches. tune: the
-winners that later stages run. layer, table4, host: the benchmarks of these names.
+doctor: every backend and form against float64, quickly. table4: the paper's model. layer: the four shapes of the goals.
+host: the host's time of an eager step. llama: Table 4 of a language model, with PEFT's LoRA. all-checks: each kernel
+and each backend against float64. tune: the fastest backend for each shape. shapes: other ranks, shapes and backends.
 
-Every stage runs in a process of its own, which stores what it has after each of its parts: a stage that crashes, hangs
-or runs out of time costs the part it was at, and nothing after it. It needs the source tree alone, from its root, and
-neither sets nor resets anything on the GPU. ``--dry-run`` goes through every stage with tiny shapes on the CPU, in
-Triton's interpreter.
+Each stage has a limit of time, which counts the start of its process and the compilation before it. Where the time is
+short, the last stages go without. It needs the source tree alone, from its root, and neither sets nor resets anything
+on the GPU. ``--dry-run`` goes through every stage with tiny shapes on the CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
 
 import torch
 from rich.console import Console
@@ -30,129 +30,186 @@ from rich.progress import Progress
 
 import hydra_kernels as hk
 from benchmarks import ceilings, doctor, host, layer, roofline, table4
+from benchmarks.device import jobs, run
+from benchmarks.device.compilation import Job, Step, tell_compilations
 from benchmarks.device.isolated import ROOT, CheckRow, Isolated, line_of
+from benchmarks.device.run import Part, Settings, Stage, attempts, plan_of, run_stage, run_stages
 from benchmarks.measuring import methods, models, timing
 from benchmarks.measuring.methods import Ranks
-from benchmarks.measuring.rows import CeilingRow, HostRow, LayerRow, Table4Row
-from benchmarks.measuring.shapes import CUDA_SHAPES, DRY_SHAPES, Shape
+from benchmarks.measuring.rows import CeilingRow, HostRow, LayerRow, Table4Row, TuneRow
+from benchmarks.measuring.shapes import (
+    DRY_SHAPES,
+    GOALS_RANKS,
+    HEADLINE,
+    OTHER_RANKS,
+    OTHER_SHAPES,
+    PAPERS_FC2,
+    Shape,
+    has_bias,
+)  # fmt: skip
+from benchmarks.rendering.run import summary
 from benchmarks.rendering.tables import show
 from hydra_kernels.backend import TABLE
-from hydra_kernels.choose.tune import Tuned
+from hydra_kernels.kernels.language import INTERPRETED
+from tests.cases import Case
 
-# Seconds that a stage may take after the end of its time to finish the part that it is at.
-GRACE = 15.0
-# And then to end its own processes.
-TERMINATION = 2.0
+MINUTES = 8.0
+# Of a dry run, which nothing hurries.
+DRY_MINUTES = 60.0
+# Seconds for csrc, before the first stage.
+BUILD_LIMIT = 60.0
 # Seconds a check may take; the first of a process starts torch and CUDA as well.
 CHECK_LIMIT = 90.0
-# Those of the goals: ViT-B/32 fc2, ViT-L fc2, and a language model's layers.
-HEADLINE = (Shape(6400, 3072, 768), Shape(25216, 4096, 1024), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096))
-RANKS = ("2+2", "4+8", "16+16", "32+32")
-# A compiled rival takes seconds to compile at every shape.
 ALL_BUT_COMPILED = ",".join(name for name in methods.LAYER_METHODS if not name.startswith("compiled_"))
-OURS_AND_RIVALS = "naive_lora,naive_seqlora,naive_hydra,ours_hydra"
-ALL = ",".join(methods.METHODS)
+OURS_AND_RIVALS = "frozen,naive_lora,naive_seqlora,naive_hydra,ours_hydra"
 OURS_ALONE = ("hybrid", "triton", "native")  # each is measured beside what `auto` runs
+PAPERS = models.MODELS[table4.DEFAULT_MODEL]
 
 
-class Settings(NamedTuple):
-    dry: bool
-    deadline: float  # in time.monotonic()
-    out: Path
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu" if self.dry else "cuda")
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def path(self, stage: str) -> Path:
-        return self.out / f"{stage}-{'dry-' if self.dry else ''}{self.device.type}.json"
-
-
-class Part(NamedTuple):
-    """Rows of a stage that are ready, and how many checks or measurements among them failed."""
-
-    rows: Sequence[Any]
-    failures: int = 0
-
-
-# One shape, its winner, medians of a step, and what failed there.
-TuneRow = TypedDict("TuneRow", {**Tuned.__annotations__, "dry": bool})
-
-
-class Stage(NamedTuple):
-    """``run`` yields parts; their rows are stored together, of ``schema``. ``seconds`` is its share of the time."""
-
-    name: str
-    run: Callable[[Settings], Iterator[Part]]
-    schema: type
-    seconds: float
-
-
-def check_kernels_and_backends(settings: Settings) -> Iterator[Part]:
-    """Each kernel and each backend against float64."""
+def check(settings: Settings, quick: bool) -> Iterator[Part]:
+    """Each kernel and each backend against float64, groups of checks in processes side by side."""
     cores = len(os.sched_getaffinity(0))
     # Compilers keep a core each busy, the GPU has memory for more than these.
-    jobs = min(16, cores)
+    processes = min(16, cores)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    environment |= {"OMP_NUM_THREADS": str(max(1, cores // processes))}
     environment |= {"TRITON_INTERPRET": "1"} if settings.dry else {}
     # Inductor's workers outlive their process and hold its output open, which Python 3.12.3 waits for.
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    options = [*(["--dry"] if settings.dry else []), *(["--quick"] if quick else [])]
+    options += ["--log", str(settings.log)] if settings.log else []
 
     def command(group: str, checks: Sequence[str]) -> list[str]:
-        dry = ["--dry"] if settings.dry else []
-        return [sys.executable, "-m", "benchmarks.doctor", *dry, group, *checks]
+        return [sys.executable, "-m", "benchmarks.doctor", *options, group, *checks]
 
-    isolated = Isolated(command, environment, CHECK_LIMIT, jobs, settings.deadline, settings.dry, doctor.START_OVER)
-    groups = {group: list(checks) for group, checks in doctor.groups(settings.dry).items()}
-    rows = isolated.run(groups, lambda row: print(line_of(row), flush=True))
+    isolated = Isolated(
+        command, environment, CHECK_LIMIT, processes, settings.deadline, settings.dry, doctor.START_OVER
+    )
+    made = (doctor.quick if quick else doctor.groups)(settings.dry)
+    rows = isolated.run({group: list(checks) for group, checks in made.items()}, lambda row: print(line_of(row)))
     count = {status: sum(row["status"] == status for row in rows) for status in ("pass", "fail", "skip")}
-    print(f"doctor: {count['pass']} passed, {count['fail']} failed, {count['skip']} cannot run here")
+    print(f"{count['pass']} passed, {count['fail']} failed, {count['skip']} cannot run here")
     for row in rows:
         if row["status"] == "fail":
             print(line_of(row))
-    yield Part(rows, count["fail"])
+    yield Part("doctor-quick" if quick else "doctor", rows, count["fail"])
 
 
-def attempts(
-    settings: Settings, tasks: Sequence[tuple[str, Callable[[], Sequence[Any]]]], failures_of: Callable[[Any], int]
-) -> Iterator[Part]:
-    """Each task's rows; one that raises is told, counts as failed and does not stop the next; late ones are skipped."""
-    for name, run in tasks:
-        if settings.left() <= 0:
-            print(f"{name}: skipped, the time was over", flush=True)
-            continue
-        start = time.monotonic()
-        try:
-            rows = run()
-        except Exception:  # the tasks after it must run whatever this one's library raises
-            traceback.print_exc()
-            yield Part([], 1)
-            continue
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
-        yield Part(rows, sum(map(failures_of, rows)))
+def quick_jobs() -> Mapping[str, Job]:
+    formats = [(name, doctor.FORMATS[name]) for name in doctor.QUICK_FORMATS]
+    return jobs.jobs_of(
+        Step(case, name, fused, trainable_bias=True)
+        for fused, (name, form) in itertools.product((True, False), formats)
+        for case in doctor.quick_cases(form, dry=False)
+    )
 
 
-def measure_ceilings(settings: Settings) -> Iterator[Part]:
-    rows = ceilings.measure(settings.device, settings.dry)
-    show(140, [ceilings.table(rows)])
-    yield Part(rows)
+def all_jobs() -> Mapping[str, Job]:
+    """Those of the backends' steps; kernels that are checked alone are compiled by the processes that check them."""
+    cases = (*doctor.SMALL, *doctor.REAL)
+    return jobs.jobs_of(
+        Step(case, name.partition("+")[0], fused, form.adapters, trainable_bias=True)
+        for (name, form), fused, case in itertools.product(doctor.FORMATS.items(), (True, False), cases)
+    )
+
+
+def measure_table4(settings: Settings, file: str, model: str, runs: Sequence[tuple[str, str]], names: str) -> (
+    Iterator[Part]
+):  # fmt: skip
+    """Table 4 of a model in each (dtype, mode): what is left of the time goes to those that have not run."""
+
+    def measured(place: int, dtype: str, mode: str) -> Sequence[Table4Row]:
+        arguments = ["--model", model, "--device", settings.device.type, "--dtype", dtype, "--mode", mode]
+        arguments += ["--methods", names, *_dry(settings)]
+        arguments += ["--batch-size", "2", "--steps", "1"] if settings.dry else ["--steps", "20"]
+        # Half of its share is for building the models, their graphs and the uncounted rounds.
+        arguments += ["--time-limit", str(settings.left() / (len(runs) - place) / 2)]
+        options, _ = table4.settings_of(arguments)
+        return table4.run(options, _silent())
+
+    tasks = [
+        (f"{file} {dtype} {mode}", partial(measured, place, dtype, mode)) for place, (dtype, mode) in enumerate(runs)
+    ]
+    yield from attempts(settings, file, tasks)
+
+
+def measure_llama(settings: Settings) -> Iterator[Part]:
+    # `hydra_kernels.peft.accelerate` will be one more method here.
+    names = methods.MODEL_METHODS if importlib.util.find_spec("peft") else methods.METHODS
+    yield from measure_table4(settings, "table4-llama", "llama", [("bf16", "eager")], ",".join(names))
+
+
+def layers(
+    settings: Settings, mode: str, shape: Shape, ranks: Ranks, names: str, backend: str, seconds: float
+) -> list[LayerRow]:
+    """One shape of the layer benchmark in bf16, with the floor of each step where the ceilings are known."""
+    arguments = ["--device", settings.device.type, "--dtype", "bf16", "--mode", mode, "--methods", names]
+    arguments += ["--backend", backend, "--time-limit", str(seconds), "--shape", ",".join(map(str, shape))]
+    arguments += ["--ranks", f"{ranks.r_a}+{ranks.r_b}", *([] if has_bias(shape) else ["--no-bias"])]
+    options, _ = layer.settings_of([*arguments, *_dry(settings)])
+    rows, rates = layer.run(options, _silent()), _ceilings(settings)
+    for row in rows:
+        if rates is not None and row["phase"] == "step":
+            floor = roofline.floor_us(shape, Ranks(row["r_a"], row["r_b"]), row["dtype"], *rates)
+            row["floor_us"] = round(floor, 3)
+    return rows
+
+
+def measure_headline(settings: Settings) -> Iterator[Part]:
+    """The ceilings, then the shapes of the goals beside every rival: replayed from CUDA graphs, then eager."""
+    found = ceilings.measure(settings.device, settings.dry)
+    show(140, [ceilings.table(found)])
+    yield Part("ceilings", found)
+    everyone = ",".join(methods.LAYER_METHODS)
+    tasks = [
+        (f"layer {mode} {shape}", partial(layers, settings, mode, shape, GOALS_RANKS, names, "auto", seconds))
+        for mode, names, seconds in (("graph", everyone, 4), ("eager", ALL_BUT_COMPILED, 2))
+        for shape in (DRY_SHAPES[:1] if settings.dry else HEADLINE)
+    ]
+    yield from attempts(settings, "layer", tasks)
+
+
+def measure_others(settings: Settings) -> Iterator[Part]:
+    """In CUDA graphs: the goals' other rank, other shapes, other ranks, and each backend by itself."""
+    headline, others = (DRY_SHAPES[:1], DRY_SHAPES[1:]) if settings.dry else (HEADLINE, OTHER_SHAPES)
+    kernels = [name for name in OURS_ALONE if _serves(name, settings)]
+    ranks = OTHER_RANKS[:2] if settings.dry else OTHER_RANKS
+    parts = [
+        *((shape, ranks[0], OURS_AND_RIVALS, "auto") for shape in headline),
+        *((shape, GOALS_RANKS, ALL_BUT_COMPILED, "auto") for shape in others),
+        *((shape, pair, OURS_AND_RIVALS, "auto") for pair in ranks[1:] for shape in headline),
+        *((shape, GOALS_RANKS, OURS_AND_RIVALS, name) for name in kernels for shape in headline),
+    ]
+    tasks = [
+        (f"layer graph {shape} {pair.r_a}+{pair.r_b} {backend}", partial(
+            layers, settings, "graph", shape, pair, names, backend, 2
+        ))
+        for shape, pair, names, backend in parts
+    ]  # fmt: skip
+    yield from attempts(settings, "layer-shapes", tasks)
+
+
+def measure_host(settings: Settings) -> Iterator[Part]:
+    usable = ["aten", *(name for name in OURS_ALONE if TABLE[name].unavailable(settings.device) is None)]
+    tasks = [
+        (f"host {name}", partial(host.measure, settings.device, [name], 3 if settings.dry else 60, settings.dry))
+        for name in reversed(usable)
+    ]
+    yield from attempts(settings, "host", tasks)
+
+
+def host_jobs() -> Mapping[str, Job]:
+    shapes = itertools.product(host.SHAPES, (True, False))
+    return jobs.jobs_of(Step(Case((M,), K, N, *host.RANKS["hydra"]), "bf16", fused) for (M, K, N), fused in shapes)
 
 
 def tune(settings: Settings) -> Iterator[Part]:
-    """The shapes of the layer benchmark in bf16, then Table 4's own layer; later stages run the winners."""
-    first, others = (DRY_SHAPES[:1], DRY_SHAPES[1:]) if settings.dry else (HEADLINE, _headline_first()[len(HEADLINE) :])
-    fc2 = Shape(64, 64, 32) if settings.dry else Shape(table4.PAPER_BATCH * 50, 3072, 768)
-    jobs = [(shape, Ranks(8, 8), torch.bfloat16) for shape in first]
-    jobs += [
-        (fc2, ranks, of)
-        for of in (torch.bfloat16, torch.float32)
-        for ranks in models.MODELS[table4.DEFAULT_MODEL].ranks.values()
-    ]
-    jobs += [(shape, Ranks(8, 8), torch.bfloat16) for shape in others]
+    """The shapes of the goals, then Table 4's own layer, then the others; `shapes` runs the winners."""
+    first, others = (DRY_SHAPES[:1], DRY_SHAPES[1:]) if settings.dry else (HEADLINE, OTHER_SHAPES)
+    fc2 = Shape(64, 64, 32) if settings.dry else PAPERS_FC2
+    wanted = [(shape, GOALS_RANKS, torch.bfloat16) for shape in first]
+    wanted += [(fc2, ranks, of) for of in (torch.bfloat16, torch.float32) for ranks in PAPERS.ranks.values()]
+    wanted += [(shape, GOALS_RANKS, torch.bfloat16) for shape in others]
 
     def measured(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> Sequence[TuneRow]:
         rounds = 2 if settings.dry else 20
@@ -160,91 +217,18 @@ def tune(settings: Settings) -> Iterator[Part]:
         return [TuneRow(**row._asdict(), dry=settings.dry) for row in found]
 
     tasks = [
-        (f"tune {shape} {ranks.r_a}+{ranks.r_b}", partial(measured, shape, ranks, of)) for shape, ranks, of in jobs
+        (f"tune {shape} {ranks.r_a}+{ranks.r_b}", partial(measured, shape, ranks, of)) for shape, ranks, of in wanted
     ]
-    yield from attempts(settings, tasks, lambda row: len(row["failed"]))
+    yield from attempts(settings, "tune", tasks, lambda row: len(row["failed"]))
 
 
-def measure_layers(settings: Settings) -> Iterator[Part]:
-    """bf16 in CUDA graphs first, where the goals are; compiled rivals at the headline shapes alone."""
-    headline = DRY_SHAPES[:1] if settings.dry else HEADLINE
-    others = DRY_SHAPES[1:] if settings.dry else tuple(_headline_first()[len(HEADLINE) :])
-    kernels = [
-        name
-        for name in OURS_ALONE
-        if TABLE[name].unavailable(settings.device) is None
-        and TABLE[name].refusal("composed", torch.bfloat16, 8, 8, device=settings.device) is None
-    ]
-    ours = f"frozen,{OURS_AND_RIVALS}"
-    # Mode, shapes, ranks, methods, backend of ours, and seconds of rounds for each shape.
-    parts = [
-        ("graph", headline, ["8+8"], ALL_BUT_COMPILED, "auto", 4),
-        *(("graph", headline, ["8+8"], ours, backend, 3) for backend in kernels),
-        ("graph", headline, ["8+8"], ",".join(methods.LAYER_METHODS), "auto", 6),
-        ("eager", headline, ["8+8"], ALL_BUT_COMPILED, "auto", 3),
-        ("graph", others, ["8+8"], ALL_BUT_COMPILED, "auto", 2),
-        ("graph", headline, RANKS[:1] if settings.dry else RANKS, ours, "auto", 6),
-        ("compile", headline, ["8+8"], ours, "auto", 3),
-    ]
-    rates = _ceilings(settings)
-
-    def measured(
-        mode: str, shape: Shape, ranks: Sequence[str], names: str, backend: str, seconds: float
-    ) -> list[LayerRow]:
-        arguments = ["--device", settings.device.type, "--dtype", "bf16", "--mode", mode, "--methods", names]
-        arguments += ["--backend", backend, "--time-limit", str(seconds), "--shape", ",".join(map(str, shape))]
-        arguments += [text for pair in ranks for text in ("--ranks", pair)]
-        options, _ = layer.settings_of([*arguments, *_dry(settings)])
-        rows = layer.run(options, _silent())
-        for row in rows:
-            if rates is not None and row["phase"] == "step":
-                pair = Ranks(row["r_a"], row["r_b"])
-                row["floor_us"] = round(roofline.floor_us(shape, pair, row["dtype"], *rates), 3)
-        return rows
-
-    tasks = [
-        (f"layer {mode} {shape} {' '.join(ranks)} {backend}", partial(measured, mode, shape, ranks, names, backend, s))
-        for mode, shapes, ranks, names, backend, s in parts
-        for shape in shapes
-    ]
-    yield from attempts(settings, tasks, lambda row: 0)
-
-
-def measure_host(settings: Settings) -> Iterator[Part]:
-    usable = ["aten", *(name for name in OURS_ALONE if TABLE[name].unavailable(settings.device) is None)]
-    tasks = [
-        (f"host {name}", partial(host.measure, settings.device, [name], 3 if settings.dry else 60, settings.dry))
-        for name in usable
-    ]
-    yield from attempts(settings, tasks, lambda row: 0)
-
-
-def measure_table4(settings: Settings) -> Iterator[Part]:
-    """The paper's table in bf16, tf32 and fp32; compiled, only ours beside the naive methods."""
-    parts = [
-        *(("bf16", "graph", ALL), ("bf16", "eager", ALL), ("fp32", "eager", ALL), ("tf32", "eager", ALL)),
-        *(("bf16", "compile", OURS_AND_RIVALS), ("tf32", "graph", ALL), ("fp32", "graph", ALL)),
-        *(("tf32", "compile", OURS_AND_RIVALS), ("fp32", "compile", OURS_AND_RIVALS)),
-    ]
-
-    def measured(dtype: str, mode: str, names: str) -> Sequence[Table4Row]:
-        if settings.dry and mode == "compile":
-            dtype = "fp32"  # on a CPU what inductor (torch 2.13) makes of the naive Hydra in bf16 is no valid C++
-        arguments = ["--device", settings.device.type, "--dtype", dtype, "--mode", mode, "--methods", names]
-        arguments += ["--batch-size", "2", "--steps", "1"] if settings.dry else ["--steps", "20"]
-        options, _ = table4.settings_of([*arguments, *_dry(settings)])
-        return table4.run(options, _silent())
-
-    tasks = [(f"table4 {dtype} {mode}", partial(measured, dtype, mode, names)) for dtype, mode, names in parts]
-    yield from attempts(settings, tasks, lambda row: 0)
-
-
-def _headline_first() -> list[Shape]:
-    return [*HEADLINE, *(shape for shape in CUDA_SHAPES if shape not in HEADLINE)]
+def _serves(name: str, settings: Settings) -> bool:
+    refusal = TABLE[name].refusal("composed", torch.bfloat16, *GOALS_RANKS, device=settings.device)
+    return TABLE[name].unavailable(settings.device) is None and refusal is None
 
 
 def _ceilings(settings: Settings) -> tuple[float, float] | None:
-    """TFLOP/s of bf16 products and GB/s of a copy, where that stage has stored them."""
+    """TFLOP/s of bf16 products and GB/s of a copy, where they are stored."""
     try:
         _, rows = timing.read_result(settings.path("ceilings"), CeilingRow)
     except ValueError as error:
@@ -262,94 +246,116 @@ def _silent() -> Progress:
     return Progress(console=Console(quiet=True))
 
 
+PAPERS_RUNS = tuple(itertools.product(("bf16", "tf32"), ("graph", "eager")))
+# In the order of what counts. Their limits, compiling on 16 cores and the build with them, end within MINUTES.
 STAGES = (
-    Stage("doctor", check_kernels_and_backends, CheckRow, 150),
-    Stage("ceilings", measure_ceilings, CeilingRow, 20),
-    Stage("tune", tune, TuneRow, 70),
-    Stage("host", measure_host, HostRow, 25),
-    Stage("layer", measure_layers, LayerRow, 130),
-    Stage("table4", measure_table4, Table4Row, 110),
+    Stage("doctor", partial(check, quick=True), {"doctor-quick": CheckRow}, quick_jobs, 38),
+    Stage(
+        "table4",
+        partial(
+            measure_table4,
+            file="table4",
+            model=table4.DEFAULT_MODEL,
+            runs=PAPERS_RUNS,
+            names=",".join(methods.METHODS),
+        ),
+        {"table4": Table4Row},
+        jobs.table4_jobs,
+        60,
+    ),
+    Stage("layer", measure_headline, {"ceilings": CeilingRow, "layer": LayerRow}, jobs.headline_jobs, 62),
+    Stage("host", measure_host, {"host": HostRow}, host_jobs, 10),
+    Stage("llama", measure_llama, {"table4-llama": Table4Row}, jobs.llama_jobs, 30),
+    Stage("all-checks", partial(check, quick=False), {"doctor": CheckRow}, all_jobs, 21),
+    Stage("tune", tune, {"tune": TuneRow}, jobs.tune_jobs, 12),
+    Stage("shapes", measure_others, {"layer-shapes": LayerRow}, jobs.other_jobs, 14),
 )
 
 
-def run_stage(stage: Stage, settings: Settings) -> int:
-    """Runs a stage here and stores its rows after each part; how many of its checks or measurements failed."""
-    rows: list[Any] = []
-    failures, environment = 0, timing.environment(settings.device)
-    for part in stage.run(settings):
-        rows += part.rows
-        failures += part.failures
-        if rows:
-            timing.write_result(settings.path(stage.name), environment, rows, stage.schema)
-    return failures
+def build(limit: float) -> None:
+    """Compiles csrc for this GPU; what it leaves undone, `native` says itself."""
+    start, command = time.monotonic(), [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        status = str(process.wait(timeout=limit))
+    except subprocess.TimeoutExpired:
+        status = f"ended after {limit:.0f} s"
+    finally:
+        run.end(process)
+    made = "built" if status == "0" else f"NOT BUILT ({status})"
+    print(f"csrc: {made}, {time.monotonic() - start:.0f} s", flush=True)
 
 
-def run_stages(
-    selected: Sequence[Stage],
-    settings: Settings,
-    command: Callable[[Stage, float], list[str]],
-    environment: Mapping[str, str],
-) -> int:
-    """A process for each stage, one after the other, whatever becomes of those before; how many of them failed.
-
-    ``command`` runs one stage within so many seconds. What a stage leaves of its time is there for the later ones.
-    """
-    failed = 0
-    for place, stage in enumerate(selected):
-        spared = sum(later.seconds for later in selected[place + 1 :])
-        seconds = max(min(stage.seconds, settings.left()), settings.left() - spared)
-        if settings.left() <= 0:
-            print(f"{stage.name}: skipped, the time was over", flush=True)
-            failed += 1
-            continue
-        start = time.monotonic()
-        process = subprocess.Popen(command(stage, seconds), env=environment, cwd=ROOT, start_new_session=True)
-        try:
-            status = str(process.wait(timeout=seconds + GRACE))
-        except subprocess.TimeoutExpired:
-            status = f"killed, {seconds + GRACE:.0f} s were over"
-        finally:
-            if process.poll() is None:
-                # It may end what it started in sessions of their own; then its whole session, compilers included.
-                os.killpg(process.pid, signal.SIGTERM)
-                time.sleep(TERMINATION)
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        failed += status != "0"
-        verdict = "ok" if status == "0" else f"FAILED ({status})"
-        print(f"{stage.name}: {verdict}, {time.monotonic() - start:.0f} s, {settings.path(stage.name)}", flush=True)
-    return failed
+def parser() -> argparse.ArgumentParser:
+    names = [stage.name for stage in STAGES]
+    made = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    made.add_argument("--stage", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    made.add_argument("--minutes", type=float, help="for everything, 8 without it; the last stages go without")
+    made.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON")
+    made.add_argument("--plan", action="store_true", help="say what would run and be compiled, and end")
+    made.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="that compile")
+    made.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, to see that everything runs")
+    made.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # a stage's own process
+    made.add_argument("--log", type=Path, help=argparse.SUPPRESS)
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    names = [stage.name for stage in STAGES]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--minutes", type=float, default=8.6, help="for all stages")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, to see that everything runs")
-    parser.add_argument("--here", action="store_true", help="in this process, not in one for each stage")
-    options = parser.parse_args(arguments)
-    if not options.dry_run and not torch.cuda.is_available():
-        print("gpu: torch finds no GPU here; --dry-run needs none", file=sys.stderr)
+    options = parser().parse_args(arguments)
+    # What importing took counts, as far as a process knows that of itself.
+    minutes = options.minutes if options.minutes is not None else DRY_MINUTES if options.dry_run else MINUTES
+    deadline = time.monotonic() - time.process_time() + 60 * minutes
+    if not (options.dry_run or options.plan or torch.cuda.is_available()):
+        print("gpu: torch finds no GPU here; --dry-run and --plan need none", file=sys.stderr)
         return 2
+    selected = [stage for stage in STAGES if stage.name in options.stage]
+    settings = Settings(options.dry_run, deadline, options.out.resolve(), options.log)
     # As an exception it ends the processes below this one too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu: terminated"))
-    settings = Settings(options.dry_run, time.monotonic() + 60 * options.minutes, options.out.resolve())
-    selected = [stage for stage in STAGES if stage.name in options.stage]
     if options.here:
-        return int(sum(run_stage(stage, settings) for stage in selected) > 0)
+        return run_here(selected[0], settings)
+    if INTERPRETED.value:
+        print("gpu: TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it", file=sys.stderr)
+        return 2
+    plan = plan_of(selected, options.cores)
+    run.announce(plan, BUILD_LIMIT)
+    if options.plan:
+        return 0
+    if not settings.dry:
+        build(min(BUILD_LIMIT, max(0.0, settings.left())))
+    began = timing.now()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = settings._replace(log=Path(folder) / "compiled")
+            rows = run_stages(plan, settings, partial(command_of, settings), environment_of(settings, folder))
+    finally:
+        for line in summary(settings.path, {s.name: s.files for s in STAGES}, began):
+            print(line, flush=True)
+    return int(any(row["status"] != "ok" for row in rows))
 
-    def command(stage: Stage, seconds: float) -> list[str]:
-        dry = ["--dry-run"] if settings.dry else []
-        own = ["--stage", stage.name, "--minutes", str(seconds / 60), "--out", str(settings.out)]
-        return [sys.executable, "-m", "benchmarks.gpu", "--here", *own, *dry]
 
+def run_here(stage: Stage, settings: Settings) -> int:
+    seconds = run.wait_for_the_clock()
+    if seconds is None:
+        return 1
+    if settings.log is not None and not settings.dry:
+        tell_compilations(settings.log)
+    return int(run_stage(stage, settings._replace(deadline=time.monotonic() + seconds)) > 0)
+
+
+def command_of(settings: Settings, stage: Stage) -> list[str]:
+    own = ["--stage", stage.name, "--out", str(settings.out), "--log", str(settings.log)]
+    return [sys.executable, "-m", "benchmarks.gpu", "--here", *own, *(["--dry-run"] if settings.dry else [])]
+
+
+def environment_of(settings: Settings, folder: str) -> dict[str, str]:
+    found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found |= {"TRITON_INTERPRET": "1"} if settings.dry else {}
     # The profiler that measures peak memory on a CPU would print two lines a step.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"KINETO_LOG_LEVEL": "99"}
-    environment |= {"TRITON_INTERPRET": "1"} if settings.dry else {}
-    with tempfile.TemporaryDirectory() as tuned:
-        return int(run_stages(selected, settings, command, environment | {"HYDRA_KERNELS_CACHE": tuned}) > 0)
+    found |= {"KINETO_LOG_LEVEL": "99", "HYDRA_KERNELS_CACHE": str(Path(folder) / "tuned")}
+    # One cache for all processes: inductor would give each of its own another.
+    found.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    return found
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ class Settings:
     ranks: tuple[Ranks, ...]
     methods: tuple[str, ...]
     backend: str
+    # Whether the frozen layer has b0.
+    bias: bool
     rounds: int
     # Seconds within which all shapes are measured, but for MIN_ROUNDS of each.
     time_limit: float
@@ -101,7 +103,7 @@ class Bench:
     def __init__(self, shape: Shape, settings: Settings) -> None:
         self.settings, self.device, dtype = settings, settings.device, DTYPES[settings.dtype]
         torch.manual_seed(settings.seed)
-        self.linear = nn.Linear(shape.K, shape.N, device=self.device, dtype=dtype)
+        self.linear = nn.Linear(shape.K, shape.N, settings.bias, device=self.device, dtype=dtype)
         self.inputs = Inputs(*shape, dtype, self.device, settings.seed, settings.mode)
         self.allowed = methods.LAYER_TOLERANCES[dtype]
         self._expected: dict[tuple[str, Ranks], Mapping[str, Tensor | None]] = {}
@@ -254,6 +256,7 @@ def row_of(
         runs=len(seconds),
         calls=made.calls if ran else 0,
         dropout=0.0,
+        bias=settings.bias,
         trainable=trainable(shape, entry.ranks),
         over={name: [round(ratio, 4) for ratio in ratios] for name, ratios in over.items()},
         saved_bytes=made.saved_bytes if ran else None,
@@ -293,6 +296,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--ranks", action="append", metavar="A+B", help="of Hydra's branches; may be repeated")
     parser.add_argument("--methods", help="with commas between; every one without it")
     parser.add_argument("--backend", default="auto", help="of ours")
+    parser.add_argument("--no-bias", action="store_true", help="a frozen layer without b0, as language models have")
     parser.add_argument("--rounds", type=int, help="at most so many a shape: 100, in a dry run 3")
     parser.add_argument("--mode", choices=modes.MODES, default="eager")
     parser.add_argument("--time-limit", type=float, default=430.0, help="seconds for all shapes; each gets 3 rounds")
@@ -322,6 +326,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
         ranks=tuple(dict.fromkeys(map(ranks_option, options.ranks or ["8+8"]))),
         methods=tuple(name for name in measurable if name in names),
         backend=options.backend,
+        bias=not options.no_bias,
         rounds=rounds,
         time_limit=options.time_limit,
         seed=options.seed,

@@ -1,7 +1,8 @@
 """Turns stored results into what people read: the tables and charts of the README, ``docs`` and ``GOALS.md``.
 
 ``python -m benchmarks.render`` rewrites these pages between their markers and the charts beside the results from
-``benchmarks/results``; with ``--check`` it changes nothing and exits with 1 where one of them is stale.
+``benchmarks/results``; with ``--check`` it changes nothing and exits with 1 where one of them is stale. ``--take out``
+first takes over what `benchmarks.gpu` stored there, be it of half a run. A page says where nothing was measured.
 """
 
 from __future__ import annotations
@@ -10,15 +11,29 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.device.isolated import CheckRow
 from benchmarks.measuring import timing
-from benchmarks.measuring.rows import HostRow, LayerRow, LearnRow, RooflineRow, RoundingRow, SubspaceRow, Table4Row
+from benchmarks.measuring.rows import (
+    CeilingRow,
+    HostRow,
+    LayerRow,
+    LearnRow,
+    RooflineRow,
+    RoundingRow,
+    StageRow,
+    SubspaceRow,
+    Table4Row,
+    TuneRow,
+)
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering import kernels
+from benchmarks.rendering.device import ceilings_block, doctor_block, run_block, tune_block
 from benchmarks.rendering.goals import goals_block
 from benchmarks.rendering.host import host_block
 from benchmarks.rendering.layer import layer_block, layer_chart
@@ -33,6 +48,8 @@ from benchmarks.rendering.tables import Stored, is_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS, LEARNING, GOALS = "README.md", "docs/results.md", "docs/learning.md", "benchmarks/GOALS.md"
+GPU = "docs/gpu.md"
+NOTHING = "Not measured yet."
 
 
 class Block(NamedTuple):
@@ -72,6 +89,10 @@ BLOCKS = (
     Block("measured:learn", "learn", LearnRow, learn_block, learn_chart, page=LEARNING),
     Block("measured:rounding", "rounding", RoundingRow, rounding_block, rounding_chart, page=LEARNING),
     Block("measured:subspaces", "subspaces", SubspaceRow, subspace_block, subspace_chart, page=LEARNING),
+    Block("measured:run", "run", StageRow, run_block, page=GPU),
+    Block("measured:doctor", "doctor", CheckRow, doctor_block, page=GPU),
+    Block("measured:ceilings", "ceilings", CeilingRow, ceilings_block, page=GPU),
+    Block("measured:tune", "tune", TuneRow, tune_block, page=GPU),
     Block("predicted:roofline", "predicted", RooflineRow, roofline_block),
 )
 STEPS = ("measured:models", "measured:layer", "measured:gpu")
@@ -86,11 +107,15 @@ def stored_results(results: Path, block: Block) -> list[Stored]:
     found = []
     for path in sorted(results.glob(f"{block.files}*.json"), key=lambda path: path.stem):
         stored = Stored(path, *timing.read_result(path, block.schema))
-        if any(row.get("dry") for row in stored.rows):
-            raise ValueError(f"{path} is from a dry run: its figures mean nothing and are not published")
+        refuse_dry(path, stored.rows)
         if rows := [row for row in stored.rows if block.rows(row)]:
             found.append(stored._replace(rows=rows))
     return found
+
+
+def refuse_dry(path: Path, rows: Sequence[Any]) -> None:
+    if any(row.get("dry") for row in rows):
+        raise ValueError(f"{path} is from a dry run: its figures mean nothing and are not published")
 
 
 def with_kernels(found: Mapping[str, list[Stored]], digests: Mapping[str, str]) -> dict[str, list[Stored]]:
@@ -110,7 +135,7 @@ def with_kernels(found: Mapping[str, list[Stored]], digests: Mapping[str, str]) 
 def rendered(root: Path, results: Path) -> dict[Path, str]:
     """The pages under ``root``, the charts, and the record of the GPU's kernels as they should be.
 
-    A block needs both its markers and its results, or neither. A page that is not there has no markers.
+    Results need the markers of their block; markers without results get a sentence. A page that is not there has none.
     """
     pages = {part.page: root / part.page for part in (*BLOCKS, *DIGESTS)}
     texts = {page: path.read_text(encoding="utf-8") for page, path in pages.items() if page == README or path.exists()}
@@ -127,10 +152,7 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
     for block in BLOCKS:
         stored, text = found[block.marker], texts.get(block.page, "")
         if not stored and f"{block.marker} -->" in text:
-            raise ValueError(
-                f"{block.page} has markers for {block.marker.partition(':')[2]}, but {results} holds no "
-                f"{block.files}*.json"
-            )
+            texts[block.page] = replace_block(text, block.page, block.marker, NOTHING)
         if stored:
             charts: dict[Path, str] = {}
             for file in stored if block.chart else ():
@@ -160,13 +182,31 @@ def replace_block(text: str, page: str, marker: str, content: str) -> str:
     return f"{before}{opening}\n{content}\n{closing}{rest.split(closing)[1]}"
 
 
+def take(folder: Path, results: Path) -> list[str]:
+    """Copies the GPU's results of a run to the others, and gives their names; ValueError before any is copied."""
+    found = sorted(folder.glob("*-cuda.json"))
+    if not found:
+        raise ValueError(f"{folder} holds no results of a GPU, *-cuda.json")
+    for path in found:
+        schemas = {block.schema for block in BLOCKS if path.stem.startswith(block.files)}
+        if len(schemas) != 1:
+            raise ValueError(f"{path} is of no benchmark that has a page")
+        refuse_dry(path, timing.read_result(path, schemas.pop())[1])
+    for path in found:
+        shutil.copyfile(path, results / path.name)
+    return [path.name for path in found]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.render", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something is stale")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--take", type=Path, metavar="FOLDER", help="take over what a run of benchmarks.gpu left there")
     options = parser.parse_args(arguments)
     try:
+        if options.take is not None:
+            print(f"taken over: {', '.join(take(options.take, options.results))}")
         fresh = rendered(options.root, options.results)
     except (OSError, ValueError) as error:
         print(f"render: {error}", file=sys.stderr)

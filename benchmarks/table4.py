@@ -68,6 +68,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         modes.check(self.mode, self.device, self.dry)
+        if "peft_lora" in self.methods and self.model.adapter_bias:
+            raise ValueError("methods: peft_lora has no adapter biases, which the naive methods of this model train")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, expected a divisor of the batch, {self.batch_size}")
         if self.mode != "eager" and self.full and EPOCH % self.batch_size:
@@ -295,11 +297,11 @@ def methods_option(text: str) -> tuple[str, ...]:
     """Names with commas between, as a tuple in the table's order; ours come with the naive they are compared with."""
     names = text.split(",")
     for name in names:
-        if name not in methods.METHODS:
-            raise ValueError(f"methods: {name!r}, expected some of {','.join(methods.METHODS)}")
+        if name not in methods.MODEL_METHODS:
+            raise ValueError(f"methods: {name!r}, expected some of {','.join(methods.MODEL_METHODS)}")
         if (partner := methods.naive_of(name)) and partner not in names:
             raise ValueError(f"methods: {name} needs {partner}, which every step of it is compared with")
-    return tuple(name for name in methods.METHODS if name in names)
+    return tuple(name for name in methods.MODEL_METHODS if name in names)
 
 
 def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
@@ -318,7 +320,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches that a step's batch is split into")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
     parser.add_argument("--steps", type=int, help="counted rounds: 50 on a GPU, 10 on a CPU")
-    parser.add_argument("--methods", default=",".join(methods.METHODS))
+    parser.add_argument("--methods", default=",".join(methods.METHODS), help="with peft_lora, where it was asked for")
     parser.add_argument("--ranks", help="hydra=A+B,lora=R,seqlora=R, or some of them; the model's own without it")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 as distributed; scikit-learn's digits without it")
     parser.add_argument("--checkpoint", type=Path, help="local folder of a ViT checkpoint; random weights without it")

@@ -1,23 +1,18 @@
-"""The runner of `benchmarks.gpu`: what a check that fails, dies or hangs costs, and what is stored."""
+"""The doctors of `benchmarks.gpu`: what a check that fails, dies or hangs costs, and what is checked."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import doctor, gpu
+from benchmarks import doctor
 from benchmarks.device import isolated
 from benchmarks.device.doctor_kernels import FORMATS, Compared, judge, slack_of
 from benchmarks.device.isolated import CheckRow, Isolated
-from benchmarks.gpu import Part, Settings, Stage
-from benchmarks.measuring import timing
-from benchmarks.measuring.rows import CeilingRow
 from hydra_kernels.kernels.launch import Launch
 
 # Stands for `benchmarks.doctor`: each check does what its name says.
@@ -90,90 +85,6 @@ def test_every_check_is_reported_once_when_it_is_known():
     assert all(isinstance(isolated.line_of(row), str) for row in rows)
 
 
-def row_of(status: str) -> CheckRow:
-    return CheckRow(
-        group="g", check="c", status=status, error=None, allowed=None, what=None, reason=None, seconds=0.0, dry=True
-    )
-
-
-def settings(tmp_path: Path, seconds: float = 60.0) -> Settings:
-    return Settings(True, time.monotonic() + seconds, tmp_path)
-
-
-def test_what_a_stage_had_before_it_failed_is_stored(tmp_path):
-    def run(settings: Settings) -> Iterator[Part]:
-        yield Part([row_of("pass")])
-        yield Part([row_of("fail")], 1)
-        raise RuntimeError("no driver")
-
-    stage = Stage("first", run, CheckRow, 10)
-    with pytest.raises(RuntimeError, match="no driver"):
-        gpu.run_stage(stage, settings(tmp_path))
-    stored = timing.read_result(tmp_path / "first-dry-cpu.json", CheckRow)[1]
-    assert stored == [row_of("pass"), row_of("fail")]
-    assert gpu.run_stage(stage._replace(run=lambda s: iter([Part([row_of("fail")], 2)])), settings(tmp_path)) == 2
-
-
-def test_one_task_that_raises_does_not_stop_the_next(tmp_path, capsys):
-    def broken() -> list[CheckRow]:
-        raise ValueError("no such kernel")
-
-    tasks = [("one", broken), ("two", lambda: [row_of("pass")])]
-    parts = list(gpu.attempts(settings(tmp_path), tasks, lambda row: row["status"] == "fail"))
-    assert parts == [Part([], 1), Part([row_of("pass")], 0)]
-    assert "ValueError: no such kernel" in capsys.readouterr().err
-    assert list(gpu.attempts(settings(tmp_path, -1.0), tasks, lambda row: 0)) == []
-    assert capsys.readouterr().out == "one: skipped, the time was over\ntwo: skipped, the time was over\n"
-
-
-def test_a_stage_that_crashes_or_hangs_does_not_stop_the_next(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 1.0)
-    bodies = {"crash": "import os; os.abort()", "hang": "import time; time.sleep(60)", "good": "print('ran')"}
-    selected = [
-        Stage(name, lambda settings: iter(()), CheckRow, seconds)
-        for name, seconds in zip(bodies, (5.0, 2.0, 20.0), strict=True)
-    ]
-    allowed: dict[str, float] = {}
-
-    def command(stage: Stage, seconds: float) -> list[str]:
-        allowed[stage.name] = seconds
-        return [sys.executable, "-c", bodies[stage.name]]
-
-    start = time.monotonic()
-    assert gpu.run_stages(selected, settings(tmp_path, 27.0), command, {}) == 2
-    assert time.monotonic() - start < 50
-    out = capfd.readouterr().out
-    assert "crash: FAILED (-6)" in out
-    assert "hang: FAILED (killed, " in out
-    assert "ran\ngood: ok" in out
-    # The time that a stage leaves goes to the next.
-    assert allowed["crash"] == pytest.approx(5, abs=1)
-    assert 2 < allowed["hang"] <= 7
-    assert gpu.run_stages(selected, settings(tmp_path, -1.0), command, {}) == 3
-    assert capfd.readouterr().out.count("skipped, the time was over") == 3
-
-
-def test_the_stages_of_a_dry_run_store_their_rows(tmp_path):
-    """Those that the other benchmarks' own tests do not go through: ceilings, and a tuned shape."""
-    here = settings(tmp_path)
-    by_name = {stage.name: stage for stage in gpu.STAGES}
-    assert list(by_name) == ["doctor", "ceilings", "tune", "host", "layer", "table4"]
-    assert sum(stage.seconds for stage in gpu.STAGES) <= 9 * 60 - 20
-    assert gpu.run_stage(by_name["ceilings"], here) == 0
-    rows = timing.read_result(here.path("ceilings"), CeilingRow)[1]
-    assert {(row["what"], row["dry"]) for row in rows} == {("copy", True), ("product", True)}
-    tflops, gigabytes = gpu._ceilings(here)
-    assert tflops > 0
-    assert gigabytes > 0
-
-
-def test_without_a_gpu_only_the_dry_run_starts(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert gpu.main([]) == 2
-    assert "--dry-run needs none" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("dry", [True, False])
 def test_every_kernel_and_backend_is_checked(dry):
     groups = doctor.groups(dry)
@@ -187,6 +98,35 @@ def test_every_kernel_and_backend_is_checked(dry):
             name in checks for name in (*FORMATS, "same bits", "stream", "CUDA graph", "no sync", "torch.compile")
         )
     assert len(groups) <= 28
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_the_quick_doctor_checks_every_backend_and_form_in_bf16_and_tf32(dry):
+    groups = doctor.quick(dry)
+    named = {
+        (*group.split(), check.split()[1]) for group, checks in groups.items() if group != "machine" for check in checks
+    }
+    forms = {"triton": ["composed"], "hybrid": ["composed"], "aten": ["composed", "kept"]}
+    wanted = {(backend, dtype, form) for backend in forms for dtype in ("bf16", "tf32") for form in forms[backend]}
+    assert {name for name in named if name[0] != "native"} == wanted
+    for group, checks in groups.items():
+        if group.endswith("bf16"):
+            for form in {check.split()[1] for check in checks}:
+                cases = [check.split()[2] for check in checks if check.split()[1] == form]
+                assert [case.endswith(kind) for case in cases for kind in ("cancelling", "huge")].count(True) == 2
+                assert len({case for case in cases if not case.endswith(("cancelling", "huge"))}) == 2
+    # A process each, so that all of them run at once on 16 cores.
+    assert len(groups) <= 16
+
+
+def test_a_form_is_checked_as_itself(monkeypatch):
+    seen = []
+    monkeypatch.setattr(doctor, "backend_check", lambda *arguments: seen.append(arguments))
+    for name, check in doctor.quick(True)["aten tf32"].items():
+        check()
+        backend, form, case, _, way = seen[-1]
+        assert (backend, form, f"tf32 {way} {case}") == ("aten", FORMATS["tf32"], name)
+    assert [arguments[-1] for arguments in seen] == ["composed", "composed", "kept", "kept"]
 
 
 def test_the_doctors_own_process_prints_a_row_a_check(capsys):

@@ -230,6 +230,28 @@ def test_of_micro_batches_one_is_saved_at_a_time_and_no_more_than_the_peak():
         assert whole / 4 <= part < 1.1 * whole / 4
 
 
+def test_pefts_lora_is_naive_lora_in_a_model_without_adapter_biases():
+    model, base = MODELS["llama"], network_of("llama").bfloat16()
+    same = {"target": model.target, "head": model.head, "seed": 1, "adapter_bias": False}
+    made = {
+        name: Contestant.of(name, methods.build(base, name, model.ranks, **same))
+        for name in ("naive_lora", "peft_lora")
+    }
+    methods.start_equal(made)
+    trainable = {name: contestant.trainable() for name, contestant in made.items()}
+    assert trainable["peft_lora"].keys() == trainable["naive_lora"].keys()
+    assert {p.dtype for p in trainable["peft_lora"].values()} == {torch.bfloat16}
+    assert len(trainable["peft_lora"]) == 2 * 7 * 2 + 1
+    [batch] = source_of("llama", base).batches(4, 4, seed=3)
+    for _ in range(2):
+        for contestant in made.values():
+            contestant.step(*batch)
+        difference = methods.settle(made, methods.TOLERANCES["bf16"])["peft_lora"]
+        assert difference.gradient < 0.1
+    with pytest.raises(ValueError, match="peft_lora has no adapter biases"):
+        table4.settings_of(["--dry", "--device", "cpu", "--methods", "naive_lora,peft_lora"])
+
+
 @pytest.mark.parametrize("option", OTHERS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_ours_is_naive_in_every_model(option, dtype, tmp_path, capsys):

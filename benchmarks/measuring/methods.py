@@ -25,6 +25,8 @@ METHODS = (
     *("full_tuning", "linear_probing", "naive_lora", "naive_seqlora", "naive_hydra"),
     *("ours_lora", "ours_seqlora", "ours_hydra"),
 )
+# What a model without adapter biases is measured with besides, which PEFT has not.
+MODEL_METHODS = (*METHODS, "peft_lora")
 LAYER_METHODS = (
     *("frozen", "naive_hydra", "naive_lora", "naive_seqlora", "ours_hydra", "ours_lora", "ours_seqlora"),
     *("compiled_hydra", "compiled_lora", "compiled_seqlora", "peft_lora"),
@@ -94,8 +96,8 @@ def build(
     ``target`` is a regular expression that the whole names of the linear layers that get adapters match. All methods
     but full tuning share ``base``'s frozen Parameters: the same objects, not copies.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+    if method not in MODEL_METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(MODEL_METHODS)}")
     if method == "full_tuning":
         return copy.deepcopy(base).requires_grad_(True).train()
     frozen = [parameter for name, parameter in base.named_parameters() if not name.startswith(f"{head}.")]
@@ -114,6 +116,15 @@ def build(
             raise ValueError(f"target is {target!r}, which the name of no module matches")
         for name in names:
             model.set_submodule(name, NAIVE[kind](model.get_submodule(name), ranks[kind], adapter_bias))
+    elif owner == "peft":
+        # Its import takes seconds, which only a run that measures it should pay.
+        from peft import LoraConfig, inject_adapter_in_model
+
+        r = ranks[kind].r_a
+        inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=target), model)
+        # PEFT makes fp32 adapters over a low-precision base; all methods here have adapters of the base's dtype.
+        model.to(frozen[0].dtype)
+        model.get_submodule(head).requires_grad_(True)
     start_adapters(model, head)
     return model.train()
 
@@ -155,8 +166,15 @@ def build_layer(
 
 def layer_adapters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters of a layer by the names that ours have."""
-    theirs = {"lora_A.default.weight": "A_down", "lora_B.default.weight": "A_up"}
-    return {theirs.get(name, name): p for name, p in layer.named_parameters() if p.requires_grad}
+    return {our_name(name): p for name, p in layer.named_parameters() if p.requires_grad}
+
+
+def our_name(name: str) -> str:
+    """A parameter of PEFT's LoRA, of one layer or in a model, as ours calls it; any other as it is."""
+    for theirs, ours in (("lora_A.default.weight", "A_down"), ("lora_B.default.weight", "A_up")):
+        if name.endswith(theirs):
+            return name.removesuffix(theirs) + ours
+    return name
 
 
 def forget(layer: nn.Module, x: Tensor) -> None:
@@ -216,7 +234,7 @@ class Contestant:
         self.loss = sum(losses)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {our_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def held_bytes(self) -> int:
         """Bytes held between steps: the parameters, frozen ones too, and the optimizer's state; no gradients."""

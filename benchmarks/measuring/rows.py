@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from hydra_kernels.choose.tune import Tuned
+
 
 class Table4Row(TypedDict):
     """One method of Table 4. Every ratio is to naive LoRA; ``None`` where a method has no such figure."""
@@ -82,6 +84,8 @@ class LayerRow(TypedDict):
     runs: int
     calls: int
     dropout: float
+    # Whether the frozen layer has b0.
+    bias: bool
     trainable: int
     # [q1, median, q3] of the paired rounds over other methods, "@parameters": over the one of equal parameters.
     over: dict[str, list[float]]
@@ -133,6 +137,28 @@ class CeilingRow(TypedDict):
     bytes_or_operations: int
     runs: int
     dry: bool
+
+
+class StageRow(TypedDict):
+    """One stage of a run on a GPU (benchmarks.gpu)."""
+
+    stage: str
+    # "ok", "skipped", or "FAILED" and why.
+    status: str
+    # What it took in all, and what it could have taken.
+    seconds: float
+    limit: float
+    # Kernels and rivals that were to be compiled before its clock started, that were, and how long that took.
+    planned: int
+    compiled: int
+    compile_seconds: float
+    # Names of the kernels that Triton compiled afterwards.
+    late: list[str]
+    dry: bool
+
+
+# One shape, its winner, medians of a step, and what failed there.
+TuneRow = TypedDict("TuneRow", {**Tuned.__annotations__, "dry": bool})
 
 
 class HostRow(TypedDict):

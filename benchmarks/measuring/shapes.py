@@ -34,6 +34,19 @@ CUDA_SHAPES = (
 DRY_SHAPES = (Shape(256, 24, 16), Shape(16, 16, 24))
 
 
+# Those of the GPU's goals: ViT-B/32 fc2, ViT-L fc2, and a language model's layers; the ranks of the goals, and others,
+# the commonest first.
+HEADLINE = (Shape(6400, 3072, 768), Shape(25216, 4096, 1024), Shape(8192, 4096, 4096), Shape(8192, 14336, 4096))
+OTHER_SHAPES = tuple(shape for shape in CUDA_SHAPES if shape not in HEADLINE)
+GOALS_RANKS, OTHER_RANKS = Ranks(8, 8), (Ranks(16, 16), Ranks(2, 2), Ranks(4, 8), Ranks(32, 32))
+PAPERS_FC2 = HEADLINE[0]
+
+
+def has_bias(shape: Shape) -> bool:
+    """Whether a GPU's frozen layer is measured with b0: a ViT's has it, a language model's has not."""
+    return min(shape.K, shape.N) < 4096
+
+
 class Entry(NamedTuple):
     """A method at one shape, and in what it equals the Hydra layer that it is measured beside (`LayerRow.pair`)."""
 
@@ -52,6 +65,11 @@ def trainable(shape: Shape, ranks: Ranks) -> int:
     return ranks.r_a * (shape.K + shape.N) + ranks.r_b * 2 * shape.N
 
 
+def equal_rank(hydra: Ranks) -> dict[str, Ranks]:
+    """The ranks of each kind that add up to Hydra's."""
+    return {"hydra": hydra, "lora": Ranks(sum(hydra), 0), "seqlora": Ranks(0, sum(hydra))}
+
+
 def equal_parameters(shape: Shape, hydra: Ranks) -> dict[str, Ranks]:
     """LoRA's and SeqLoRA's ranks whose parameters come nearest to Hydra's."""
     wanted = trainable(shape, hydra)
@@ -66,7 +84,7 @@ def entries_of(shape: Shape, hydra: Ranks, names: Sequence[str]) -> list[Entry]:
 
     Where equal parameters mean equal rank, as SeqLoRA's do in a square layer, the method is measured once.
     """
-    equal_rank = {"hydra": hydra, "lora": Ranks(sum(hydra), 0), "seqlora": Ranks(0, sum(hydra))}
+    same_rank = equal_rank(hydra)
     near = equal_parameters(shape, hydra)
     entries = []
     for method in names:
@@ -74,8 +92,8 @@ def entries_of(shape: Shape, hydra: Ranks, names: Sequence[str]) -> list[Entry]:
             entries.append(Entry(method, Ranks(0, 0), None))
             continue
         kind = method.partition("_")[2]
-        same = kind == "hydra" or near[kind] == equal_rank[kind]
-        entries.append(Entry(method, equal_rank[kind], "both" if same else "rank"))
+        same = kind == "hydra" or near[kind] == same_rank[kind]
+        entries.append(Entry(method, same_rank[kind], "both" if same else "rank"))
         if method in ("naive_lora", "naive_seqlora") and not same:
             entries.append(Entry(method, near[kind], "parameters"))
     return entries

@@ -188,6 +188,11 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def now() -> str:
+    """The time in UTC as results have it; later ones sort behind earlier ones."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def environment(device: torch.device) -> Environment:
     """The machine, the versions, the commit and the time (UTC) that a result is published with."""
     cuda = device.type == "cuda"
@@ -208,7 +213,7 @@ def environment(device: torch.device) -> Environment:
         "python": platform.python_version(),
         "commit": commit,
         "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")) if commit else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
     }
 
 

@@ -185,6 +185,8 @@ def layer_notes(environment: Environment, rows: Sequence[LayerRow]) -> list[str]
         f"adapter biases; {min(runs, default=0)} to {max(runs, default=0)} rounds of all methods in shuffled order, "
         "medians of paired steps (forward and backward), inputs cold in L2. Saved: kept for the backward."
     ]
+    without = dict.fromkeys(shape_of({"": row}) for row in rows if not row["bias"])
+    notes[0] += f" Without b0: {', '.join(without)}." if without else ""
     proofs = [row["parity"] for row in rows if row["parity"]]
     if proofs:
         notes[0] += (

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from benchmarks.measuring.methods import METHODS
+from benchmarks.measuring.methods import MODEL_METHODS
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.kernels import Kernels
@@ -47,7 +47,7 @@ def title(environment: Environment, row: Table4Row) -> str:
 
 def memory_table(found: Sequence[tuple[Environment, list[Table4Row], Kernels]]) -> Table:
     """A line a run, a column a method: parameters and optimizer, saved and peak, in MB."""
-    used = [name for name in METHODS if any(row["method"] == name for _, rows, _ in found for row in rows)]
+    used = [name for name in MODEL_METHODS if any(row["method"] == name for _, rows, _ in found for row in rows)]
     cells = []
     for environment, rows, _ in found:
         by_method = {row["method"]: row for row in rows}
