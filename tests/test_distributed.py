@@ -149,7 +149,7 @@ def test_compiled_it_trains_as_one_process(groups, function, spec):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process reads without a group
-@pytest.mark.parametrize("units", ["layer", "", "tensor parallel"])
+@pytest.mark.parametrize("units", [pytest.param("layer", marks=pytest.mark.slow), "", "tensor parallel"])
 def test_a_checkpoint_of_two_processes_is_read_by_four_two_and_one(groups, folder, units):
     spec = Spec(options={"adapter_bias": True, "r_a": 3, "r_b": 3}, units=units)
     written = groups.run(2, checkpoints.train_and_write, spec, str(folder))[0]

@@ -253,7 +253,7 @@ def test_pefts_lora_is_naive_lora_in_a_model_without_adapter_biases():
 
 
 @pytest.mark.parametrize("option", OTHERS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_ours_is_naive_in_every_model(option, dtype, tmp_path, capsys):
     arguments = ["--dry", "--model", option, "--device", "cpu", "--dtype", dtype, "--steps", "2", "--batch-size", "4"]
     assert table4.main([*arguments, "--accumulation", "2", "--checkpointing", "--out", str(tmp_path)]) == 0

@@ -345,6 +345,7 @@ def forked_workers() -> None:
     print(json.dumps({"worst": worst}))
 
 
+@pytest.mark.slow
 def test_workers_forked_after_the_threads_were_used():
     code = "from tests.test_reliability import forked_workers; forked_workers()"
     assert answer(python(code))["worst"] < 1e-4

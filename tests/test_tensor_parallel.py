@@ -170,7 +170,7 @@ def test_a_network_trains_as_one_process(groups, world, spec):
 
 
 TWO_DIMENSIONS = [
-    Spec(options={"adapter_bias": True, "form": "composed"}, units="layer"),
+    pytest.param(Spec(options={"adapter_bias": True, "form": "composed"}, units="layer"), marks=pytest.mark.slow),
     Spec(options={"adapter_bias": True, "learnable_scale": True}, units="block"),
 ]
 

@@ -8,9 +8,8 @@ from .distributed import trainer
 pytestmark = pytest.mark.xdist_group("processes")
 
 
-@pytest.mark.parametrize(
-    "peft", [pytest.param(False, id="inject"), pytest.param(True, id="peft", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [False, True], ids=["inject", "peft"])
 def test_two_processes_train_as_one(groups, peft):
     ((losses, changes),) = groups.run(1, trainer.train, 8, peft)
     moved = {name for name, change in changes.items() if change.any()}
