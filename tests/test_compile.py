@@ -166,6 +166,7 @@ INDUCTOR = pytest.mark.xdist_group("inductor")
         )
         for route in ROUTES
         for options, dynamic in (({}, None), ({"scale_a": 0.7, "scale_b": -1.3}, True), (EVERY_OPTION, True))
+        if not options or route in FIRST
     ],
 )
 def test_inductor_equals_eager(backend, form, options, dynamic, tmp_path, monkeypatch):
