@@ -504,6 +504,10 @@ def test_the_last_lines_are_twelve_and_hold_the_goals(tmp_path, quick_environmen
     timing.write_result(path("run"), ENVIRONMENT, rows, StageRow)
     last = summary(path, FILES, ENVIRONMENT["date"])[-1]
     assert last == "skipped: shapes; compiled after a clock had started: 2 in layer"
+    # A stage that stored results and then did not end was cut off.
+    timing.write_result(path("run"), ENVIRONMENT, [row for row in rows if row["stage"] != "doctor"], StageRow)
+    assert summary(path, FILES, ENVIRONMENT["date"])[1].startswith("doctor: cut off; 1 passed, 1 failed")
+    timing.write_result(path("run"), ENVIRONMENT, rows, StageRow)
     # Of another run's results nothing is told.
     later = summary(path, FILES, "2026-12-01T00:00:00+00:00")
     assert later[1:3] == ["doctor: not reached", "table4: not reached"]

@@ -122,8 +122,6 @@ def build(
 
         r = ranks[kind].r_a
         inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=target), model)
-        # PEFT makes fp32 adapters over a low-precision base; all methods here have adapters of the base's dtype.
-        model.to(frozen[0].dtype)
         model.get_submodule(head).requires_grad_(True)
     start_adapters(model, head)
     return model.train()
