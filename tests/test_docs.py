@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import hydra_kernels as hk
+from hydra_kernels import private
 from hydra_kernels.choose import machine
 
 ROOT = Path(__file__).parent.parent
@@ -221,7 +222,11 @@ def test_the_versions_agree():
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE))
     assert rows["torch"].startswith(f"{pins['torch']} on a CPU")
     assert rows["PEFT, transformers"] == f"{pins['peft']}, {pins['transformers']}"
-    assert rows["Triton"] == pins["triton"]
+    assert rows["Triton"].startswith(f"{pins['triton']}; ")
+    ran = sorted(re.findall(r"\d+\.\d+\.\d+", rows["torch"]), key=lambda version: [*map(int, version.split("."))])
+    assert private.TESTED == f"{minor(ran[0])} to {minor(ran[-1])}"
+    assert f"torch=={ran[0]}/" in (ROOT / "Makefile").read_text()
+    assert rows["Triton"].endswith(f"with torch {ran[-1]}")
     oldest = f"torch>={re.search(r'; ([0-9.]+) is the oldest', rows['torch'])[1]}"
     assert oldest in project["dependencies"]
     assert project["requires-python"] == f">={re.search(r'; ([0-9.]+) is the oldest', rows['Python'])[1]}"
