@@ -224,7 +224,7 @@ def test_the_versions_agree():
     assert rows["PEFT, transformers"] == f"{pins['peft']}, {pins['transformers']}"
     assert rows["Triton"].startswith(f"{pins['triton']}; ")
     ran = sorted(re.findall(r"\d+\.\d+\.\d+", rows["torch"]), key=lambda version: [*map(int, version.split("."))])
-    assert private.TESTED == f"{minor(ran[0])} to {minor(ran[-1])}"
+    assert f"{minor(ran[0])} to {minor(ran[-1])}" == private.TESTED
     assert f"torch=={ran[0]}/" in (ROOT / "Makefile").read_text()
     assert rows["Triton"].endswith(f"with torch {ran[-1]}")
     oldest = f"torch>={re.search(r'; ([0-9.]+) is the oldest', rows['torch'])[1]}"
