@@ -53,9 +53,14 @@ class Merging(nn.Module):
             setattr(self, name, None if held is None else fn(held))
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy counts its own writes: it is told how many came after the merge.
+        return self.__dict__ | {"merged_from": tuple((p, p._version - version) for p, version in self.merged_from)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.merged_from = _counted(p for p, _ in self.merged_from)  # a copy counts anew
+        since = ((p, writes) for p, writes in self.merged_from if not p.is_inference())
+        self.merged_from = tuple((p, p._version - writes) for p, writes in since)
 
 
 def _counted(parameters: Iterable[Tensor]) -> tuple[tuple[Tensor, int], ...]:

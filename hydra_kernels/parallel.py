@@ -19,7 +19,7 @@ Column-wise: W0' [N/n, K], b0', A_up', B_up', a_u', b_u' and B_down' [r_b, N/n];
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from .functional import hydra_linear
 from .layers import HydraLinear
 from .private import at_the_end_of_the_backward, found, in_a_backward
 from .reference import low_rank
-from .sharding import is_sharded
+from .sharding import is_sharded, tensors_in
 
 __all__ = ["ColwiseHydra", "RowwiseHydra", "keep_scales_whole"]
 
@@ -146,7 +146,7 @@ class _Averages:
         """A forward hook."""
         if not in_a_backward():
             self.started = False  # though the last backward may have failed half-way
-        for t in _tensors(output):
+        for t in tensors_in(output):
             if t.requires_grad:
                 t.register_hook(self.start)
 
@@ -170,15 +170,6 @@ class _Averages:
         for i in missing:  # the host waits for the others' word only where a gradient is missing
             if users[i] > 0:
                 self.scales[i].grad = grads[i]
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Those in what a module returns, also in dictionaries, lists and tuples."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | list | tuple):
-        for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(value)
 
 
 def _checked(style: str, module: nn.Module, mesh: DeviceMesh, size: str) -> HydraLinear:

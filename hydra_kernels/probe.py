@@ -18,7 +18,7 @@ from .adapter import Adapter
 from .layers import HydraLinear
 from .model import plain_name
 from .refusals import refuse_wrapped
-from .sharding import is_sharded
+from .sharding import is_sharded, tensors_in
 
 NOT_CALLED = "was not called: the model reads its weight past its forward, or does not use it for these inputs"
 NO_GRADIENTS = (
@@ -191,7 +191,7 @@ def _number(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor | None:
     else:
         total = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(total, Tensor):
-        tensors = [t for t in _tensors(output) if t.is_floating_point()]
+        tensors = [t for t in tensors_in(output) if t.is_floating_point()]
         if not tensors:
             raise ValueError(f"loss: found no tensor in the model's output, a {type(output).__name__}; give a function")
         g = torch.Generator().manual_seed(1)
@@ -203,20 +203,6 @@ def _number(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor | None:
     if not bool(total.isfinite()):
         raise ValueError(f"loss: expected a finite number for these inputs, got {total.item()}")
     return total if total.requires_grad else None
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))
 
 
 def _copied(inputs: Any) -> Any:

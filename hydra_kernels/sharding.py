@@ -1,9 +1,12 @@
-"""Tensors that FSDP2 or tensor parallelism has spread over processes (DTensor): told apart, gathered, filled."""
+"""Tensors that FSDP2 or tensor parallelism has spread over processes (DTensor): told apart, gathered, filled;
+and the tensors in what a module returns.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,3 +49,18 @@ def is_writer(tensors: Iterable[Tensor]) -> bool:
 
 def _dtensor(t: Tensor) -> Any:
     return t
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a module returns, also within mappings, lists, tuples and dataclasses."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_in(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from tensors_in(getattr(output, field.name))
