@@ -1,5 +1,9 @@
 """Groups of local processes for the tests end in order, and fail nothing once their answers are here."""
 
+import os
+import signal
+import threading
+
 import pytest
 
 from .distributed import ending
@@ -26,3 +30,19 @@ def test_a_member_that_dies_after_its_answer_fails_nothing(groups):
 def test_a_member_that_dies_before_its_answer_is_an_error(groups):
     with pytest.raises(FailedError, match=r"ranks \[0, 1, 2\] of 3: it died"):
         groups.run(WORLD, ending.dies)
+
+
+def test_members_that_die_with_an_unread_task_are_an_error(groups):
+    groups.run(WORLD, ending.rank)
+    members = [process for process, _ in groups._members[WORLD]]
+
+    def send(number):
+        for process in members:
+            os.kill(process, number)
+
+    send(signal.SIGSTOP)
+    death = threading.Timer(0.2, send, [signal.SIGKILL])
+    death.start()
+    with pytest.raises(FailedError, match=r"ranks \[0, 1, 2\] of 3: it died"):
+        groups.run(WORLD, ending.rank)
+    death.join()

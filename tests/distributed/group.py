@@ -52,14 +52,15 @@ class Groups:
             self._members[world] = self._fork(world)
         members = self._members[world]
         for _, connection in members:
-            connection.send_bytes(pickle.dumps((function, arguments)))
+            with contextlib.suppress(ConnectionError):  # it died, which its answer will tell
+                connection.send_bytes(pickle.dumps((function, arguments)))
         answers, errors = [], {}
         for rank, (_, connection) in enumerate(members):
             try:
                 # Where one rank failed, the others wait for it in vain.
                 answered = connection.poll(1.0 if errors else within)
                 worked, answer = pickle.loads(connection.recv_bytes()) if answered else (False, "no answer")
-            except EOFError:
+            except (EOFError, ConnectionError):  # the latter where it had not read its task
                 worked, answer = False, "it died"
             if worked:
                 answers.append(answer)

@@ -42,7 +42,7 @@ def serve(folder: str) -> None:
     while True:
         try:
             world, address = pickle.loads(server.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         store = tempfile.mktemp(prefix="store", dir=folder)
         for rank in range(world):
@@ -61,12 +61,12 @@ def be_member(rank: int, world: int, address: str, store: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     connection = Client(address, "AF_UNIX")
-    connection.send_bytes(pickle.dumps((rank, os.getpid())))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
+    connection.send_bytes(pickle.dumps((rank, os.getpid())))  # only now: a task may end a member that others still wait for
     while True:
         try:
             task = pickle.loads(connection.recv_bytes())
-        except EOFError:  # the tests are gone, and the other members may be
+        except (EOFError, ConnectionError):  # the tests are gone, and the other members may be
             return
         if task is None:
             break
