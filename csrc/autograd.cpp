@@ -25,7 +25,7 @@ Gradients tensors_of(const at::Tensor& x, const Operands& op) {
 // All of a call that is not a tensor. A set has bit i for gradient i, or for the form's i-th tensor.
 struct Call {
   Operands numbers;  // its tensors stay undefined
-  Form form;
+  Plan plan;
   Needs needs{0};
   uint32_t given = 0;  // the tensors that autograd knows as inputs
   uint32_t kept = 0;   // those of them that are saved for the backward; what the form saved follows them
@@ -36,7 +36,7 @@ struct Call {
 // Visits each number of a call. A double holds every one of them exactly.
 template <class SomeCall, class Visit>
 void each_number(SomeCall& call, const Visit& visit) {
-  visit(call.form), visit(call.needs.bits), visit(call.given), visit(call.kept), visit(call.saved), visit(call.forms_tensors);
+  visit(call.plan.form), visit(call.plan.library), visit(call.needs.bits), visit(call.given), visit(call.kept), visit(call.saved), visit(call.forms_tensors);
   each_operand([&](Gradient, auto& operand) {
     if constexpr (is_number<decltype(operand)>) visit(operand);
     else if constexpr (std::is_same_v<std::remove_cvref_t<decltype(operand)>, Scale>) visit(operand.value);
@@ -61,8 +61,8 @@ struct HydraFunction : torch::autograd::Function<HydraFunction> {
   // The list holds only tensors that are defined: autograd's bookkeeping for each one costs host time.
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::TensorList&, const Operands& op,
                             const Gradients& all, Call call) {
-    Forward result = hydra::forward(all[X], op, call.needs, call.form);
-    const bool through_W0 = call.form != Form::kept && call.needs.any(B_DOWN);
+    Forward result = hydra::forward(all[X], op, call.needs, call.plan);
+    const bool through_W0 = call.plan.form != Form::kept && call.needs.any(B_DOWN);
     const bool from_dZ = call.needs.any(X, A_DOWN, B_DOWN, A_DOWN_BIAS, B_DOWN_BIAS) || (call.needs.any(BIAS) && op.r_b());
     torch::autograd::variable_list kept;
     for (int i = WEIGHT; i < GRADIENTS; ++i) {
@@ -99,7 +99,7 @@ struct HydraFunction : torch::autograd::Function<HydraFunction> {
         if (call.kept & 1u << i) tensor_of(operand) = *next++;
     }, op);
     for (uint32_t i = 0; i < call.forms_tensors; ++i) saved.push_back(call.saved & 1u << i ? *next++ : at::Tensor());
-    Gradients grads = hydra::backward(G[0], op, saved, asked, call.form);
+    Gradients grads = hydra::backward(G[0], op, saved, asked, call.plan);
     torch::autograd::variable_list result;
     for (int i = 0; i < GRADIENTS; ++i)
       if (call.given & 1u << i) result.push_back(std::move(grads[i]));
@@ -110,9 +110,9 @@ struct HydraFunction : torch::autograd::Function<HydraFunction> {
 
 }  // namespace
 
-at::Tensor apply(const at::Tensor& x, const Operands& op, Form form) {
+at::Tensor apply(const at::Tensor& x, const Operands& op, Plan plan) {
   const Gradients all = tensors_of(x, op);
-  Call call{.numbers = op, .form = form};
+  Call call{.numbers = op, .plan = plan};
   each_operand([](Gradient, auto& operand) {
     if constexpr (!is_number<decltype(operand)>) tensor_of(operand).reset();
   }, call.numbers);
@@ -125,22 +125,22 @@ at::Tensor apply(const at::Tensor& x, const Operands& op, Form form) {
   return HydraFunction::apply(at::TensorList(given), op, all, call);
 }
 
-Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Form form) {
+Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Plan plan) {
   const BelowAutograd guard;
 #ifdef HYDRA_WITH_CUDA
   if (!x.is_cpu()) return gpu::forward(x, op, needs);
 #endif
-  return cpu::forward(x, op, needs, form);
+  return cpu::forward(x, op, needs, plan);
 }
 
-Gradients backward(const at::Tensor& gradient, const Operands& op, const Saved& saved, Needs needs, Form form) {
+Gradients backward(const at::Tensor& gradient, const Operands& op, const Saved& saved, Needs needs, Plan plan) {
   const BelowAutograd guard;
   // A ZeroTensor has no elements in memory.
   const at::Tensor G = gradient._is_zerotensor() ? at::zeros(gradient.sizes(), gradient.options()) : gradient;
 #ifdef HYDRA_WITH_CUDA
   if (!G.is_cpu()) return gpu::backward(G, op, saved, needs);
 #endif
-  return cpu::backward(G, op, saved, needs, form);
+  return cpu::backward(G, op, saved, needs, plan);
 }
 
 }  // namespace hydra

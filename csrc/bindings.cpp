@@ -1,7 +1,8 @@
 // The Python module hydra_kernels._native. It converts arguments and results; it has no arithmetic.
 #include "autograd.h"
 #include "check.h"
-#include "cpu/products.h"
+#include "cpu/large.h"
+#include "cpu/small.h"
 #include "python.h"
 
 namespace {
@@ -47,36 +48,36 @@ py::list table() {
   return rows;
 }
 
-py::object apply(py::handle x, const py::tuple& op, const std::string& form) {
+py::object apply(py::handle x, const py::tuple& op, const std::string& plan) {
   const at::Tensor input = tensor(x.ptr());
   const hydra::Operands unpacked = operands(op);
   at::Tensor h;
   {
     py::gil_scoped_release released;
-    h = hydra::apply(input, unpacked, form_named(form));
+    h = hydra::apply(input, unpacked, plan_named(plan));
   }
   return py::reinterpret_steal<py::object>(wrapped(h));
 }
 
-py::tuple forward(py::handle x, const py::tuple& op, uint32_t needs, const std::string& form) {
+py::tuple forward(py::handle x, const py::tuple& op, uint32_t needs, const std::string& plan) {
   const at::Tensor input = tensor(x.ptr());
   const hydra::Operands unpacked = operands(op);
   hydra::Forward made;
   {
     py::gil_scoped_release released;
-    made = hydra::forward(input, unpacked, {needs}, form_named(form));
+    made = hydra::forward(input, unpacked, {needs}, plan_named(plan));
   }
   return wrapped(made);
 }
 
-py::dict backward(py::handle G, const py::tuple& op, const py::tuple& saved, uint32_t needs, const std::string& form) {
+py::dict backward(py::handle G, const py::tuple& op, const py::tuple& saved, uint32_t needs, const std::string& plan) {
   const at::Tensor input = tensor(G.ptr());
   const hydra::Operands unpacked = operands(op);
   const hydra::Saved left = saved_of(saved);
   hydra::Gradients grads;
   {
     py::gil_scoped_release released;
-    grads = hydra::backward(input, unpacked, left, {needs}, form_named(form));
+    grads = hydra::backward(input, unpacked, left, {needs}, plan_named(plan));
   }
   return wrapped(grads);
 }
@@ -88,11 +89,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("sizes", torch::wrap_pybind_function(sizes),
         "(x, Operands) -> (M, K, N, r_a, r_b), or None: Python must judge");
   m.def("apply", torch::wrap_pybind_function(apply),
-        "(x, Operands, form) -> h, differentiable, for a call that `sizes` vouched for");
+        "(x, Operands, plan) -> h, differentiable, for a call that `sizes` vouched for");
   m.def("forward", torch::wrap_pybind_function(forward),
-        "(x, Operands, bits of the wanted gradients, form) -> (h, saved)");
-  m.def("backward", torch::wrap_pybind_function(backward), "(G, Operands, saved, bits, form) -> gradients by name");
+        "(x, Operands, bits of the wanted gradients, plan) -> (h, saved)");
+  m.def("backward", torch::wrap_pybind_function(backward), "(G, Operands, saved, bits, plan) -> gradients by name");
   m.def("operands", torch::wrap_pybind_function(table),
         "[(name, \"tensor\", \"scale\" or \"number\")] in the order of Operands");
+  m.def("onednn", &hydra::cpu::has_onednn, "Whether torch's oneDNN operators for the products with W0 can be called.");
+  m.def("matrix_units", &hydra::cpu::has_matrix_units, "Whether bf16 runs on matrix units (AMX, AVX512-BF16).");
   m.def("instructions", &hydra::cpu::instructions, "The instruction set of the CPU kernels.");
 }

@@ -6,9 +6,10 @@
 namespace hydra {
 
 namespace cpu {
-// x [M, K] and G [M, N] in float32 or float64, like all operands. `saved` comes from the forward.
-Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Form form);
-Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, Form form);
+// x [M, K] and G [M, N] in float32 or float64, like all operands, or in bfloat16, with adapters of that dtype or float32.
+// `saved` comes from the forward. bfloat16 has no effective form.
+Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Plan plan);
+Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, Plan plan);
 }  // namespace cpu
 
 #ifdef HYDRA_WITH_CUDA

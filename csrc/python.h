@@ -66,10 +66,13 @@ inline const std::array<py::str, GRADIENTS>& gradient_names() {
   return *names;
 }
 
-inline Form form_named(const std::string& name) {
-  if (name == "composed") return Form::composed;
-  if (name == "effective") return Form::effective;
-  return Form::kept;
+// A form's name, and after a blank the library's where it is not ATen: "composed", "kept onednn", "kept onednn-forward".
+inline Plan plan_named(const std::string& name) {
+  const std::string form = name.substr(0, name.find(' '));
+  return {form == "composed" ? Form::composed : form == "effective" ? Form::effective : Form::kept,
+          name == form + " onednn"           ? Library::onednn
+          : name == form + " onednn-forward" ? Library::onednn_forward
+                                             : Library::aten};
 }
 
 inline py::dict wrapped(const Gradients& grads) {

@@ -57,7 +57,7 @@ class HydraFunction(torch.autograd.Function):
     def forward(ctx: Any, choice: Choice, x: Tensor, *operands: Any) -> Tensor:
         needs = frozenset(compress(_ARGUMENTS, ctx.needs_input_grad))
         given = Operands(*operands) if len(operands) > FIRST_OPTION else without_options(*operands)
-        h, op, saved = TABLE[choice.backend].forward(x, given, needs, choice.form)
+        h, op, saved = TABLE[choice.backend].forward(x, given, needs, choice.plan)
         # Every argument of this function, and every tensor saved, costs the host time in every step.
         tensors, ctx.numbers = split(op) if len(operands) == len(op) else (op[: len(operands)], None)
         ctx.save_for_backward(*tensors, *saved)
@@ -85,7 +85,7 @@ class HydraFunction(torch.autograd.Function):
         backend, needs = TABLE[choice.backend], _asked_for(ctx) if eager else ctx.needs
         if autocast_is_on(G):
             with torch.autocast(G.device.type, enabled=False):
-                grads = backend.backward(G, op, saved, needs, choice.form)
+                grads = backend.backward(G, op, saved, needs, choice.plan)
         else:
-            grads = backend.backward(G, op, saved, needs, choice.form)
+            grads = backend.backward(G, op, saved, needs, choice.plan)
         return tuple([grads.get(name) for name in _ARGUMENTS[: n + 2]])

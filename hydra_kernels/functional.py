@@ -101,7 +101,7 @@ def hydra_linear(
         op = op._replace(scale_b=1.0)
     flat = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     if call.compiled is not None and choice.backend == "native":
-        h = call.compiled.apply(flat, op, choice.form)
+        h = call.compiled.apply(flat, op, choice.plan)
     elif call.cast_to is None:
         h = _run(flat, op, choice)
     else:
@@ -180,7 +180,7 @@ def _is_scaled(scale: float | Tensor) -> bool:
 
 def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
     if not torch.is_grad_enabled():
-        return TABLE[choice.backend].forward(x, op, frozenset(), choice.form)[0]
+        return TABLE[choice.backend].forward(x, op, frozenset(), choice.plan)[0]
     scaled = _is_scaled(op.scale_a) or _is_scaled(op.scale_b)
     if not scaled and all(t is None for t in op[FIRST_OPTION:-3]):
         return HydraFunction.apply(choice, x, *op[:FIRST_OPTION])

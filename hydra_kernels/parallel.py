@@ -34,7 +34,7 @@ from .adapter import Adapter
 from .autograd import computed_in
 from .backend import TABLE
 from .backend.interface import LOW_PRECISION
-from .choose.choice import Machine, choose
+from .choose.choice import choose
 from .choose.machine import here
 from .functional import hydra_linear
 from .layers import HydraLinear
@@ -312,7 +312,7 @@ def _composes(layer: HydraLinear, x: Tensor) -> bool:
         return layer.r_b == 0
     M, K, N = x.numel() // max(x.shape[-1], 1), layer.in_features, layer.out_features
     dtype, masked = computed_in(x), layer.training and layer.dropout > 0
-    machine = Machine(*here(x.device)[:3], measured=())
+    machine = here(x.device)._replace(measured=())
     choice = choose(M, K, N, layer.r_a, layer.r_b, dtype, machine, layer.form, layer.backend, masked)
     reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(
         choice.form, dtype, layer.r_a, layer.r_b, masked, x.device

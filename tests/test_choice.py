@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from hydra_kernels.choose.choice import Machine, Measured, choose
+from hydra_kernels.choose.choice import Cpu, Machine, Measured, choose
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 RUNS = dict.fromkeys(("aten", "native", "hybrid", "triton"))
 NATIVE = Machine("a processor", None, RUNS | {"hybrid": "no GPU", "triton": "no GPU"}, [])
 CPU = NATIVE._replace(reasons={**NATIVE.reasons, "native": "not built"})
+INTEL = NATIVE._replace(cpu=Cpu("Intel", True, True, "auto"))
+AMD = NATIVE._replace(cpu=Cpu("AMD", True, True, "auto"))
 BUILT = Machine("a card", (9, 0), RUNS, [])
 H100 = BUILT._replace(reasons=RUNS | {"native": "not built"})
 
@@ -76,7 +78,10 @@ def test_few_rows_of_a_large_weight_are_kept_on_a_gpu(dtype):
         (H100, F64, "aten", "no float64"),
         (H100._replace(reasons=RUNS | {"hybrid": "too old"}), BF16, "aten", "cannot run on this device"),
         (CPU, F32, "aten", "not built"),
-        (NATIVE, BF16, "aten", "float32 and float64 alone"),
+        (NATIVE, BF16, "aten", "no matrix units"),
+        (NATIVE._replace(cpu=Cpu("Intel", False, True, "auto")), BF16, "aten", "no matrix units"),
+        (INTEL, BF16, "native", "faster than ATen calls"),
+        (INTEL, torch.float16, "aten", "no float16"),
         (NATIVE, F32, "native", "faster than ATen calls"),
         (NATIVE._replace(reasons=RUNS), F32, "native", "faster"),  # the interpreter is for tests that ask for it
     ],
@@ -144,3 +149,49 @@ def test_up_projections_that_train_alone_do_not_take_the_form_that_saves_x():
     call = (4096, 4096, 1024, 16, 0, F32, NATIVE)
     assert chosen(*call) == ("native", "effective")
     assert chosen(*call, saves_x=False) == ("native", "composed")
+
+
+@pytest.mark.parametrize(
+    ("machine", "M", "N", "dtype", "library", "why"),
+    [
+        (INTEL, 1, 4096, F32, "aten", "but for 2 to 256 rows"),
+        (INTEL, 2, 4096, F32, "onednn-forward", "2 to 256 rows"),
+        (INTEL, 256, 4096, F32, "onednn-forward", "2 to 256 rows"),
+        (INTEL, 257, 4096, F32, "aten", "but for 2 to 256 rows"),
+        (INTEL, 16, 2730, F32, "aten", "of a large W0"),
+        (INTEL, 16, 2731, F32, "onednn-forward", "a large W0"),
+        (INTEL, None, 4096, F32, "aten", "as fast or more exact"),
+        (INTEL, 16, 4096, F64, "aten", ""),
+        (INTEL, 16, 4096, BF16, "aten", "ATen calls oneDNN itself"),
+        (AMD, 1, 768, F32, "onednn", "AMD"),
+        (AMD, 1600, 768, F32, "onednn", "AMD"),
+        (AMD, None, 768, F32, "onednn", "AMD"),
+        (AMD, 1600, 768, BF16, "aten", "ATen calls oneDNN itself"),
+        (AMD._replace(cpu=Cpu("AMD", True, False, "onednn")), 1600, 768, F32, "aten", "no oneDNN operators"),
+        (AMD._replace(cpu=Cpu("AMD", True, True, "aten")), 1600, 768, F32, "aten", "fixes it"),
+        (INTEL._replace(cpu=Cpu("Intel", True, True, "onednn")), 1600, 768, BF16, "onednn", "fixes it"),
+        (NATIVE, 16, 4096, F32, "aten", ""),
+        (CPU._replace(cpu=AMD.cpu), 16, 4096, F32, "aten", ""),
+    ],
+)
+def test_library_of_the_large_products(machine, M, N, dtype, library, why):
+    choice = choose(M, 3072, N, 8, 8, dtype, machine)
+    assert choice.library == library
+    assert why in choice.why_library
+    assert bool(why) == bool(choice.why_library)
+    assert choice.plan == (choice.form if library == "aten" else f"{choice.form} {library}")
+
+
+def test_a_measured_library_wins_for_its_rows():
+    winners = [Measured(64, "native", "kept", "aten"), Measured(1600, "native", "kept", "onednn")]
+    machine = INTEL._replace(measured=[((3072, 4096, 8, 8, F32), winners)])
+    found = [choose(M, 3072, 4096, 8, 8, F32, machine).library for M in (31, 64, 1600, 6400)]
+    assert found == ["onednn-forward", "aten", "onednn", "aten"]
+    assert choose(1600, 3072, 4096, 8, 8, F32, machine, form="composed", backend="native").library == "onednn"
+
+
+@pytest.mark.parametrize(
+    ("M", "r_a", "r_b", "form"), [(1600, 8, 8, "composed"), (1200, 8, 8, "kept"), (9999, 16, 0, "composed")]
+)
+def test_form_in_bf16_by_the_compiled_part(M, r_a, r_b, form):
+    assert chosen(M, 3072, 768, r_a, r_b, BF16, INTEL) == ("native", form)

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hydra_kernels as hk
 from hydra_kernels import extension
-from hydra_kernels.backend.interface import Operands
+from hydra_kernels.backend.interface import LIBRARIES, Operands
+from hydra_kernels.choose import machine
 
 from .cases import PLAIN, Case, operands
-from .test_backends import EVERYTHING, F32, F64, NAMES, call, compare, everything
+from .test_backends import BF16, EVERYTHING, F32, F64, NAMES, call, compare, everything
 from .test_bad_input import CALLS, NESTED, R_A, R_B, K, M, N, arguments
 
 NATIVE = extension.load()
@@ -53,6 +54,82 @@ def poisoned_memory():
 def test_kernels(case, form, threads, dtype):
     torch.set_num_threads(threads)
     compare(case, "native", form, (dtype, dtype))
+
+
+@pytest.mark.parametrize(("base", "adapters"), [(BF16, BF16), (BF16, F32)], ids=str)
+@pytest.mark.parametrize("units", [True, False], ids=["matrix_units", "widened"])
+@pytest.mark.parametrize("form", ["composed", "kept"])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_kernels_in_bfloat16(case, form, units, base, adapters):
+    """With matrix units where this processor has them, and without: then blocks are widened to fp32."""
+    torch._C._set_mkldnn_enabled(units)
+    try:
+        assert NATIVE.matrix_units() <= units
+        compare(case, "native", form, (base, adapters))
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"), [(f, d) for f in FORMS for d in (F32, F64, BF16) if (f, d) != ("effective", BF16)]
+)
+def test_sums_that_all_threads_share(form, dtype):
+    """64 threads for 70 rows: sums of each would take more memory than x and G, so there is one set of them."""
+    torch.set_num_threads(64)
+    case = Case((70,), 1100, 1030, 9, 8)
+    compare(case, "native", form, (dtype, dtype))
+    t, G = operands(case, dtype)
+    leaves = {name: v.requires_grad_(name in NAMES) for name, v in t.items()}
+    h = call(hk.hydra_linear, leaves, case, form=form, backend="native")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        h.backward(G)
+    allocated = sum(event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0)
+    sums = (9 + 8) * (1100 + 1030) * (8 if dtype == F64 else 4)  # of one thread
+    assert sums < allocated < 64 * sums
+
+
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_bfloat16_is_rounded_to_the_nearest(form):
+    """Where W0 is zero, h is Z U^T rounded once: to the nearest, ties to even."""
+    t, _ = operands(replace(PLAIN, lead=(64,), K=32, N=96, r_a=1, r_b=1, bias=False), BF16)
+    t["weight"].zero_(), t["B_up"].zero_()
+    t["A_down"].zero_()[0, 0] = 1
+    t["x"][0, 0] = float("nan")
+    h = call(hk.hydra_linear, t, PLAIN, form=form, backend="native")
+    exact = (t["x"][:, :1].float() @ t["A_up"].float().t()).bfloat16()
+    torch.testing.assert_close(h[1:], exact[1:], rtol=0, atol=0)
+    assert h[0].isnan().all()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_library(form, library, monkeypatch):
+    """The same numbers, from the library that $HYDRA_KERNELS_PRODUCTS names: torch's profiler sees its operators."""
+    monkeypatch.setenv("HYDRA_KERNELS_PRODUCTS", library)
+    machine.forget()
+    try:
+        for case in (Case((30,), 61, 53, 5, 3), Case((64,), 96, 80, 8, 8, bias=False), Case((0,), 8, 8, 2, 2)):
+            compare(case, "native", form, (F32, F32))
+        t, G = operands(replace(PLAIN, lead=(30,)), F32)
+        t["x"].requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call(hk.hydra_linear, t, PLAIN, form=form, backend="native").backward(G)
+        by_onednn = sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events())
+        assert by_onednn == {"aten": 0, "onednn-forward": 1, "onednn": 2}[library]
+    finally:
+        monkeypatch.undo()
+        machine.forget()
+
+
+def test_a_library_of_another_name_is_refused(monkeypatch):
+    monkeypatch.setenv("HYDRA_KERNELS_PRODUCTS", "openblas")
+    machine.forget()
+    try:
+        with pytest.raises(ValueError, match=r"HYDRA_KERNELS_PRODUCTS: expected auto, aten, .* got 'openblas'"):
+            hk.explain(8, 8, 8, 2, 2, capability="cpu")
+    finally:
+        monkeypatch.undo()
+        machine.forget()
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,8 @@ def test_explain_answers_for_any_machine(capability, dtype, capsys):
     text = capsys.readouterr().out
     on_gpu = capability not in ("cpu", (7, 5), None)
     expected = "hybrid" if on_gpu and dtype == BF16 else "aten"
-    if capability in ("cpu", None) and dtype != BF16 and native_runs():
+    native = extension.load() if capability in ("cpu", None) and native_runs() else None
+    if native is not None and (dtype != BF16 or native.matrix_units()):
         expected = "native"
     assert choice.backend == expected
     assert f"runs      {choice.backend}, {choice.form} form" in text

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/ScalarType.h>
 
 #include <algorithm>
 #include <limits>
@@ -12,6 +14,12 @@ namespace hydra::cpu {
 // t as contiguous memory, with torch's lazy negation carried out.
 inline at::Tensor own(const at::Tensor& t) {
   return t.defined() ? (t.is_neg() ? t.resolve_neg() : t).contiguous() : t;
+}
+
+// t as contiguous memory of T.
+template <class T>
+at::Tensor in(const at::Tensor& t) {
+  return t.defined() ? own(t).to(c10::CppTypeToScalarType<T>::value) : t;
 }
 
 // A matrix with contiguous rows: t itself where it has them, else a copy.

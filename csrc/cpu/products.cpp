@@ -13,6 +13,9 @@ namespace hydra::cpu {
   void run(const Dots<double>& product);     \
   void run(const Combine<float>& product);   \
   void run(const Combine<double>& product);  \
+  void run(const Widen& copy);               \
+  void run(const Narrow& copy);              \
+  void run(const Pair& copy);                \
   }
 HYDRA_DECLARE(plain)
 #ifdef __x86_64__
@@ -54,5 +57,8 @@ void run(const Dots<float>& product) { dispatch(product); }
 void run(const Dots<double>& product) { dispatch(product); }
 void run(const Combine<float>& product) { dispatch(product); }
 void run(const Combine<double>& product) { dispatch(product); }
+void run(const Widen& copy) { dispatch(copy); }
+void run(const Narrow& copy) { dispatch(copy); }
+void run(const Pair& copy) { dispatch(copy); }
 
 }  // namespace hydra::cpu

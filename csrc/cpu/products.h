@@ -39,6 +39,38 @@ struct Combine {
   int64_t left_ahead = 0, right_ahead = 0;  // to prefetch: how far beyond the current elements the caller's next ones lie
 };
 
+// bf16 is handled as its bits here.
+//
+//   widen    out[i, c] = in[i, c], from bf16 to fp32
+//   narrow   out[i, c] = in[i, c] + row[c] + base[i, c], summed in fp32 and rounded to bf16 once; row and base may be null
+//   pair     out[p / 2, c] = in[p, c] and above it in[p + 1, c], as matrix units read their right operand; an odd last row
+//            meets zeros
+struct Widen {
+  int64_t rows, columns;
+  const uint16_t* in;
+  int64_t ld_in;
+  float* out;
+  int64_t ld_out;
+};
+
+struct Narrow {
+  int64_t rows, columns;
+  const float* in;
+  int64_t ld_in;
+  const float* row;
+  const uint16_t* base;
+  int64_t ld_base;
+  uint16_t* out;
+  int64_t ld_out;
+};
+
+struct Pair {
+  int64_t rows, columns;
+  const uint16_t* in;
+  int64_t ld_in;
+  uint32_t* out;
+};
+
 // The instruction set that this processor has and ATEN_CPU_CAPABILITY allows: "avx512", "avx2" or "plain".
 const char* instructions();
 
@@ -46,5 +78,8 @@ void run(const Dots<float>& product);
 void run(const Dots<double>& product);
 void run(const Combine<float>& product);
 void run(const Combine<double>& product);
+void run(const Widen& copy);
+void run(const Narrow& copy);
+void run(const Pair& copy);
 
 }  // namespace hydra::cpu

@@ -137,6 +137,59 @@ void run_combine(const Combine<T>& c) {
   } while (p0 < c.depth);
 }
 
+HYDRA_INLINE float widened(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+HYDRA_INLINE uint16_t narrowed(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+void run_widen(const Widen& w) {
+  for (int64_t i = 0; i < w.rows; ++i) {
+    const uint16_t* in = w.in + i * w.ld_in;
+    float* out = w.out + i * w.ld_out;
+    for (int64_t c = 0; c < w.columns; ++c) out[c] = widened(in[c]);
+  }
+}
+
+template <bool ROW, bool BASE>
+void narrow_rows(const Narrow& n) {
+  for (int64_t i = 0; i < n.rows; ++i) {
+    const float *in = n.in + i * n.ld_in, *row = n.row;
+    const uint16_t* base = n.base + i * n.ld_base;
+    uint16_t* out = n.out + i * n.ld_out;
+#pragma GCC ivdep  // out may be base itself
+    for (int64_t c = 0; c < n.columns; ++c)
+      out[c] = narrowed(in[c] + (ROW ? row[c] : 0) + (BASE ? widened(base[c]) : 0));
+  }
+}
+
+void run_narrow(const Narrow& n) {
+  if (n.row && n.base) narrow_rows<true, true>(n);
+  else if (n.row) narrow_rows<true, false>(n);
+  else if (n.base) narrow_rows<false, true>(n);
+  else narrow_rows<false, false>(n);
+}
+
+void run_pair(const Pair& pair) {
+  for (int64_t p = 0; p < pair.rows; p += 2) {
+    const uint16_t *even = pair.in + p * pair.ld_in, *odd = even + pair.ld_in;
+    uint32_t* out = pair.out + p / 2 * pair.columns;
+    if (p + 1 < pair.rows)
+      for (int64_t c = 0; c < pair.columns; ++c) out[c] = even[c] | uint32_t(odd[c]) << 16;
+    else
+      for (int64_t c = 0; c < pair.columns; ++c) out[c] = even[c];
+  }
+}
+
 }  // namespace
 }  // namespace hydra::cpu
 
@@ -146,4 +199,7 @@ void run_combine(const Combine<T>& c) {
   void run(const Dots<double>& product) { run_dots(product); }              \
   void run(const Combine<float>& product) { run_combine(product); }         \
   void run(const Combine<double>& product) { run_combine(product); }        \
+  void run(const Widen& copy) { run_widen(copy); }                          \
+  void run(const Narrow& copy) { run_narrow(copy); }                        \
+  void run(const Pair& copy) { run_pair(copy); }                            \
   }

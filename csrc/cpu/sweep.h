@@ -1,5 +1,5 @@
 // One sweep over the rows of a backward, block by block, so that G, x and y0 are read from memory only once for all
-// products with a side of R.
+// products with a side of R. E is the dtype of these matrices, T = Sum<E> that of the arithmetic.
 //
 //   dZ = mask * (G U) [M, R]    dU = G^T Z [N, R]    z = sum_m dZ [R]
 //   composed:   Z is given                          dD = dZ^T x [R, K]    dx so far = dZ D
@@ -7,14 +7,15 @@
 //   kept:       Z is given, dA_down = dZ_a^T x, dB_down = dZ_b^T y0    dy0 = G + dZ_b B_down    dx so far = dZ_a A_down
 //
 // Each thread takes consecutive blocks and has sums of its own. At the end they are added in the order of the threads.
+// Where these sums would take more memory than they save (many threads, few rows), there is one set of them instead: first
+// each thread computes dZ, dy0 and dx of its rows, then the sums of its columns over all rows.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 
-#include "memory.h"
-#include "products.h"
+#include "small.h"
 
 namespace hydra::cpu {
 
@@ -28,9 +29,8 @@ struct Mask {
 
   Mask(const at::Tensor& mask, double mask_scale) : scale(static_cast<T>(mask_scale)) {
     if (!mask.defined()) return;
-    owner = own(mask);
-    if (owner.scalar_type() == at::kBool) flags = owner.const_data_ptr<bool>();
-    else values = owner.const_data_ptr<T>();
+    if (mask.scalar_type() == at::kBool) owner = own(mask), flags = owner.const_data_ptr<bool>();
+    else owner = in<T>(mask), values = owner.const_data_ptr<T>();
   }
   // Z holds the rows [row, row + rows) of an [M, R] matrix, `stride` elements apart.
   void apply(T* Z, int64_t stride, int64_t row, int64_t rows, int64_t R) const {
@@ -44,51 +44,36 @@ struct Mask {
 };
 
 // One product dZ'^T v of the sweep: dZ' is columns [first, first + ranks) of dZ, and v is [M, width].
-template <class T>
+template <class E>
 struct Down {
   int64_t first = 0, ranks = 0, width = 0;
-  const T* v = nullptr;
+  const E* v = nullptr;
   int64_t v_stride = 0;
 };
 
 // R as the sweep stores it: rounded up to whole vectors; the extra ranks are zero.
 inline int64_t padded(int64_t R) { return (R + 7) / 8 * 8; }
 
-template <class T>
+template <class E>
 struct Sweep {
+  using T = Sum<E>;
   int64_t M, N, R;
-  const T* G;
+  const E* G;
   int64_t G_stride;
-  const T* U = nullptr;  // [N, padded(R)]; null where dZ is not wanted
+  bool wants_dZ = false;
+  const T* U = nullptr;           // [N, padded(R)], where dZ is wanted; for bf16 the next one
+  const Small<E>* U_t = nullptr;  // [R, N]
   const Mask<T>* mask = nullptr;
   bool wants_dU = false;
-  const T* Z = nullptr;              // [M, R], or null: then it is computed from the next four
-  const T *x = nullptr, *D = nullptr, *d = nullptr;  // [M, K], [R, K], [R] or null
+  const E* Z = nullptr;              // [M, R], or null: then it is computed from the next four
+  const E *x = nullptr, *D = nullptr, *d = nullptr;  // [M, K], [R, K], [R] or null
   int64_t x_stride = 0, K = 0;
-  Down<T> a, b;  // a.ranks = 0 where dA_down is not wanted, and so on
-  const T* B_down = nullptr;  // [r_b, N], where dy0 is wanted; r_b are the last ranks
-  T* dy0 = nullptr;           // [M, N]
+  Down<E> a, b;  // a.ranks = 0 where dA_down is not wanted, and so on
+  const Small<E>* B_down = nullptr;  // [r_b, N], where dy0 is wanted; r_b are the last ranks
+  E* dy0 = nullptr;                  // [M, N]
   int64_t r_b = 0;
-  const T* E = nullptr;  // [R_E, K]: dx so far = dZ[:, :R_E] E, where wanted
-  T* dx = nullptr;       // [M, K]
-  int64_t R_E = 0;
-};
-
-// What a sweep sums, for each thread: dU [N, padded(R)], the products a and b, and z [R], at these offsets.
-template <class T>
-struct Sums {
-  int64_t dU, a, b, z, size, threads;
-  Buffer<T> memory;
-
-  T* of(int64_t thread) const { return memory.data() + thread * size; }
-  // Adds the sums of all threads to those of the first, which are the result.
-  void reduce() const {
-    if (threads == 1) return;
-    at::parallel_for(0, size, 1 << 14, [&](int64_t begin, int64_t end) {
-      for (int64_t t = 1; t < threads; ++t)
-        for (int64_t e = begin; e < end; ++e) memory.data()[e] += memory.data()[t * size + e];
-    });
-  }
+  const Small<E>* onto_dx = nullptr;  // [ranks, K]: dx so far = dZ[:, :ranks] times it, where wanted
+  E* dx = nullptr;                    // [M, K]
 };
 
 constexpr int64_t FLOPS_OF_A_THREAD = 1 << 18;  // with fewer, waking a thread costs more than it saves
@@ -104,69 +89,155 @@ template <class F>
 void spread(int64_t items, int64_t flops, const F& f) {
   const int64_t threads = threads_for(flops, items), share = (items + threads - 1) / threads;
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const MatrixUnits released;
     for (int64_t t = begin; t < end; ++t) f(std::min(items, t * share), std::min(items, (t + 1) * share));
   });
 }
 
+// What a sweep sums: dU, with element (n, r) at dU + n dU_n + r dU_r, and the products a and b, for each copy; and z [R] for
+// each thread.
 template <class T>
-void sweep_block(const Sweep<T>& s, int64_t row, int64_t rows, int64_t ahead, bool first, T* Z, T* dZ, T* sums, const Sums<T>& at) {
-  const int64_t R = s.R, stride = padded(R);
-  const T* G = s.G + row * s.G_stride;
-  const auto onto = [&](T* out) { return first ? nullptr : out; };
-  if (s.wants_dU) {
-    if (s.Z)
-      for (int64_t m = 0; m < rows; ++m) std::copy_n(s.Z + (row + m) * R, R, Z + m * stride);
-    else
-      run(Dots<T>{rows, R, s.K, s.x + row * s.x_stride, s.x_stride, s.D, s.K, s.d, 0, Z, stride});
-    T* dU = sums + at.dU;
-    run(Combine<T>{s.N, stride, rows, G, s.G_stride, 1, Z, stride, onto(dU), stride, dU, stride, ahead * s.G_stride, 0});
+struct Sums {
+  int64_t dU, dU_n, dU_r, a, b, size, copies, R, threads;
+  Buffer<T> memory, z;
+
+  template <class E>
+  Sums(const Sweep<E>& s, int64_t threads)
+      : dU(0), dU_n(std::is_same_v<E, T> ? padded(s.R) : 1), dU_r(std::is_same_v<E, T> ? 1 : s.N),
+        a(s.wants_dU ? s.N * (std::is_same_v<E, T> ? dU_n : s.R) : 0), b(a + s.a.ranks * s.a.width),
+        size((b + s.b.ranks * s.b.width + 15) / 16 * 16), copies(threads), R(s.R), threads(threads), memory(0), z(threads * s.R) {
+    const int64_t matrices = s.M * (s.N + std::max(s.K, s.a.width));  // elements of G and x
+    if (threads * size > std::max<int64_t>(matrices, 1 << 20)) copies = 1;
+    memory = Buffer<T>(copies * size);
   }
-  if (!s.U) return;
-  run(Combine<T>{rows, stride, s.N, G, 1, s.G_stride, s.U, stride, nullptr, 0, dZ, stride});
+  T* of(int64_t copy) const { return memory.data() + copy * size; }
+  // Adds the sums of all threads to those of the first, which are the result.
+  void reduce() const {
+    for (int64_t t = 1; t < threads; ++t)
+      for (int64_t r = 0; r < R; ++r) z.data()[r] += z.data()[t * R + r];
+    if (copies == 1) return;
+    at::parallel_for(0, size, 1 << 14, [&](int64_t begin, int64_t end) {
+      for (int64_t t = 1; t < copies; ++t)
+        for (int64_t e = begin; e < end; ++e) memory.data()[e] += memory.data()[t * size + e];
+    });
+  }
+};
+
+// Z and dZ of a block, in rows of padded(R); z, dy0 and dx.
+template <class E, class T = Sum<E>>
+void sweep_rows(const Sweep<E>& s, int64_t row, int64_t rows, bool first, T* Z, T* dZ, T* z) {
+  const int64_t R = s.R, stride = padded(R);
+  const E* G = s.G + row * s.G_stride;
+  if (s.wants_dU && s.Z)
+    for (int64_t m = 0; m < rows; ++m) std::copy_n(s.Z + (row + m) * R, R, Z + m * stride);
+  else if constexpr (std::is_same_v<E, T>)
+    if (s.wants_dU) run(Dots<T>{rows, R, s.K, s.x + row * s.x_stride, s.x_stride, s.D, s.K, s.d, 0, Z, stride});
+  if (!s.wants_dZ) return;
+  if constexpr (std::is_same_v<E, T>) run(Combine<T>{rows, stride, s.N, G, 1, s.G_stride, s.U, stride, nullptr, 0, dZ, stride});
+  else s.U_t->down(G, s.G_stride, rows, nullptr, dZ, stride);
   s.mask->apply(dZ, stride, row, rows, R);
-  T* z = sums + at.z;
+  E* rounded = Scratch<E, 0>::of(rows * R);  // dZ as all products read it, so that db0's and dB_down's parts cancel as they must
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t r = 0; r < R; ++r) dZ[m * stride + r] = rounded[m * R + r] = dZ[m * stride + r];
   for (int64_t r = 0; r < R; ++r) {
     T total = 0;
     for (int64_t m = 0; m < rows; ++m) total += dZ[m * stride + r];
     z[r] = first ? total : z[r] + total;
   }
-  for (auto [down, offset] : {std::pair(&s.a, at.a), std::pair(&s.b, at.b)}) {
-    T* out = sums + offset;
-    if (down->ranks)
-      run(Combine<T>{down->ranks, down->width, rows, dZ + down->first, stride, 1, down->v + row * down->v_stride,
-                     down->v_stride, onto(out), down->width, out, down->width, 0, ahead * down->v_stride});
-  }
-  if (s.dy0)
-    run(Combine<T>{rows, s.N, s.r_b, dZ + R - s.r_b, 1, stride, s.B_down, s.N, G, s.G_stride, s.dy0 + row * s.N, s.N});
-  if (s.dx) run(Combine<T>{rows, s.K, s.R_E, dZ, 1, stride, s.E, s.K, nullptr, 0, s.dx + row * s.K, s.K});
+  if (s.dy0) s.B_down->up(rounded + R - s.r_b, R, rows, nullptr, G, s.G_stride, s.dy0 + row * s.N, s.N);
+  if (s.dx) s.onto_dx->up(rounded, R, rows, nullptr, nullptr, 0, s.dx + row * s.K, s.K);
 }
 
-template <class T>
-Sums<T> sweep(const Sweep<T>& s) {
-  const int64_t width = s.N + std::max(s.K, std::max(s.a.width, s.b.width));
+// Share `part` of `parts` of the columns.
+struct Share {
+  int64_t part, parts;
+  int64_t first(int64_t columns) const { return columns * part / parts; }
+  int64_t last(int64_t columns) const { return columns * (part + 1) / parts; }
+};
+
+// dU and the products a and b of a block, for a share of their columns.
+template <class E, class T = Sum<E>>
+void sweep_sums(const Sweep<E>& s, int64_t row, int64_t rows, int64_t ahead, bool first, Share share, const T* Z, const T* dZ,
+                T* sums, const Sums<T>& at) {
+  const int64_t stride = padded(s.R);
+  const E* G = s.G + row * s.G_stride;
+  const auto products = [&](const auto& visit) {
+    for (auto [down, offset] : {std::pair(&s.a, at.a), std::pair(&s.b, at.b)})
+      if (down->ranks) visit(*down, down->v + row * down->v_stride, share.first(down->width), share.last(down->width), sums + offset);
+  };
+  if constexpr (std::is_same_v<E, T>) {
+    const auto onto = [&](T* out) { return first ? nullptr : out; };
+    if (s.wants_dU) {
+      const int64_t begin = share.first(s.N), end = share.last(s.N);
+      T* dU = sums + at.dU + begin * stride;
+      run(Combine<T>{end - begin, stride, rows, G + begin, s.G_stride, 1, Z, stride, onto(dU), stride, dU, stride,
+                     ahead * s.G_stride, 0});
+    }
+    products([&](const Down<E>& down, const E* v, int64_t begin, int64_t end, T* out) {
+      run(Combine<T>{down.ranks, end - begin, rows, dZ + down.first, stride, 1, v + begin, down.v_stride, onto(out + begin),
+                     down.width, out + begin, down.width, 0, ahead * down.v_stride});
+    });
+  } else {
+    const int64_t ld = (rows + 1) / 2 * 2;
+    E* left = Scratch<E, 0>::of(s.R * ld);
+    const auto transpose = [&](const T* in) {
+      for (int64_t r = 0; r < s.R; ++r)
+        for (int64_t m = 0; m < ld; ++m) left[r * ld + m] = m < rows ? in[m * stride + r] : T(0);
+    };
+    if (s.wants_dU) {
+      transpose(Z);
+      outer(left, ld, s.R, G, s.G_stride, rows, share.first(s.N), share.last(s.N), !first, sums + at.dU, s.N);
+    }
+    if (s.a.ranks || s.b.ranks) transpose(dZ);
+    products([&](const Down<E>& down, const E* v, int64_t begin, int64_t end, T* out) {
+      outer(left + down.first * ld, ld, down.ranks, v, down.v_stride, rows, begin, end, !first, out, down.width);
+    });
+  }
+}
+
+template <class E, class T = Sum<E>>
+Sums<T> sweep(const Sweep<E>& s) {
+  const int64_t width = s.N + std::max(s.K, std::max(s.a.width, s.b.width)), stride = padded(s.R);
   const int64_t threads = threads_for(8 * s.M * width * s.R, s.M);
-  Sums<T> at{0, s.N * padded(s.R) * s.wants_dU, 0, 0, 0, threads, Buffer<T>(0)};
-  at.b = at.a + s.a.ranks * s.a.width;
-  at.z = at.b + s.b.ranks * s.b.width;
-  at.size = (at.z + s.R + 15) / 16 * 16;
-  at.memory = Buffer<T>(at.size * threads);
-  // Blocks of x and G that fit into the L2 cache.
-  const int64_t block = std::clamp<int64_t>((256 << 10) / (std::max<int64_t>(width, 1) * sizeof(T)), 8, 32) / 8 * 8;
+  Sums<T> at(s, threads);
+  // Blocks of x and G that fit into the L2 cache. Matrix units want more rows, since each block reads and writes the sums.
+  const int64_t most = std::is_same_v<E, T> ? 32 : 64;
+  const int64_t block = std::clamp<int64_t>((256 << 10) / (std::max<int64_t>(width, 1) * sizeof(T)) * (most / 32), 8, most) / 8 * 8;
   const int64_t rows_of_thread = (s.M + threads - 1) / threads;
+  const bool shared = at.copies < threads;
+  const Buffer<T> all(shared ? 2 * s.M * stride : 0);
+  // Runs f(row, rows, whether another whole block follows) on the blocks of [begin, end); at least once: sums over no rows
+  // must be written too.
+  const auto blocks = [&](int64_t begin, int64_t end, const auto& f) {
+    int64_t row = begin;
+    do {
+      f(row, std::max<int64_t>(0, std::min(block, end - row)), row + 2 * block <= end);
+      row += block;
+    } while (row < end);
+  };
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> Z(block * padded(s.R)), dZ(block * padded(s.R));
-    std::fill_n(Z.data(), block * padded(s.R), T(0));
+    const MatrixUnits released;
+    const Buffer<T> own_Z(block * stride), own_dZ(block * stride);
+    std::fill_n(own_Z.data(), block * stride, T(0));  // the extra ranks
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t last = std::min(s.M, (t + 1) * rows_of_thread);
-      const int64_t begin_row = std::min(s.M, t * rows_of_thread);
-      int64_t row = begin_row;
-      do {  // at least once: sums over no rows must be written too
-        const int64_t rows = std::max<int64_t>(0, std::min(block, last - row));
-        sweep_block(s, row, rows, row + 2 * block <= last ? block : 0, row == begin_row, Z.data(), dZ.data(), at.of(t), at);
-        row += block;
-      } while (row < last);
+      const int64_t first = std::min(s.M, t * rows_of_thread), last = std::min(s.M, first + rows_of_thread);
+      blocks(first, last, [&](int64_t row, int64_t rows, bool more) {
+        T *Z = own_Z.data(), *dZ = own_dZ.data();
+        if (shared) Z = all.data() + row * stride, dZ = Z + s.M * stride, std::fill_n(Z, rows * stride, T(0));
+        sweep_rows(s, row, rows, row == first, Z, dZ, at.z.data() + t * s.R);
+        if (!shared) sweep_sums(s, row, rows, more ? block : 0, row == first, {0, 1}, Z, dZ, at.of(t), at);
+      });
     }
   });
+  if (shared)
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      const MatrixUnits released;
+      for (int64_t t = begin; t < end; ++t)
+        blocks(0, s.M, [&](int64_t row, int64_t rows, bool more) {
+          const T* Z = all.data() + row * stride;
+          sweep_sums(s, row, rows, more ? block : 0, row == 0, {t, threads}, Z, Z + s.M * stride, at.of(0), at);
+        });
+    });
   at.reduce();
   return at;
 }

@@ -19,13 +19,32 @@ COMPOSED_ONLY = ("hybrid", "triton")
 MAX_NATIVE_RANK = 64  # of native's kernels on a GPU
 
 
+# What computes `native`'s products with W0 on a CPU: ATen (MKL in fp32), or oneDNN in the forward or in both passes.
+LIBRARIES = ("aten", "onednn-forward", "onednn")
+
+
 class Choice(NamedTuple):
-    """What runs: ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` is one of FORMS but "auto"; and why."""
+    """What runs, and why.
+
+    ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` one of FORMS but "auto", ``library`` one of
+    LIBRARIES. ``why_library`` is empty where there is nothing to choose.
+    """
 
     backend: str
     form: str
     why_backend: str
     why_form: str
+    library: str = "aten"
+    why_library: str = ""
+
+    @property
+    def plan(self) -> str:
+        """The form, and after a blank the library if it is not ATen: what a backend is told."""
+        return self.form if self.library == "aten" else f"{self.form} {self.library}"
+
+
+def form_of(plan: str) -> str:
+    return plan.partition(" ")[0]
 
 
 class Operands(NamedTuple):
@@ -117,8 +136,8 @@ class Backend(Protocol):
     ) -> str | None:
         """Why it cannot serve such a call, ``masked`` where it has dropout, on a device like that, where it runs."""
 
-    def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
+    def forward(self, x: Tensor, op: Operands, needs: Set[str], plan: str) -> tuple[Tensor, Operands, Saved]:
         """h [M, N] for x [M, K]; what the backward will read again of op, and what it will read besides."""
 
-    def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
+    def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], plan: str) -> dict[str, Tensor]:
         """The gradients named in needs from G = dL/dh [M, N], each with the shape and dtype of its operand."""

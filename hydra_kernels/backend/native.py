@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .interface import ARGUMENTS, CPU, MAX_NATIVE_RANK, Operands, Saved, read_backwards
+from .interface import ARGUMENTS, CPU, MAX_NATIVE_RANK, Operands, Saved, form_of, read_backwards
 from .triton import KERNEL_DTYPES, too_old
 
-_CPU_DTYPES = (torch.float32, torch.float64)
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -38,18 +38,20 @@ def refusal(
         return "on a GPU it has the composed form only"
     if on_gpu and r_a + r_b > MAX_NATIVE_RANK:
         return f"its GPU kernels take ranks up to {MAX_NATIVE_RANK}, and r_a + r_b is {r_a + r_b}"
+    if form == "effective" and dtype == torch.bfloat16:
+        return "W0 + U D rounded to torch.bfloat16 is less exact than the naive layer where b0 cancels W0 x"
     if form == "effective" and masked:
         return "an effective weight leaves no place for dropout"
     return None
 
 
-def forward(x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
-    h, saved = _native().forward(x, op, _bits(needs), form)
-    return h, read_backwards(op, needs, form), saved
+def forward(x: Tensor, op: Operands, needs: Set[str], plan: str) -> tuple[Tensor, Operands, Saved]:
+    h, saved = _native().forward(x, op, _bits(needs), plan)
+    return h, read_backwards(op, needs, form_of(plan)), saved
 
 
-def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
-    return _native().backward(G, op, saved, _bits(needs), form)
+def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], plan: str) -> dict[str, Tensor]:
+    return _native().backward(G, op, saved, _bits(needs), plan)
 
 
 def _native() -> Any:

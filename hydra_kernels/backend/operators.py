@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..private import count_dispatch_modes, dispatch_modes
 from .flops import backward_flops, forward_flops
-from .interface import ARGUMENTS, FROM_Z, Backend, Operands, Saved, joined, read_backwards, split
+from .interface import ARGUMENTS, FROM_Z, Backend, Operands, Saved, form_of, joined, read_backwards, split
 
-_CALL = "Tensor?[] tensors, float[] numbers, str needs, str backend, str form"  # `split` makes the first two
+_CALL = "Tensor?[] tensors, float[] numbers, str needs, str backend, str plan"  # `split` makes the first two
 _BACKENDS: dict[str, Backend] = {}  # filled by `Untraceable`, read by the operators' bodies
 
 
@@ -27,23 +27,23 @@ class Untraceable:
         self.unavailable, self.refusal = backend.unavailable, backend.refusal
         _BACKENDS[name] = backend
 
-    def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
+    def forward(self, x: Tensor, op: Operands, needs: Set[str], plan: str) -> tuple[Tensor, Operands, Saved]:
         if not traced(x):
-            return self.backend.forward(x, op, needs, form)
+            return self.backend.forward(x, op, needs, plan)
         _tell_flop_counters()
         op = _opened(op, x)
         # A list, which torch 2.11 does not trace `h, *left` to be.
-        left = list(torch.ops.hydra_kernels.forward(x, *split(op), _listed(needs), self.name, form))
-        h, (with_x, *others) = left.pop(0), _are_saved(form, op, needs)
+        left = list(torch.ops.hydra_kernels.forward(x, *split(op), _listed(needs), self.name, plan))
+        h, (with_x, *others) = left.pop(0), _are_saved(form_of(plan), op, needs)
         saved = (x if with_x else None, *(left.pop(0) if is_saved else None for is_saved in others))
-        return h, read_backwards(op, needs, form), saved
+        return h, read_backwards(op, needs, form_of(plan)), saved
 
-    def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
+    def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], plan: str) -> dict[str, Tensor]:
         if not traced(G):
-            return self.backend.backward(G, op, saved, needs, form)
+            return self.backend.backward(G, op, saved, needs, plan)
         _tell_flop_counters()
         names = _listed(needs)
-        grads = torch.ops.hydra_kernels.backward(G, list(saved), *split(op), names, self.name, form)
+        grads = torch.ops.hydra_kernels.backward(G, list(saved), *split(op), names, self.name, plan)
         return dict(zip(names.split(","), grads, strict=True))
 
 
@@ -115,21 +115,21 @@ def _are_saved(form: str, op: Operands, needs: Set[str]) -> tuple[bool, bool, bo
 
 
 def _forward(
-    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float], needs: str, backend: str, form: str
+    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float], needs: str, backend: str, plan: str
 ) -> list[Tensor]:
     op = joined(tensors, numbers)
-    h, _, saved = _BACKENDS[backend].forward(x, op, frozenset(needs.split(",")), form)
+    h, _, saved = _BACKENDS[backend].forward(x, op, frozenset(needs.split(",")), plan)
     # An operator may not return an operand, and without a sequential branch D is A_down.
     return [h, *(t.clone() if t is op.A_down or t is op.A_down_bias else t for t in saved[1:] if t is not None)]
 
 
 def _fake_forward(
-    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float], needs: str, backend: str, form: str
+    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[float], needs: str, backend: str, plan: str
 ) -> list[Tensor]:
     op = joined(tensors, numbers)
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
-    shapes = {"composed": ((M, R), (R, K)), "kept": ((M, R), (M, N)), "effective": ((R, K), (R,))}[form]
-    _, *others = _are_saved(form, op, set(needs.split(",")))
+    shapes = {"composed": ((M, R), (R, K)), "kept": ((M, R), (M, N)), "effective": ((R, K), (R,))}[form_of(plan)]
+    _, *others = _are_saved(form_of(plan), op, set(needs.split(",")))
     return [x.new_empty(M, N), *(x.new_empty(shape) for shape, saved in zip(shapes, others, strict=True) if saved)]
 
 
@@ -140,10 +140,10 @@ def _backward(
     numbers: Sequence[float],
     needs: str,
     backend: str,
-    form: str,
+    plan: str,
 ) -> list[Tensor]:
     names = needs.split(",")
-    grads = _BACKENDS[backend].backward(G, joined(tensors, numbers), tuple(saved), frozenset(names), form)
+    grads = _BACKENDS[backend].backward(G, joined(tensors, numbers), tuple(saved), frozenset(names), plan)
     return [grads[name] for name in names]
 
 
@@ -154,7 +154,7 @@ def _fake_backward(
     numbers: Sequence[float],
     needs: str,
     backend: str,
-    form: str,
+    plan: str,
 ) -> list[Tensor]:
     op, (M, N) = joined(tensors, numbers), G.shape
     special = {"x": lambda: G.new_empty(M, op.weight.shape[1]), "bias": lambda: G.new_empty(N)}

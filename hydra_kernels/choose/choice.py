@@ -22,6 +22,9 @@ _COMPOSED_FROM_WORK: int = DATA["composed_from_multiply_adds"]
 _FEW_ROWS: float = DATA["on_a_gpu"]["kept_below_M_over_K"]
 _LARGE_WEIGHT: int = DATA["on_a_gpu"]["kept_from_weight_elements"]
 _SMALL_WORK: int = DATA["on_a_gpu"]["native_below_multiply_adds"]
+_ONEDNN_VENDOR: str = DATA["on_a_cpu"]["onednn_for_vendor"]
+_ONEDNN_ROWS: list[int] = DATA["on_a_cpu"]["onednn_forward_for_rows"]
+_ONEDNN_WEIGHT: int = DATA["on_a_cpu"]["onednn_from_weight_elements"]
 _WHY_SMALL = (
     "the host would take longer to launch Triton kernels than the GPU to run them (an H200), so GPU time alone, as "
     "benchmarks.roofline predicts it, does not decide; in a CUDA graph it does: there try backend='hybrid'"
@@ -38,10 +41,20 @@ class Measured(NamedTuple):
     M: int
     backend: str
     form: str
+    library: str = "aten"
 
 
 # K, N, r_a, r_b, dtype.
 Key = tuple[int, int, int, int, torch.dtype]
+
+
+class Cpu(NamedTuple):
+    """What the compiled part says of a processor, and what the user fixed."""
+
+    vendor: str  # "AMD", "Intel" or ""
+    matrix_units: bool  # for bf16
+    onednn: bool  # whether torch's operators for oneDNN can be called
+    library: str  # one of LIBRARIES that the user fixed, or "auto"
 
 
 class Machine(NamedTuple):
@@ -51,6 +64,7 @@ class Machine(NamedTuple):
     capability: tuple[int, int] | None  # None where it is no NVIDIA GPU
     reasons: Mapping[str, str | None]  # why a backend cannot run on it, None where it can
     measured: Sequence[tuple[Key, Sequence[Measured]]]  # in rising M; torch.compile cannot trace look-ups in a mapping
+    cpu: Cpu | None = None  # None for a GPU, and without the compiled part
 
 
 def choose(
@@ -73,15 +87,16 @@ def choose(
     the effective form alone would then save x. A form or backend other than "auto" is what the user fixed, and stays.
     """
     why_backend = why_form = "you fixed it"
+    winner = _winner(machine, (K, N, r_a, r_b, dtype), M) if machine.measured else None
     if r_b == 0 and form == "kept":
         form, why_form = "composed", _WHY_LORA
     if backend == "auto":
-        winner = _winner(machine, (K, N, r_a, r_b, dtype), M) if machine.measured else None
         if winner is not None and winner.form == "effective" and masked:
             winner = None
         if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
             why = "it won where it was measured on this device"
-            return Choice(winner.backend, winner.form, why, why)
+            library = _library((M, K, N), dtype, machine, winner.backend, winner)
+            return Choice(winner.backend, winner.form, why, why, *library)
         # The composed form reads W0 twice more. For a smaller W0 that takes less time than the kept form's launches.
         few_rows = form == "auto" and r_b > 0 and K * N >= _LARGE_WEIGHT and M is not None and M < _FEW_ROWS * K
         small = M is not None and M * K * N < _SMALL_WORK and r_a + r_b <= MAX_NATIVE_RANK
@@ -91,7 +106,7 @@ def choose(
         form, why_form = "composed", "it is the only form of this backend"
     elif form == "auto":
         form, why_form = _form(M, K, N, r_a, r_b, dtype, backend, saves_x and not masked)
-    return Choice(backend, form, why_backend, why_form)
+    return Choice(backend, form, why_backend, why_form, *_library((M, K, N), dtype, machine, backend, winner))
 
 
 def _winner(machine: Machine, key: Key, M: int | None) -> Measured | None:
@@ -132,9 +147,37 @@ def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, sm
 def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
     if machine.reasons["native"] is not None:
         return "aten", "the compiled part is not built, or the device is neither a CPU nor an NVIDIA GPU"
-    if dtype in LOW_PRECISION and form != "effective":
-        return "aten", "the compiled part has float32 and float64 alone on a CPU"
+    if dtype == torch.float16:
+        return "aten", "the compiled part has no float16 on a CPU, where torch's own products in it are slow"
+    if dtype == torch.bfloat16 and not (machine.cpu and machine.cpu.matrix_units):
+        return "aten", "this processor has no matrix units for bfloat16 (AMX, AVX512-BF16) that torch would use"
     return "native", "the compiled part was measured faster than ATen calls from Python (an Intel Xeon)"
+
+
+def _library(
+    sizes: tuple[int | None, int, int], dtype: torch.dtype, machine: Machine, backend: str, winner: Measured | None
+) -> tuple[str, str]:
+    """What computes `native`'s products with W0 on a CPU, and why.
+
+    In fp32 oneDNN sums over all of K in one go: its errors are about twice MKL's, so it must pay for them.
+    """
+    (M, K, N), cpu = sizes, machine.cpu
+    if backend != "native" or cpu is None or dtype not in (torch.float32, torch.bfloat16):
+        return "aten", ""
+    if not cpu.onednn:
+        return "aten", "this torch has no oneDNN operators that can be called, or they are switched off"
+    if cpu.library != "auto":
+        return cpu.library, "$HYDRA_KERNELS_PRODUCTS fixes it"
+    if dtype == torch.bfloat16:
+        return "aten", "in bfloat16 ATen calls oneDNN itself"
+    if winner is not None:
+        return winner.library, "it won where it was measured on this device"
+    if cpu.vendor == _ONEDNN_VENDOR:
+        return "onednn", f"on {_ONEDNN_VENDOR}'s processors MKL, which ATen calls, takes twice oneDNN's time (Zen 5)"
+    few, many = _ONEDNN_ROWS
+    if M is not None and few <= M <= many and K * N >= _ONEDNN_WEIGHT:
+        return "onednn-forward", f"x W0^T of {few} to {many} rows and a large W0 is faster by oneDNN (an Intel Xeon)"
+    return "aten", f"MKL is as fast or more exact, but for {few} to {many} rows of a large W0 (an Intel Xeon)"
 
 
 def _form(
@@ -143,13 +186,14 @@ def _form(
     effective = (
         may_be_effective
         and backend == "native"
+        and dtype != torch.bfloat16
         and M is not None
         and M >= _EFFECTIVE_FROM * N
         and M * K * N >= _COMPOSED_FROM_WORK
     )
     if r_b == 0:
         return ("effective", _WHY_EFFECTIVE) if effective else ("composed", _WHY_LORA)
-    if dtype in LOW_PRECISION:
+    if dtype in LOW_PRECISION and backend == "aten":
         return "kept", "ATen rounds C = B_down W0 to the base dtype: less exact than the naive layer"
     if r_a == 0 and N < K:
         return "kept", "y0 is smaller than x, which then need not be saved"

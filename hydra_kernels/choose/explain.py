@@ -13,6 +13,7 @@ from ..backend.triton import too_old
 from .choice import DATA, Machine, choose
 from .machine import CPU, device_name, here, table
 
+_LIBRARY_NAMES = {"aten": "ATen", "onednn": "oneDNN", "onednn-forward": "oneDNN in the forward, ATen in the backward"}
 Capability = tuple[int, int] | str | None
 
 
@@ -65,6 +66,8 @@ def explain(
     print(f"runs      {choice.backend}, {choice.form} form")
     print(f"backend   {choice.why_backend}")
     print(f"form      {choice.why_form}")
+    if choice.why_library:
+        print(f"products  by {_LIBRARY_NAMES[choice.library]}: {choice.why_library}")
     print(f"numbers   {_whose_numbers(machine)}")
     print(f"to change hk.tune([({M}, {K}, {N}, {r_a}, {r_b})], dtype={dtype}) there measures every candidate")
     return choice
@@ -76,7 +79,7 @@ def _machine(capability: Capability) -> Machine:
         return here(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU)
     if capability == "cpu":
         reasons = {**here(CPU).reasons, **dict.fromkeys(COMPOSED_ONLY, "it needs an NVIDIA GPU")}
-        return Machine(device_name(CPU), None, reasons, here(CPU).measured)
+        return Machine(device_name(CPU), None, reasons, here(CPU).measured, here(CPU).cpu)
     card = _card(capability) if isinstance(capability, str) else None
     if card is not None:
         capability = tuple(DATA["cards"][card])

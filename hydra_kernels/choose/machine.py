@@ -18,9 +18,9 @@ import torch
 from .. import extension
 from ..backend import TABLE
 from ..backend.interface import CPU as CPU
-from ..backend.interface import FORMS
+from ..backend.interface import FORMS, LIBRARIES
 from ..version import VERSION
-from .choice import DATA, Key, Machine, Measured
+from .choice import DATA, Cpu, Key, Machine, Measured
 
 
 def here(device: torch.device) -> Machine:
@@ -40,7 +40,21 @@ def _here(device: torch.device, tf32: bool, threads: int) -> Machine:
     reasons = {name: backend.unavailable(device) for name, backend in TABLE.items()}
     name = device_name(device)
     rows = [row for row in DATA["measured"] if row["device"] == name]
-    return Machine(name, capability, reasons, table([*rows, *cached(name)], tf32))
+    return Machine(
+        name, capability, reasons, table([*rows, *cached(name)], tf32), cpu() if device.type == "cpu" else None
+    )
+
+
+def cpu() -> Cpu | None:
+    """This processor; None without the compiled part. ValueError where ``$HYDRA_KERNELS_PRODUCTS`` is no library."""
+    library = os.environ.get("HYDRA_KERNELS_PRODUCTS") or "auto"
+    if library not in ("auto", *LIBRARIES):
+        raise ValueError(f"$HYDRA_KERNELS_PRODUCTS: expected auto, {', '.join(LIBRARIES)}, got {library!r}")
+    native, name = extension.load(), cpu_name()
+    if native is None:
+        return None
+    vendor = next((vendor for vendor in ("AMD", "Intel") if vendor in name), "")
+    return Cpu(vendor, native.matrix_units(), native.onednn(), library)
 
 
 def forget() -> None:
@@ -105,9 +119,10 @@ def table(rows: Iterable[Mapping[str, Any]], tf32: bool) -> list[tuple[Key, tupl
     for row in rows:
         dtype = torch.float32 if row["dtype"] == "tf32" else getattr(torch, row["dtype"])
         M, K, N, r_a, r_b = (int(row[key]) for key in ("M", "K", "N", "r_a", "r_b"))
-        if row["backend"] not in TABLE or row["form"] not in FORMS[1:]:
-            raise ValueError(f"unknown backend {row['backend']!r} or form {row['form']!r}")
+        library = row.get("library", "aten")
+        if row["backend"] not in TABLE or row["form"] not in FORMS[1:] or library not in LIBRARIES:
+            raise ValueError(f"unknown backend {row['backend']!r}, form {row['form']!r} or library {library!r}")
         if dtype == torch.float32 and (row["dtype"] == "tf32") != tf32:
             continue
-        found.setdefault((K, N, r_a, r_b, dtype), {})[M] = Measured(M, row["backend"], row["form"])
+        found.setdefault((K, N, r_a, r_b, dtype), {})[M] = Measured(M, row["backend"], row["form"], library)
     return [(key, tuple(by_M[M] for M in sorted(by_M))) for key, by_M in found.items()]

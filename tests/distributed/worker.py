@@ -62,7 +62,9 @@ def be_member(rank: int, world: int, address: str, store: str) -> None:
     warnings.simplefilter("ignore")
     connection = Client(address, "AF_UNIX")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
-    connection.send_bytes(pickle.dumps((rank, os.getpid())))  # only now: a task may end a member that others still wait for
+    connection.send_bytes(
+        pickle.dumps((rank, os.getpid()))
+    )  # only now: a task may end a member that others still wait for
     while True:
         try:
             task = pickle.loads(connection.recv_bytes())

@@ -1,0 +1,20 @@
+// The products with W0 [N, K], by the library that the caller chose.
+//
+//   linear          x W0^T + bias + onto    [M, N]
+//   times_weight    G W0 + onto             [M, K]
+//
+// bias and onto may be undefined. The result may be onto itself, overwritten. What is added is added in the accumulator, so
+// that nothing is rounded before the sum.
+#pragma once
+
+#include "../operands.h"
+
+namespace hydra::cpu {
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& onto, Library library);
+at::Tensor times_weight(const at::Tensor& G, const at::Tensor& weight, const at::Tensor& onto, Library library);
+
+// Whether this torch has oneDNN's operators in the form that is called here, and its settings allow them.
+bool has_onednn();
+
+}  // namespace hydra::cpu

@@ -1,0 +1,171 @@
+#include "small.h"
+
+#include <ATen/Context.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <string>
+
+namespace hydra::cpu {
+namespace {
+
+using c10::BFloat16;
+
+constexpr int64_t CHUNK = 256;  // columns at a time: what is widened or paired stays in the L1 cache
+
+const uint16_t* bits(const BFloat16* p) { return reinterpret_cast<const uint16_t*>(p); }
+uint16_t* bits(BFloat16* p) { return reinterpret_cast<uint16_t*>(p); }
+
+int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+
+// C [M, N] (+)= A [M, K] B [K, N], with B in pairs of rows and K even.
+void multiply(int64_t M, int64_t N, int64_t K, const BFloat16* A, int64_t lda, const BFloat16* B, int64_t ldb, bool add, float* C,
+              int64_t ldc) {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C);
+#endif
+}
+
+const float* widened(const BFloat16* in, int64_t ld_in, int64_t rows, int64_t columns) {
+  float* out = Scratch<float, 0>::of(rows * columns);
+  run(Widen{rows, columns, bits(in), ld_in, out, columns});
+  return out;
+}
+
+}  // namespace
+
+bool has_matrix_units() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  static const bool found = [] {
+    if (std::string(instructions()) != "avx512" || !__builtin_cpu_supports("avx512bf16")) return false;
+    const BFloat16 pair[2] = {1, 2};
+    float sum = 0;
+    try {  // a torch that was built without these kernels says so only here
+      multiply(1, 1, 2, pair, 2, pair, 1, false, &sum, 1);
+      at::native::cpublas::brgemm_release();
+    } catch (const c10::Error&) {
+      return false;
+    }
+    return sum == 5;
+  }();
+  return found && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+MatrixUnits::~MatrixUnits() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  if (has_matrix_units()) at::native::cpublas::brgemm_release();
+#endif
+}
+
+Halves::Halves(const float* S, int64_t R, int64_t columns) : ranks(R), columns(columns), parts(1), memory(2 * R * columns) {
+  const int64_t size = R * columns;
+  BFloat16 *hi = memory.data(), *lo = hi + size;
+  run(Narrow{1, size, S, size, nullptr, nullptr, 0, bits(hi), size});
+  float rest = 0;
+  for (int64_t e = 0; e < size; ++e) {
+    const float left = S[e] - static_cast<float>(hi[e]);
+    lo[e] = left, rest = std::max(rest, std::abs(left));
+  }
+  if (rest != 0) parts = 2;  // NaN has none
+}
+
+Small<BFloat16>::Small(const float* S, int64_t R, int64_t columns, int uses) : S_(S), R_(R), columns_(columns) {
+  if (!has_matrix_units() || R == 0) return;
+  const Halves halves(S, R, columns);
+  parts_ = halves.parts;
+  const int64_t P = parts_ * R;
+  if (uses & DOWN && columns % 2 == 0) {
+    down_ = Buffer<BFloat16>(columns * P);
+    const auto* in = reinterpret_cast<const uint32_t*>(halves.memory.data());  // a pair at a time
+    auto* out = reinterpret_cast<uint32_t*>(down_.data());
+    for (int64_t r = 0; r < P; ++r)
+      for (int64_t pair = 0; pair < columns / 2; ++pair) out[pair * P + r] = in[r * (columns / 2) + pair];
+  }
+  if (uses & UP) {
+    up_ = Buffer<BFloat16>(even(P) * columns);
+    run(Pair{P, columns, bits(halves.memory.data()), columns, reinterpret_cast<uint32_t*>(up_.data())});
+  }
+}
+
+void Small<BFloat16>::down(const BFloat16* v, int64_t stride, int64_t rows, const float* base, float* out, int64_t ld_out) const {
+  if (rows == 0 || R_ == 0) return;
+  if (down_.data()) {
+    const int64_t P = parts_ * R_;
+    float* sums = Scratch<float, 1>::of(rows * P);
+    multiply(rows, P, columns_, v, stride, down_.data(), P, false, sums, P);
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t r = 0; r < R_; ++r)
+        out[m * ld_out + r] = (base ? base[r] : 0) + sums[m * P + r] + (parts_ == 2 ? sums[m * P + R_ + r] : 0);
+    return;
+  }
+  int64_t ld_base = 0, c = 0;
+  do {  // at least once: an empty sum must be written too
+    const int64_t count = std::min(CHUNK, columns_ - c);
+    run(Dots<float>{rows, R_, count, widened(v + c, stride, rows, count), count, S_ + c, columns_, base, ld_base, out, ld_out});
+    base = out, ld_base = ld_out, c += CHUNK;
+  } while (c < columns_);
+}
+
+void Small<BFloat16>::up(const BFloat16* Z, int64_t ld_z, int64_t rows, const float* row, const BFloat16* base, int64_t ld_base,
+                         BFloat16* out, int64_t ld_out) const {
+  if (rows == 0) return;
+  const int64_t depth = even(parts_ * R_);
+  BFloat16* left = Scratch<BFloat16, 1>::of(rows * depth);  // Z once for each part of S, and zeros
+  if (up_.data())
+    for (int64_t m = 0; m < rows; ++m) {
+      BFloat16* to = left + m * depth;
+      to[depth - 1] = 0;
+      for (int64_t part = 0; part < parts_; ++part) std::copy_n(Z + m * ld_z, R_, to + part * R_);
+    }
+  float* sums = Scratch<float, 2>::of(rows * CHUNK);
+  for (int64_t c = 0; c < columns_; c += CHUNK) {
+    const int64_t count = std::min(CHUNK, columns_ - c);
+    if (up_.data()) multiply(rows, count, depth, left, depth, up_.data() + 2 * c, columns_, false, sums, CHUNK);
+    else run(Combine<float>{rows, count, R_, widened(Z, ld_z, rows, R_), 1, R_, S_ + c, columns_, nullptr, 0, sums, CHUNK});
+    run(Narrow{rows, count, sums, CHUNK, row ? row + c : nullptr, base ? bits(base) + c : nullptr, ld_base, bits(out) + c, ld_out});
+  }
+}
+
+Left<BFloat16>::Left(const float* S, int64_t R, int64_t rows) : S_(S, R, rows) {}
+
+void Left<BFloat16>::times(const BFloat16* v, int64_t stride, int64_t first, int64_t last, float* out, int64_t ld_out) const {
+  constexpr int64_t BLOCK = 64;
+  const int64_t P = S_.parts * S_.ranks, rows = S_.columns, width = last - first;
+  BFloat16* left = Scratch<BFloat16, 3>::of(P * BLOCK);
+  const Buffer<float> sums(S_.parts == 2 ? P * width : 0);
+  float* target = S_.parts == 2 ? sums.data() : out + first;
+  const int64_t ld = S_.parts == 2 ? width : ld_out;
+  int64_t row = 0;
+  do {  // at least once: an empty sum must be written too
+    const int64_t count = std::min(BLOCK, rows - row);
+    for (int64_t p = 0; p < P; ++p)
+      for (int64_t i = 0; i < BLOCK; ++i) left[p * BLOCK + i] = i < count ? S_.memory.data()[p * rows + row + i] : BFloat16(0);
+    outer(left, BLOCK, P, v + row * stride + first, stride, count, 0, width, row > 0, target, ld);
+    row += BLOCK;
+  } while (row < rows);
+  for (int64_t r = 0; S_.parts == 2 && r < S_.ranks; ++r)
+    for (int64_t c = 0; c < width; ++c) out[r * ld_out + first + c] = target[r * ld + c] + target[(S_.ranks + r) * ld + c];
+}
+
+void outer(const BFloat16* Z_t, int64_t ld_z, int64_t ranks, const BFloat16* v, int64_t stride, int64_t rows, int64_t first,
+           int64_t last, bool add, float* out, int64_t ld_out) {
+  if (ranks == 0) return;
+  const bool fast = has_matrix_units() && rows > 0;
+  const float* left = fast ? nullptr : widened(Z_t, ld_z, ranks, rows);
+  for (int64_t c = first; c < last; c += CHUNK) {
+    const int64_t count = std::min(CHUNK, last - c);
+    if (fast) {
+      BFloat16* pairs = Scratch<BFloat16, 2>::of(even(rows) * CHUNK);
+      run(Pair{rows, count, bits(v) + c, stride, reinterpret_cast<uint32_t*>(pairs)});
+      multiply(ranks, count, even(rows), Z_t, ld_z, pairs, count, add, out + c, ld_out);
+    } else {
+      float* right = Scratch<float, 3>::of(rows * CHUNK);
+      run(Widen{rows, count, bits(v) + c, stride, right, count});
+      run(Combine<float>{ranks, count, rows, left, 1, rows, right, count, add ? out + c : nullptr, ld_out, out + c, ld_out});
+    }
+  }
+}
+
+}  // namespace hydra::cpu

@@ -1,0 +1,116 @@
+// Products of blocks of rows with a small operand S [R, columns]. E is the dtype of the rows, Sum<E> that of S and of sums.
+//
+//   down    out[m, r] = base[r] + sum_c v[m, c] S[r, c]                 Z = x D^T + d, dZ = G U, (dB_down)^T = W0 T^T
+//   up      out[m, c] = base[m, c] + row[c] + sum_r Z[m, r] S[r, c]     Z U^T, dZ D, dy0 = G + dZ_b B_down
+//   outer   out[r, c] += sum_m Z[m, r] v[m, c]                          dU^T, dD, C
+//
+// float and double go to products.h. bf16 goes to matrix units (AMX, AVX512-BF16) where torch's oneDNN has kernels for them,
+// with S as hi + lo, two bf16 numbers, so that S counts as if it were fp32; elsewhere blocks are widened to fp32.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <type_traits>
+#include <vector>
+
+#include "memory.h"
+#include "products.h"
+
+namespace hydra::cpu {
+
+template <class E>
+using Sum = std::conditional_t<std::is_same_v<E, c10::BFloat16>, float, E>;
+
+// Whether this processor, this torch and its settings (torch.backends.mkldnn, ONEDNN_MAX_CPU_ISA) have matrix units.
+bool has_matrix_units();
+
+// A thread that has used matrix units gives their registers back at the end, as torch's own loops do.
+struct MatrixUnits {
+  ~MatrixUnits();
+};
+
+// Scratch memory of a thread, which grows and stays; each WHICH is another.
+template <class T, int WHICH>
+struct Scratch {
+  static T* of(int64_t size) {
+    thread_local std::vector<T> memory;
+    if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+    return memory.data();
+  }
+};
+
+// S [ranks, columns] as hi + lo: [parts ranks, columns], of one part where S is bf16 already.
+struct Halves {
+  int64_t ranks, columns, parts;
+  Buffer<c10::BFloat16> memory;
+  Halves(const float* S, int64_t ranks, int64_t columns);
+};
+
+// What S is used for; each use has a layout of its own.
+enum Use : int { DOWN = 1, UP = 2 };
+
+template <class E>
+class Small {
+ public:
+  // S stays the caller's.
+  Small(const E* S, int64_t ranks, int64_t columns, int) : S_(S), R_(ranks), columns_(columns) {}
+
+  void down(const E* v, int64_t stride, int64_t rows, const E* base, E* out, int64_t ld_out) const {
+    run(Dots<E>{rows, R_, columns_, v, stride, S_, columns_, base, 0, out, ld_out});
+  }
+  void up(const E* Z, int64_t ld_z, int64_t rows, const E* row, const E* base, int64_t ld_base, E* out, int64_t ld_out) const {
+    run(Combine<E>{rows, columns_, R_, Z, 1, ld_z, S_, columns_, base ? base : row, base ? ld_base : 0, out, ld_out});
+    for (int64_t m = 0; base && row && m < rows; ++m)
+      for (int64_t c = 0; c < columns_; ++c) out[m * ld_out + c] += row[c];
+  }
+
+ private:
+  const E* S_;
+  int64_t R_, columns_;
+};
+
+template <>
+class Small<c10::BFloat16> {
+ public:
+  Small(const float* S, int64_t ranks, int64_t columns, int uses);
+
+  void down(const c10::BFloat16* v, int64_t stride, int64_t rows, const float* base, float* out, int64_t ld_out) const;
+  void up(const c10::BFloat16* Z, int64_t ld_z, int64_t rows, const float* row, const c10::BFloat16* base, int64_t ld_base,
+          c10::BFloat16* out, int64_t ld_out) const;
+
+ private:
+  const float* S_;
+  int64_t R_, columns_;
+  int64_t parts_ = 2;  // 1 where S is bf16 already
+  Buffer<c10::BFloat16> down_{0}, up_{0};  // in pairs: [columns / 2, parts R, 2] and [parts R / 2, columns, 2]
+};
+
+// S [ranks, rows] of C = B_down W0, to be multiplied with the columns [first, last) of v [rows, *].
+template <class E>
+class Left {
+ public:
+  Left(const E* S, int64_t ranks, int64_t rows) : S_(S), R_(ranks), rows_(rows) {}
+  void times(const E* v, int64_t stride, int64_t first, int64_t last, E* out, int64_t ld_out) const {
+    run(Combine<E>{R_, last - first, rows_, S_, 1, rows_, v + first, stride, nullptr, 0, out + first, ld_out});
+  }
+
+ private:
+  const E* S_;
+  int64_t R_, rows_;
+};
+
+template <>
+class Left<c10::BFloat16> {
+ public:
+  Left(const float* S, int64_t ranks, int64_t rows);
+  void times(const c10::BFloat16* v, int64_t stride, int64_t first, int64_t last, float* out, int64_t ld_out) const;
+
+ private:
+  Halves S_;
+};
+
+// Columns [first, last) of out [ranks, ld_out]; Z_t is Z^T [ranks, rows] in rows of ld_z. `add` to out, or write it.
+void outer(const c10::BFloat16* Z_t, int64_t ld_z, int64_t ranks, const c10::BFloat16* v, int64_t stride, int64_t rows,
+           int64_t first, int64_t last, bool add, float* out, int64_t ld_out);
+
+}  // namespace hydra::cpu
