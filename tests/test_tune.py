@@ -14,6 +14,7 @@ import triton
 import hydra_kernels as hk
 from hydra_kernels import extension
 from hydra_kernels.backend import TABLE, aten
+from hydra_kernels.backend.interface import LIBRARIES
 from hydra_kernels.choose import accuracy, machine
 from hydra_kernels.choose import tune as tuning
 from hydra_kernels.choose.choice import choose
@@ -83,6 +84,27 @@ def test_the_winner_is_what_auto_runs(monkeypatch):
         layer(torch.randn(4, 16, 48, dtype=dtype))
         layer(torch.randn(7, 48, dtype=dtype))  # far from 64 rows
     assert [call[0].shape for call in calls] == [(64, 48)]
+
+
+@pytest.mark.skipif(not native_runs() or not extension.load().onednn(), reason="needs the compiled part and oneDNN")
+@pytest.mark.parametrize("fastest", LIBRARIES)
+def test_the_fastest_library_is_stored_and_runs(fastest, monkeypatch, folder):
+    """Each library's step runs its products by it; the fastest is what the next call is told."""
+    by_onednn = {}
+
+    def times(steps, *_):
+        for name, step in steps.items():
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                step()
+            by_onednn[name] = sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events())
+        return {name: 1.0 if name == fastest else 2.0 for name in steps}
+
+    monkeypatch.setattr(tuning, "CANDIDATES", (("native", "kept"),))
+    monkeypatch.setattr(tuning, "_times", times)
+    (tuned,) = tune()
+    assert by_onednn == {"native kept": 0, "aten": 0, "onednn-forward": 1, "onednn": 2}
+    assert tuned.library == fastest
+    assert choose(*SHAPE, F32, here(CPU)).plan == ("kept" if fastest == "aten" else f"kept {fastest}")
 
 
 def test_the_rule_of_accuracy_by_hand():
@@ -353,8 +375,8 @@ def test_explain_tells_the_cpu_that_was_measured_from_the_one_that_is_asked(capa
     here, numbers = said()
     assert here.endswith(f"on AMD EPYC 9B45, {threads} threads")
     assert "the rules were measured on Intel(R) Xeon(R) Processor, 2 threads; nothing was measured on this" in numbers
-    row = (*SHAPE, "float32", f"AMD EPYC 9B45, {threads} threads", "aten", "kept", {}, {}, machine.versions(), "")
-    _store(tuning.Tuned(*row))
+    row = (*SHAPE, "float32", f"AMD EPYC 9B45, {threads} threads", "aten", "kept", "aten", {}, {}, {})
+    _store(tuning.Tuned(*row, versions=machine.versions(), date=""))
     here, numbers = said()
     assert here.endswith(f"on AMD EPYC 9B45, {threads} threads")
     assert numbers.startswith("numbers   measured on this device for some shapes; the rules for others on Intel")

@@ -5,6 +5,7 @@ It times what users call, so it alone of this folder imports `functional` and `l
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -18,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from .. import extension, reference
 from ..autograd import computed_in
 from ..backend import TABLE
+from ..backend.interface import LIBRARIES, Choice, Operands
 from ..functional import hydra_linear
 from ..layers import HydraLinear
 from . import accuracy, machine
@@ -36,7 +38,10 @@ _STEPS_IN_A_ROW = 4  # the last of them is timed: by then the host is ahead of t
 
 
 class Tuned(NamedTuple):
-    """One shape: medians of a step in microseconds by candidate, the winner, and why the others failed."""
+    """One shape: medians of a step in microseconds by candidate, the winner, and why the others failed.
+
+    ``library`` computes `native`'s products with W0 on a CPU; ``library_us`` are its form's medians with each.
+    """
 
     M: int
     K: int
@@ -47,7 +52,9 @@ class Tuned(NamedTuple):
     device: str
     backend: str
     form: str
+    library: str
     us: dict[str, float]
+    library_us: dict[str, float]
     failed: dict[str, str]
     versions: dict[str, str | None]
     date: str
@@ -104,7 +111,8 @@ def line_of(tuned: Tuned) -> str:
     times = ", ".join(f"{name} {us:.1f} us" for name, us in sorted(tuned.us.items(), key=lambda item: item[1]))
     failed = "".join(f"; {name} FAILED: {why}" for name, why in tuned.failed.items())
     shape = f"M={tuned.M} K={tuned.K} N={tuned.N} {tuned.r_a}+{tuned.r_b} {tuned.dtype}"
-    return f"{shape}: {tuned.backend} {tuned.form} ({times}{failed})"
+    plan = Choice(tuned.backend, tuned.form, "", "", tuned.library).plan
+    return f"{shape}: {tuned.backend} {plan} ({times}{failed})"
 
 
 def _jobs(
@@ -177,13 +185,19 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
         raise RuntimeError(f"tune: nothing computes {shape} in {dtype} on {device} rightly: {failed}")
     us = _times(steps, device, rounds)
     backend, form = min(us, key=lambda name: us[name]).split()
+    library, library_us, native = "aten", {}, extension.load()
+    if backend == "native" and device.type == "cpu" and dtype == torch.float32 and native and native.onednn():
+        library_us = _times(_libraries(native.apply, form, t, G), device, rounds)
+        library = min(library_us, key=lambda name: library_us[name])
     return Tuned(
         *shape,
         dtype="tf32" if tf32 else str(dtype).removeprefix("torch."),
         device=machine.device_name(device),
         backend=backend,
         form=form,
+        library=library,
         us={name: round(v, 3) for name, v in us.items()},
+        library_us={name: round(v, 3) for name, v in library_us.items()},
         failed=failed,
         versions=machine.versions(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -207,6 +221,18 @@ def _operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[d
         return t.to(dtype).requires_grad_(name not in ("weight", "bias"))
 
     return {name: scaled(name, size) for name, size in sizes.items()}, normal(M, N).to(dtype)
+
+
+def _libraries(
+    apply: Callable[..., Tensor], form: str, t: dict[str, Tensor | None], G: Tensor
+) -> dict[str, Callable[[], object]]:
+    """A step of `native` by each library."""
+
+    def step(library: str) -> object:
+        plan = Choice("native", form, "", "", library).plan
+        return _step(lambda x, *tensors: apply(x, Operands(*tensors), plan), t, G)
+
+    return {library: functools.partial(step, library) for library in LIBRARIES}
 
 
 def _step(function: Callable[..., Tensor], t: dict[str, Tensor | None], G: Tensor) -> list[Tensor]:
