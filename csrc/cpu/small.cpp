@@ -63,12 +63,16 @@ Halves::Halves(const float* S, int64_t R, int64_t columns) : ranks(R), columns(c
   const int64_t size = R * columns;
   BFloat16 *hi = memory.data(), *lo = hi + size;
   run(Narrow{1, size, S, size, nullptr, nullptr, 0, bits(hi), size});
-  float rest = 0;
+  const Buffer<float> rest(size);
+  run(Widen{1, size, bits(hi), size, rest.data(), size});
+  bool exact = true;
   for (int64_t e = 0; e < size; ++e) {
-    const float left = S[e] - static_cast<float>(hi[e]);
-    lo[e] = left, rest = std::max(rest, std::abs(left));
+    rest.data()[e] = S[e] - rest.data()[e];
+    exact = exact & (rest.data()[e] == 0);
   }
-  if (rest != 0) parts = 2;  // NaN has none
+  if (exact) return;
+  parts = 2;
+  run(Narrow{1, size, rest.data(), size, nullptr, nullptr, 0, bits(lo), size});
 }
 
 Small<BFloat16>::Small(const float* S, int64_t R, int64_t columns, int uses) : S_(S), R_(R), columns_(columns) {
