@@ -14,7 +14,7 @@ from . import extension, reference
 from .autograd import HydraFunction, autocast_is_on
 from .backend import TABLE
 from .backend.interface import FIRST_OPTION, Choice, Operands
-from .backend.operators import is_static
+from .backend.operators import is_static, opened
 from .checks import AUTOCAST_DTYPES, check_call, check_dropout, check_route, refuse_sharded
 from .choose.choice import choose
 from .choose.machine import here
@@ -90,6 +90,9 @@ def hydra_linear(
 
     device, drops = x.device, mask is None and training and dropout_p > 0
     choice = _choice(call, op, device, drops or mask is not None)
+    if choice.backend == "reference":
+        op = opened(op, x)
+        return reference.hydra_linear(x, *op[:FIRST_OPTION], **_options(op, 0.0, training))  # type: ignore[arg-type]
     if drops:
         # Out of place: selective checkpointing may keep what is drawn. Of its input bernoulli takes the shape alone.
         mask = torch.bernoulli(torch.empty(M, r_a + r_b, dtype=torch.bool, device=device), 1 - dropout_p)
@@ -156,7 +159,10 @@ def _choice(call: Call, op: Operands, device: torch.device, masked: bool) -> Cho
     machine = here(device)
     (M, K, N, r_a, r_b), dtype = call.sizes, call.dtype
     rows = M if is_static(M) else None
-    choice = choose(rows, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked, _saves_x(op))
+    compiling = torch.compiler.is_compiling()
+    choice = choose(rows, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked, _saves_x(op), compiling)
+    if choice.backend == "reference":
+        return choice
     reason = machine.reasons[choice.backend]
     reason = reason or TABLE[choice.backend].refusal(choice.form, dtype, r_a, r_b, masked, device)
     if reason is not None:

@@ -1,8 +1,10 @@
-"""`python -m tests.sanitize`: the CUDA kernels, on the host, under AddressSanitizer, UBSan and ThreadSanitizer.
+"""`python -m tests.sanitize`: the kernels under AddressSanitizer, UBSan and ThreadSanitizer, CUDA's on the host.
 
 The tests of test_cuda_kernels run with g++'s runtimes loaded: all of them under AddressSanitizer and UBSan, every
 kernel in fp32 and bf16 under ThreadSanitizer, to which barriers alone order two CUDA threads and nothing orders two
 blocks. Then each bug of PLANTED must be reported: a sanitizer that sees nothing proves nothing.
+The CPU kernels are built as users build them, into a copy of the package. ThreadSanitizer cannot judge them, since it
+does not know the barriers of GCC's OpenMP.
 Exit status 1 if the kernels are not clean, a planted bug goes unreported, or a tool is missing.
 """
 
@@ -81,6 +83,14 @@ PLANTED = [
 ]  # fmt: skip
 
 
+CPU_SOURCES = ("csrc", "hydra_kernels", "tests", "setup.py", "pyproject.toml")
+CPU_TESTS = ["tests/test_native.py", "-k", "test_kernels or test_sums_that or test_weights or nearest"]
+CPU_PLANTED = Planted(
+    "a write past scratch memory", "address", "AddressSanitizer", "small.cpp",
+    "Scratch<BFloat16, 1>::of(rows * depth)", "Scratch<BFloat16, 1>::of(rows)", "kernels_in_bfloat16",
+)  # fmt: skip
+
+
 def missing_tools() -> list[str]:
     missing = [] if cuda_headers() else ["cuda_bf16.h (the CUDA toolkit)"]
     if shutil.which("g++") is None:
@@ -134,6 +144,37 @@ def reported(bug: Planted) -> str | None:
     return None if status != 0 and bug.says in said else f"UNREPORTED: exit status {status}\n{said[-3000:]}"
 
 
+def cpu() -> str | None:
+    """What is wrong with the CPU kernels, or with the report of the bug that is then planted in them, or None."""
+    bug, flags = CPU_PLANTED, "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for source in CPU_SOURCES:
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, folder / source, ignore=shutil.ignore_patterns("_native*", "*.pyc"))
+            else:
+                shutil.copy(ROOT / source, folder / source)
+
+        def run(tests: list[str]) -> tuple[int, str]:
+            command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+            environment = {**os.environ, "CXX": f"g++ {flags}", "HYDRA_BUILD": "cpp"}
+            built = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+            if built.returncode:
+                return built.returncode, "it does not compile: " + built.stdout + built.stderr
+            return run_tests(folder, "address", tests)
+
+        status, said = run(CPU_TESTS)
+        if status != 0 or " passed" not in said or "skipped" in said:
+            return f"exit status {status}\n{said[-6000:]}"
+        path = folder / "csrc" / "cpu" / bug.file
+        text = path.read_text()
+        if text.count(bug.old) != 1:
+            return f"STALE: the text of a planted bug occurs {text.count(bug.old)} times in {bug.file}"
+        path.write_text(text.replace(bug.old, bug.new))
+        status, said = run(["tests/test_native.py", "-k", bug.test])
+    return None if status != 0 and bug.says in said else f"UNREPORTED: {bug.name}: exit status {status}\n{said[-3000:]}"
+
+
 def main() -> int:
     missing = missing_tools()
     if missing:
@@ -143,6 +184,7 @@ def main() -> int:
     jobs = {
         "the kernels under AddressSanitizer and UBSan": lambda: shipped("address", everything),
         "the kernels under ThreadSanitizer": lambda: shipped("thread", QUICK),
+        f"the CPU kernels under AddressSanitizer and UBSan; planted: {CPU_PLANTED.name}": cpu,
         **{f"planted: {bug.name}": lambda bug=bug: reported(bug) for bug in PLANTED},
     }
     start, wrong = time.monotonic(), 0

@@ -195,3 +195,17 @@ def test_a_measured_library_wins_for_its_rows():
 )
 def test_form_in_bf16_by_the_compiled_part(M, r_a, r_b, form):
     assert chosen(M, 3072, 768, r_a, r_b, BF16, INTEL) == ("native", form)
+
+
+def test_few_rows_under_torch_compile_are_plain_operators():
+    def backend(M, N=768, machine=INTEL, dtype=F32, **options):
+        return choose(M, 3072, N, 8, 8, dtype, machine, compiling=True, **options).backend
+
+    assert [backend(M) for M in (1, 64, 65, None)] == ["reference", "reference", "native", "native"]
+    assert [backend(16, N) for N in (2730, 2731)] == ["reference", "native"]
+    assert backend(16, machine=CPU) == "reference"
+    assert backend(16, machine=H100) == "aten"
+    assert [backend(16, dtype=dtype) for dtype in (BF16, F64)] == ["native", "native"]
+    assert backend(16, masked=True) == backend(16, form="kept") == backend(16, backend="native") == "native"
+    assert choose(16, 3072, 768, 8, 8, F32, INTEL).backend == "native"
+    assert "torch.compile fuses" in choose(16, 3072, 768, 8, 8, F32, INTEL, compiling=True).why_backend

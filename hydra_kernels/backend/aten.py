@@ -60,8 +60,8 @@ def backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) 
     return grads
 
 
-# Up to so many rows G^T Z is as fast as (Z^T G)^T: 11 us against 11 at 16 rows of 768. At 64 it takes up to 2.5 times as
-# long: 73 us against 29, R = 8, 4,096 columns (an Intel Xeon).
+# Up to so many rows G^T Z is as fast as (Z^T G)^T: 11 us each at 16 rows of 768. With 64 rows of 4,096 it takes 73 us
+# against 29 (R = 8, an Intel Xeon).
 _FEW_ROWS = 32
 
 # Which wanted gradients need dZ_a, dZ_b, dU_a, dU_b and g.

@@ -31,7 +31,7 @@ class Untraceable:
         if not traced(x):
             return self.backend.forward(x, op, needs, plan)
         _tell_flop_counters()
-        op = _opened(op, x)
+        op = opened(op, x)
         # A list, which torch 2.11 does not trace `h, *left` to be.
         left = list(torch.ops.hydra_kernels.forward(x, *split(op), _listed(needs), self.name, plan))
         h, (with_x, *others) = left.pop(0), _are_saved(form_of(plan), op, needs)
@@ -76,7 +76,7 @@ def is_static(n: float) -> bool:
     return has_static_value(n)
 
 
-def _opened(op: Operands, x: Tensor) -> Operands:
+def opened(op: Operands, x: Tensor) -> Operands:
     """op with a tensor for each number that torch.compile keeps open: an operator would bind it to its value."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     for name in ("scale_a", "scale_b"):

@@ -22,12 +22,17 @@ _COMPOSED_FROM_WORK: int = DATA["composed_from_multiply_adds"]
 _FEW_ROWS: float = DATA["on_a_gpu"]["kept_below_M_over_K"]
 _LARGE_WEIGHT: int = DATA["on_a_gpu"]["kept_from_weight_elements"]
 _SMALL_WORK: int = DATA["on_a_gpu"]["native_below_multiply_adds"]
+_PLAIN_ROWS: int = DATA["on_a_cpu"]["compiled_plain_up_to_rows"]
 _ONEDNN_VENDOR: str = DATA["on_a_cpu"]["onednn_for_vendor"]
 _ONEDNN_ROWS: list[int] = DATA["on_a_cpu"]["onednn_forward_for_rows"]
 _ONEDNN_WEIGHT: int = DATA["on_a_cpu"]["onednn_from_weight_elements"]
 _WHY_SMALL = (
     "the host would take longer to launch Triton kernels than the GPU to run them (an H200), so GPU time alone, as "
     "benchmarks.roofline predicts it, does not decide; in a CUDA graph it does: there try backend='hybrid'"
+)
+_WHY_PLAIN = (
+    f"torch.compile fuses plain operators: with up to {_PLAIN_ROWS} rows and a weight that is not large they are "
+    "faster than an operator of ours (an Intel Xeon)"
 )
 _WHY_LORA = "without a sequential branch nothing needs y0"
 _WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
@@ -79,12 +84,14 @@ def choose(
     backend: str = "auto",
     masked: bool = False,
     saves_x: bool = True,
+    compiling: bool = False,
 ) -> Choice:
     """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b, with dropout where ``masked``.
 
     M is None where torch.compile keeps it open: one choice then serves every M, since a comparison would compile each
     layer anew on either side of it. ``saves_x`` is False where an up projection trains and no down projection does:
-    the effective form alone would then save x. A form or backend other than "auto" is what the user fixed, and stays.
+    the effective form alone would then save x. ``compiling`` is True under torch.compile. A form or backend other than
+    "auto" is what the user fixed, and stays.
     """
     why_backend = why_form = "you fixed it"
     winner = _winner(machine, (K, N, r_a, r_b, dtype), M) if machine.measured else None
@@ -97,6 +104,8 @@ def choose(
             why = "it won where it was measured on this device"
             library = _library((M, K, N), dtype, machine, winner.backend, winner)
             return Choice(winner.backend, winner.form, why, why, *library)
+        if compiling and form == "auto" and not masked and _inductor_is_best(M, K, N, dtype, machine):
+            return Choice("reference", "kept", _WHY_PLAIN, "plain operators have no form")
         # The composed form reads W0 twice more. For a smaller W0 that takes less time than the kept form's launches.
         few_rows = form == "auto" and r_b > 0 and K * N >= _LARGE_WEIGHT and M is not None and M < _FEW_ROWS * K
         small = M is not None and M * K * N < _SMALL_WORK and r_a + r_b <= MAX_NATIVE_RANK
@@ -142,6 +151,11 @@ def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, sm
     if small and machine.reasons["native"] is None:
         return "native", _WHY_SMALL
     return "hybrid", "its kernels are the fastest where the GPU's time counts (an H200), each GEMM its own or cuBLAS's"
+
+
+def _inductor_is_best(M: int | None, K: int, N: int, dtype: torch.dtype, machine: Machine) -> bool:
+    on_cpu = machine.capability is None
+    return on_cpu and dtype == torch.float32 and M is not None and M <= _PLAIN_ROWS and K * N < _ONEDNN_WEIGHT
 
 
 def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
