@@ -132,7 +132,8 @@ def build_layer(
 ) -> nn.Module:
     """One layer of ``method`` over ``linear``, which is frozen and shared; its adapters have no biases.
 
-    Equal ranks, kind and seed give equal adapters, whoever's layer it is. ``form`` and ``backend`` are for ours.
+    Equal ranks, kind and seed give equal adapters, whoever's layer it is. ``form`` and ``backend`` are for ours. Over a
+    low-precision base, PEFT's LoRA and ours have fp32 adapters, as PEFT makes them; all others have the base's dtype.
     """
     if method not in LAYER_METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(LAYER_METHODS)}")
@@ -148,7 +149,9 @@ def build_layer(
     if owner in ("naive", "compiled"):
         return naive
     if owner == "ours":
-        layer = OURS[kind].from_linear(linear, form=form, backend=backend, **widths(kind, ranks))
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32) if kind == "lora" else None
+        options = {"form": form, "backend": backend, "adapter_dtype": dtype}
+        layer = OURS[kind].from_linear(linear, **options, **widths(kind, ranks))
     else:
         # Its import takes seconds, which only a run that measures it should pay.
         from peft import LoraConfig
@@ -156,6 +159,8 @@ def build_layer(
 
         config = LoraConfig(r=ranks.r_a, lora_alpha=ranks.r_a, lora_dropout=0.0)
         layer = Linear(linear, "default", config=config, r=ranks.r_a, lora_alpha=ranks.r_a)
+        for adapter in (layer.lora_A, layer.lora_B):
+            adapter.to(torch.promote_types(linear.weight.dtype, torch.float32))
     with torch.no_grad():
         for name, parameter in layer_adapters(layer).items():
             parameter.copy_(naive.get_parameter(name))
