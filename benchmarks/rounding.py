@@ -55,7 +55,8 @@ def kept(operands: dict[str, Tensor | None], backend: str, ratio: float, device:
     scale = (ratio * y0.norm() / delta.norm()).item()
     on_device = {name: None if t is None else t.to(device) for name, t in operands.items()}
     with torch.no_grad():
-        h = hk.hydra_linear(**on_device, scale_a=scale, scale_b=scale, backend=backend)
+        form = "composed" if backend == "native" else "auto"  # what auto takes at larger sizes
+        h = hk.hydra_linear(**on_device, scale_a=scale, scale_b=scale, form=form, backend=backend)
     delta = scale * delta
     return ((h.cpu().double() - y0) * delta).sum().item() / delta.square().sum().item()
 
