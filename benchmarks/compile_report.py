@@ -71,16 +71,22 @@ TENSOR_MEMORY_COLUMNS = 512
 
 
 class Variant(NamedTuple):
-    """``options``: adapter biases, learnable scales, dropout, a trainable b0; ``aligned``: the rows of x, W0 and G."""
+    """``options``: adapter biases, learnable scales, dropout, a trainable b0; ``aligned``: the rows of x, W0 and G.
+
+    ``drops_input``: input dropout beside the options.
+    """
 
     options: bool
     aligned: bool
+    drops_input: bool = False
 
     def __str__(self) -> str:
-        return ("options" if self.options else "plain") + ("" if self.aligned else "-unaligned")
+        name = "input-dropout" if self.drops_input else "options" if self.options else "plain"
+        return name + ("" if self.aligned else "-unaligned")
 
 
-VARIANTS = {str(v): v for v in itertools.starmap(Variant, itertools.product((False, True), (True, False)))}
+KINDS = ((False, False), (True, False), (True, True))
+VARIANTS = {str(v): v for v in (Variant(o, aligned, d) for (o, d), aligned in itertools.product(KINDS, (True, False)))}
 
 
 class Binary(NamedTuple):
@@ -142,6 +148,8 @@ def operands(dtype: torch.dtype, ranks: Ranks, variant: Variant) -> tuple[Tensor
         B_down_bias=where(variant.options and r_b > 0, r_b),
         B_up_bias=where(variant.options and r_b > 0, N),
         mask=new(M, r_a + r_b, dtype=torch.bool) if variant.options else None,
+        input_seed=new(dtype=torch.int64) if variant.drops_input and r_a else None,
+        input_p=0.05 if variant.drops_input and r_a else 0.0,
         scale_a=new() if variant.options and r_a > 0 else 1.5,
         scale_b=new() if variant.options and r_b > 0 else 1.5,
         mask_scale=2.0 if variant.options else 1.0,
@@ -152,18 +160,20 @@ def operands(dtype: torch.dtype, ranks: Ranks, variant: Variant) -> tuple[Tensor
 def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Launch]:
     """Every launch of a step of the fused backend with all gradients, its GEMMs in each of the architecture's tiles.
 
-    The hybrid backend launches nothing else.
+    Then what the hybrid backend launches beside those: a pass around cuBLAS, under input dropout.
     """
     torch_dtype, precision = DTYPES[dtype]
     x, G, op = operands(torch_dtype, ranks, variant)
     wanted = ADAPTERS | OPTIONS if variant.options else ADAPTERS
     needs = {name for name in wanted if name == "x" or isinstance(getattr(op, name), Tensor)}
     found: list[Launch] = []
-    for tiles in configs.of(divmod(arch, 10)).with_each_gemm():
+    architecture = configs.of(divmod(arch, 10))
+    by_cublas = architecture._replace(half=architecture.half._replace(fused_from=None))
+    for tiles, fused in [*((tiles, True) for tiles in architecture.with_each_gemm()), (by_cublas, False)]:
         step: list[Launch] = []
         with products_of_fp32(precision):
-            _, kept, saved = steps.forward(x, op, needs, True, tiles, step.append)
-            steps.backward(G, kept, saved, needs, True, tiles, step.append)
+            _, kept, saved = steps.forward(x, op, needs, fused, tiles, step.append)
+            steps.backward(G, kept, saved, needs, fused, tiles, step.append)
         known = [(name_of(launch), config_of(launch)) for launch in found]
         found += [launch for launch in step if (name_of(launch), config_of(launch)) not in known]
     return found

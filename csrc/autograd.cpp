@@ -66,7 +66,8 @@ struct HydraFunction : torch::autograd::Function<HydraFunction> {
     const bool from_dZ = call.needs.any(X, A_DOWN, B_DOWN, A_DOWN_BIAS, B_DOWN_BIAS) || (call.needs.any(BIAS) && op.r_b());
     torch::autograd::variable_list kept;
     for (int i = WEIGHT; i < GRADIENTS; ++i) {
-      const bool read = i == WEIGHT ? through_W0 || call.needs.any(X) : i == BIAS ? through_W0 : i == MASK ? from_dZ : true;
+      const bool read = i == WEIGHT ? through_W0 || call.needs.any(X) : i == BIAS ? through_W0 : i == MASK ? from_dZ :
+                        i == INPUT_MASK || i == INPUT_SEED ? call.needs.any(X, A_DOWN) : true;
       if (read && all[i].defined()) kept.push_back(all[i]), call.kept |= 1u << i;
     }
     for (at::Tensor& t : result.saved) {

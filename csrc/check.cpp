@@ -72,6 +72,8 @@ bool vouch_for(const at::Tensor& x, const Operands& op, Sizes* sizes) {
          branch(judge, op.A_down, op.A_up, op.A_down_bias, op.A_up_bias, K, N, &sizes->r_a) &&
          branch(judge, op.B_down, op.B_up, op.B_down_bias, op.B_up_bias, N, N, &sizes->r_b) &&
          judge.fits_if_given(op.mask, {M, sizes->r_a + sizes->r_b}) && !(op.mask.defined() && op.mask.requires_grad()) &&
+         judge.fits_if_given(op.input_mask, {M, K}) && !(op.input_mask.defined() && op.input_mask.requires_grad()) &&
+         !op.input_seed.defined() &&
          judge.fits(op.scale_a) && judge.fits(op.scale_b);
 }
 

@@ -32,9 +32,12 @@ struct Scale {
   ROW(at::Tensor, B_down_bias, B_DOWN_BIAS)    \
   ROW(at::Tensor, B_up_bias, B_UP_BIAS)        \
   ROW(at::Tensor, mask, MASK)                  \
+  ROW(at::Tensor, input_mask, INPUT_MASK)      \
+  ROW(at::Tensor, input_seed, INPUT_SEED)      \
   ROW(Scale, scale_a, SCALE_A)                 \
   ROW(Scale, scale_b, SCALE_B)                 \
-  ROW(double, mask_scale, MASK_SCALE)
+  ROW(double, mask_scale, MASK_SCALE)          \
+  ROW(double, input_p, INPUT_P)
 
 // All of one call but x.
 struct Operands {

@@ -76,7 +76,8 @@ class Adapter(nn.Module):
         in_features, out_features: K and N of the base layer.
         r_a, r_b: ranks of the parallel and of the sequential branch; 0 leaves the branch out.
         scale_a, scale_b: factors of the branches, initial values where ``learnable_scale``.
-        learnable_scale, dropout, adapter_bias, adapter_dtype, init_std, form, backend: as for `HydraLinear`.
+        learnable_scale, dropout, input_dropout, adapter_bias, adapter_dtype, init_std, form, backend: as for
+            `HydraLinear`.
         device: of the adapters.
         dtype: of the base layer, and of the adapters where ``adapter_dtype`` is None.
 
@@ -109,6 +110,7 @@ class Adapter(nn.Module):
         scale_b: float = 1.0,
         learnable_scale: bool = False,
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
         adapter_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
         init_std: float | None = None,
@@ -128,6 +130,11 @@ class Adapter(nn.Module):
         check_finite("scale_a", scale_a)
         check_finite("scale_b", scale_b)
         check_dropout("dropout", dropout)
+        check_dropout("input_dropout", input_dropout)
+        if input_dropout and not r_a:
+            raise ValueError(
+                f"input_dropout: expected 0 without a parallel branch (r_a = 0), whose x it is on, got {input_dropout}"
+            )
         check_route(form, backend)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in DTYPES:
@@ -142,7 +149,8 @@ class Adapter(nn.Module):
             if init_std < 0:
                 raise ValueError(f"init_std: expected None or a number >= 0, got {init_std}")
         self.in_features, self.out_features, self.r_a, self.r_b = in_features, out_features, r_a, r_b
-        self.dropout, self.adapter_bias, self.init_std = dropout, adapter_bias, init_std
+        self.dropout, self.input_dropout = dropout, input_dropout
+        self.adapter_bias, self.init_std = adapter_bias, init_std
         self.form, self.backend = form, backend
         self._initial_scales = {"scale_a": scale_a, "scale_b": scale_b}
 
@@ -198,6 +206,7 @@ class Adapter(nn.Module):
             scale_a=self.scale_a,
             scale_b=self.scale_b,
             dropout_p=self.dropout,
+            input_dropout_p=self.input_dropout,
             training=self.training,
             form=self.form,
             backend=self.backend,
@@ -216,7 +225,7 @@ class Adapter(nn.Module):
             scale = getattr(self, name)
             if isinstance(scale, Tensor) or scale != 1:
                 shown.append(f"{name}={'learnable' if isinstance(scale, Tensor) else scale}")
-        shown += [f"dropout={self.dropout}"] if self.dropout else []
+        shown += [f"{name}={p}" for name in ("dropout", "input_dropout") if (p := getattr(self, name))]
         shown += ["adapter_bias=True"] if self.adapter_bias else []
         shown += [f"{name}={v}" for name, v in (("form", self.form), ("backend", self.backend)) if v != "auto"]
         return ", ".join(shown)

@@ -25,6 +25,7 @@ from .sharding import fill, gathered, is_writer
 
 FORMAT = 1
 KEY = "hydra_kernels"
+_DROPOUTS = ("dropout", "input_dropout")
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -116,7 +117,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _description(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What decides the function that a layer computes, by layer; and its dropout, for the reader."""
+    """What decides the function that a layer computes, by layer; and its dropouts, for the reader."""
     return {
         name: {
             "method": _method(layer),
@@ -127,7 +128,7 @@ def _description(model: nn.Module) -> dict[str, dict[str, Any]]:
             "scale_a": _scale(layer, "scale_a"),
             "scale_b": _scale(layer, "scale_b"),
             "adapter_bias": layer.adapter_bias,
-            "dropout": layer.dropout,
+            **{name: getattr(layer, name) for name in _DROPOUTS},
         }
         for name, layer in required_layers(model).items()
     }
@@ -168,7 +169,7 @@ def _options(method: str, layer: dict[str, Any]) -> str:
     scales = {suffix: layer[f"scale_{side}"] for side, suffix in sides.items()}
     options |= {f"scale{suffix}": scale for suffix, scale in scales.items() if scale not in (1.0, "learnable")}
     options |= {"learnable_scale": True} if "learnable" in scales.values() else {}
-    options |= {key: layer[key] for key in ("adapter_bias", "dropout") if layer.get(key)}
+    options |= {key: layer[key] for key in ("adapter_bias", *_DROPOUTS) if layer.get(key)}
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
@@ -186,7 +187,7 @@ def _differences(saved: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]
     found += [f"layer {name!r} is not in the file" for name in own.keys() - saved.keys()]
     for name in saved.keys() & own.keys():
         for key, value in own[name].items():
-            if key != "dropout" and saved[name].get(key) != value:
+            if key not in _DROPOUTS and saved[name].get(key) != value:
                 found.append(f"{name}: {key} is {saved[name].get(key)!r} in the file, {value!r} in the model")
     return sorted(found)
 

@@ -25,11 +25,19 @@ def check_call(x: Tensor, op: Operands, cast_to: torch.dtype | None) -> tuple[in
     device, dtype = x.device, cast_to or x.dtype
     dtypes = AUTOCAST_DTYPES if cast_to else _ADAPTER_DTYPES[dtype]
     r_a, r_b = _check_branch(_A, op, K, N, dtypes, device), _check_branch(_B, op, N, N, dtypes, device)
-    if op.mask is not None:
-        _check_tensor("mask", op.mask, (M, r_a + r_b), AUTOCAST_DTYPES if cast_to else (dtype,), device)
-        if op.mask.requires_grad:
-            raise ValueError("mask: it requires grad, but a dropout mask gets none; pass mask.detach()")
+    masks = AUTOCAST_DTYPES if cast_to else (dtype,)
+    _check_mask("mask", op.mask, (M, r_a + r_b), masks, device)
+    _check_mask("input_mask", op.input_mask, (M, K), (torch.bool,) if op.input_p else masks, device)
     return M, K, N, r_a, r_b
+
+
+def _check_mask(
+    name: str, mask: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    if mask is not None:
+        _check_tensor(name, mask, shape, dtypes, device)
+        if mask.requires_grad:
+            raise ValueError(f"{name}: it requires grad, but a dropout mask gets none; pass {name}.detach()")
 
 
 def _check_frozen(x: Any, weight: Any, bias: Any, cast_to: torch.dtype | None) -> tuple[int, int, int]:

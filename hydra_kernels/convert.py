@@ -138,8 +138,7 @@ def from_loralib(
     """Converts a checkpoint of loralib's ``Linear``, such as ``loralib.lora_state_dict(model)``.
 
     Its formula is ``x W0^T + b0 + (alpha / r) (dropout(x) lora_A^T) lora_B^T``: lora_A becomes A_down, lora_B A_up,
-    alpha / r the scale. Its dropout acts on x, this package's on the bottleneck: the same function in evaluation,
-    another regularisation in training.
+    alpha / r the scale. Its dropout acts on x, as this package's ``input_dropout``: pass it to `load`.
 
     Args:
         state_dict: ``NAME.lora_A`` [r, K] and ``NAME.lora_B`` [N, r]; floating dtypes.
@@ -190,8 +189,9 @@ def load(model: nn.Module, converted: Converted, **options: Any) -> list[str]:
         model: with a plain ``nn.Linear`` under every name in ``converted.layers``; it is changed. Its own weights stay:
             load the pretrained ones first.
         converted: of `from_authors` or `from_loralib`.
-        options: of the layers, beside what the checkpoint fixes: ``dropout``, ``adapter_dtype``, ``form``, ``backend``.
-            The copies have the layer's dtype: over a bfloat16 base only ``adapter_dtype=torch.float32`` keeps float32.
+        options: of the layers, beside what the checkpoint fixes: ``dropout``, ``input_dropout``, ``adapter_dtype``,
+            ``form``, ``backend``. The copies have the layer's dtype: over a bfloat16 base only
+            ``adapter_dtype=torch.float32`` keeps float32.
 
     Returns:
         The dotted names of the adapted layers, in the model's order.

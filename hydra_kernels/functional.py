@@ -13,8 +13,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import extension, reference
 from .autograd import HydraFunction, autocast_is_on
 from .backend import TABLE
-from .backend.interface import FIRST_OPTION, Choice, Operands
+from .backend.interface import FIRST_NUMBER, FIRST_OPTION, Choice, Operands
 from .backend.operators import is_static, opened
+from .backend.philox import draw_seed, kept
 from .checks import AUTOCAST_DTYPES, check_call, check_dropout, check_route, refuse_sharded
 from .choose.choice import choose
 from .choose.machine import here
@@ -39,13 +40,16 @@ def hydra_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     mask: Tensor | None = None,
+    input_dropout_p: float = 0.0,
+    input_mask: Tensor | None = None,
     form: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """A frozen linear layer with LoRA in parallel and SeqLoRA in sequence (Eq. 9-10 of arXiv 2309.06922).
 
-    ``h = y0 + s_a (A_up m(A_down x + a_d) + a_u) + s_b (B_up m(B_down y0 + b_d) + b_u)`` with ``y0 = W0 x + b0`` and m
-    dropout on the bottleneck. Without B_down and B_up it is LoRA, without A_down and A_up SeqLoRA.
+    ``h = y0 + s_a (A_up m(A_down x' + a_d) + a_u) + s_b (B_up m(B_down y0 + b_d) + b_u)`` with ``y0 = W0 x + b0``, m
+    dropout on the bottleneck, and x' = x under input dropout. Without B_down and B_up it is LoRA, without A_down and
+    A_up SeqLoRA.
 
     Args:
         x: input [*, K], at least one dimension; float64, float32, float16 or bfloat16.
@@ -59,8 +63,12 @@ def hydra_linear(
         dropout_p: probability in [0, 1) of zeroing an element of the bottleneck while ``training``.
         mask: the dropout mask [M, r_a + r_b] itself, already scaled by 1/(1-p), with M = product of x's leading
             dimensions; wins over ``dropout_p``.
+        input_dropout_p: probability in [0, 1) of zeroing an element of x while ``training``, as the parallel branch
+            reads it (LoRA's own dropout); W0 and the sequential branch read x as it is. The mask is made of one seed
+            that torch's generator gives, the same for every backend.
+        input_mask: the mask [M, K] of x itself, likewise scaled; wins over ``input_dropout_p``.
         form: "composed" saves x and the bottleneck, "kept" saves y0 too, "effective" saves x and multiplies it with
-            W0 + U D, built once a pass (`native` alone, without dropout); "auto" lets `choice` decide.
+            W0 + U D, built once a pass (`native` alone, without dropout of either kind); "auto" lets `choice` decide.
         backend: a key of ``hydra_kernels.backends()`` or "auto", which is "reference" where something can follow plain
             operators alone: torch.func's transforms, forward-mode differentiation, torch.jit.trace, torch.export.
 
@@ -73,23 +81,35 @@ def hydra_linear(
     """
     check_route(form, backend)
     check_dropout("dropout_p", dropout_p)
+    check_dropout("input_dropout_p", input_dropout_p)
     op = Operands(
         weight, bias, A_down, A_up, B_down, B_up,
-        A_down_bias, A_up_bias, B_down_bias, B_up_bias, mask, scale_a, scale_b, 1.0,
+        A_down_bias, A_up_bias, B_down_bias, B_up_bias, mask, input_mask, None, scale_a, scale_b, 1.0, 0.0,
     )  # fmt: skip
     if not isinstance(x, Tensor) and has_torch_function((x,)):
         # A stand-in for a tensor, such as torch.fx traces with, says itself what a call is.
-        options = _options(op, dropout_p, training)
+        options = _options(op, dropout_p, training) | {"input_dropout_p": input_dropout_p}
         return handle_torch_function(hydra_linear, (x,), x, *op[:FIRST_OPTION], **options, form=form, backend=backend)
+    return applied(x, op, dropout_p, input_dropout_p, training, form, backend)
+
+
+def applied(
+    x: Tensor, op: Operands, dropout_p: float, input_dropout_p: float, training: bool, form: str, backend: str
+) -> Tensor:
+    """`hydra_linear` of operands that may have a seed of input dropout, or its mask as booleans, already."""
     call = _vouched(x, op, form, backend) or _judged(x, op, form, backend)
-    M, _, N, r_a, r_b = call.sizes
-    if A_down is None and B_down is None:
-        return F.linear(x, weight, bias)
+    M, K, N, r_a, r_b = call.sizes
+    if op.A_down is None and op.B_down is None:
+        return F.linear(x, op.weight, op.bias)  # type: ignore[arg-type]
+    if op.A_down is not None and training and input_dropout_p > 0 and not op.drops_input:
+        op = op._replace(input_seed=draw_seed(x.device), input_p=input_dropout_p)
     if call.backend == "reference":
+        if op.input_seed is not None:
+            op = op._replace(input_mask=kept(op.input_seed, op.input_p, M, K))
         return reference.hydra_linear(x, *op[:FIRST_OPTION], **_options(op, dropout_p, training))  # type: ignore[arg-type]
 
-    device, drops = x.device, mask is None and training and dropout_p > 0
-    choice = _choice(call, op, device, drops or mask is not None)
+    device, drops = x.device, op.mask is None and training and dropout_p > 0
+    choice = _choice(call, op, device, drops or op.mask is not None)
     if choice.backend == "reference":
         op = opened(op, x)
         return reference.hydra_linear(x, *op[:FIRST_OPTION], **_options(op, 0.0, training))  # type: ignore[arg-type]
@@ -97,10 +117,10 @@ def hydra_linear(
         # Out of place: selective checkpointing may keep what is drawn. Of its input bernoulli takes the shape alone.
         mask = torch.bernoulli(torch.empty(M, r_a + r_b, dtype=torch.bool, device=device), 1 - dropout_p)
         op = op._replace(mask=mask, mask_scale=1 / (1 - dropout_p))
-    # A scale of an absent branch acts on nothing and gets no gradient.
-    if A_down is None and _is_scaled(scale_a):
-        op = op._replace(scale_a=1.0)
-    if B_down is None and _is_scaled(scale_b):
+    # What an absent branch would have acts on nothing, and a scale of it gets no gradient.
+    if op.A_down is None and (_is_scaled(op.scale_a) or op.drops_input):
+        op = op._replace(scale_a=1.0, input_mask=None)
+    if op.B_down is None and _is_scaled(op.scale_b):
         op = op._replace(scale_b=1.0)
     flat = x if x.dim() == 2 else x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     if call.compiled is not None and choice.backend == "native":
@@ -159,12 +179,15 @@ def _choice(call: Call, op: Operands, device: torch.device, masked: bool) -> Cho
     machine = here(device)
     (M, K, N, r_a, r_b), dtype = call.sizes, call.dtype
     rows = M if is_static(M) else None
-    compiling = torch.compiler.is_compiling()
-    choice = choose(rows, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked, _saves_x(op), compiling)
+    drops, compiling = op.drops_input and op.A_down is not None, torch.compiler.is_compiling()
+    masked = masked or drops
+    choice = choose(
+        rows, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked, _saves_x(op), compiling, drops
+    )
     if choice.backend == "reference":
         return choice
     reason = machine.reasons[choice.backend]
-    reason = reason or TABLE[choice.backend].refusal(choice.form, dtype, r_a, r_b, masked, device)
+    reason = reason or TABLE[choice.backend].refusal(choice.form, dtype, r_a, r_b, masked, device, drops)
     if reason is not None:
         raise ValueError(f"backend: {choice.backend!r} cannot serve this call: {reason}")
     return choice
@@ -188,24 +211,29 @@ def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
     if not torch.is_grad_enabled():
         return TABLE[choice.backend].forward(x, op, frozenset(), choice.plan)[0]
     scaled = _is_scaled(op.scale_a) or _is_scaled(op.scale_b)
-    if not scaled and all(t is None for t in op[FIRST_OPTION:-3]):
+    if not scaled and all(t is None for t in op[FIRST_OPTION:FIRST_NUMBER]):
         return HydraFunction.apply(choice, x, *op[:FIRST_OPTION])
     return HydraFunction.apply(choice, x, *op)
 
 
 def _cast(op: Operands, dtype: torch.dtype) -> Operands:
     """As autocast casts the operands of F.linear; a boolean mask stays, the adapters are cast where they are used."""
-    bias, mask = op.bias, op.mask
-    return op._replace(
-        weight=op.weight.to(dtype),  # type: ignore[union-attr]
-        bias=None if bias is None else bias.to(dtype),
-        mask=mask if mask is None or mask.dtype == torch.bool else mask.to(dtype),
-    )
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dtype == torch.bool else t.to(dtype)
+
+    weight, bias, mask, input_mask = map(cast, (op.weight, op.bias, op.mask, op.input_mask))
+    return op._replace(weight=weight, bias=bias, mask=mask, input_mask=input_mask)
 
 
 def _options(op: Operands, dropout_p: float, training: bool) -> dict[str, Any]:
-    """The keyword arguments of a call, but those that say who serves it."""
-    options = dict(zip(op._fields[FIRST_OPTION:-1], op[FIRST_OPTION:-1], strict=True))
+    """The keyword arguments of a call, but those that say who serves it; input dropout as the mask that there is."""
+    options = dict(zip(op._fields[FIRST_OPTION:], op[FIRST_OPTION:], strict=True))
+    del options["input_seed"], options["mask_scale"], options["input_p"]
+    if op.input_p:
+        # Not in x's dtype: in low precision all of the branch would be wrong by the rounding of 1/(1-p).
+        wide = torch.promote_types(op.weight.dtype, torch.float32)  # type: ignore[union-attr]
+        options["input_mask"] = op.input_mask.to(wide) / (1 - op.input_p)  # type: ignore[union-attr]
     return {**options, "dropout_p": dropout_p, "training": training}
 
 

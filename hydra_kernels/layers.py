@@ -13,7 +13,7 @@ from .adapter import Adapter, Device, Merging, check_count
 from .checks import check_finite
 from .functional import hydra_linear
 from .private import FakeTensor
-from .reference import low_rank
+from .reference import drop, low_rank
 from .refusals import refuse_meta
 from .sharding import is_sharded, mesh_dimensions
 
@@ -31,8 +31,9 @@ class Branches(NamedTuple):
 class HydraLinear(Merging, Adapter):
     """A frozen linear layer with two low-rank branches (Eq. 9-10 of arXiv 2309.06922), in place of an ``nn.Linear``.
 
-    ``h = y0 + scale_a A_up drop(A_down x) + scale_b B_up drop(B_down y0)`` with ``y0 = weight x + bias``; x [*, K] and
-    h [*, N] have weight's dtype. The up projections start at zero, so training starts at exactly the frozen layer.
+    ``h = y0 + scale_a A_up drop(A_down x') + scale_b B_up drop(B_down y0)`` with ``y0 = weight x + bias`` and x' = x
+    under input dropout; x [*, K] and h [*, N] have weight's dtype. The up projections start at zero, so training starts
+    at exactly the frozen layer.
 
     Args:
         in_features, out_features: K and N.
@@ -41,6 +42,7 @@ class HydraLinear(Merging, Adapter):
         scale_a, scale_b: factors of the branches, initial values where ``learnable_scale``.
         learnable_scale: makes the factors trainable 0-dimensional Parameters.
         dropout: probability in [0, 1) of zeroing an element of the rank-r bottleneck in training mode.
+        input_dropout: likewise of an element of x as the parallel branch reads it: LoRA's ``lora_dropout``.
         adapter_bias: puts a trainable bias on each down and each up projection.
         adapter_dtype: of the adapters: None for the base's dtype, or float32 over a bfloat16 or float16 base.
         init_std: standard deviation of the down projections, None for 1/sqrt(fan_in).
@@ -75,6 +77,7 @@ class HydraLinear(Merging, Adapter):
         scale_b: float = 1.0,
         learnable_scale: bool = False,
         dropout: float = 0.0,
+        input_dropout: float = 0.0,
         adapter_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
         init_std: float | None = None,
@@ -92,6 +95,7 @@ class HydraLinear(Merging, Adapter):
             scale_b=scale_b,
             learnable_scale=learnable_scale,
             dropout=dropout,
+            input_dropout=input_dropout,
             adapter_bias=adapter_bias,
             adapter_dtype=adapter_dtype,
             init_std=init_std,
@@ -163,8 +167,9 @@ class HydraLinear(Merging, Adapter):
         parallel = sequential = torch.zeros_like(y0)
         p = self.dropout
         if self.adapters_enabled and self.A_down is not None and self.A_up is not None:
+            dropped = drop(x, self.input_dropout, self.training)
             parallel = low_rank(
-                x, self.A_down, self.A_up, self.A_down_bias, self.A_up_bias, self.scale_a, p, self.training
+                dropped, self.A_down, self.A_up, self.A_down_bias, self.A_up_bias, self.scale_a, p, self.training
             )
         if self.adapters_enabled and self.B_down is not None and self.B_up is not None:
             sequential = low_rank(

@@ -4,7 +4,7 @@ And `keep_scales_whole`, for FSDP2. Not imported by ``import hydra_kernels``.
 
 Of n ranks each holds a part, marked ', of what is sharded. Besides what torch's styles send for an ``nn.Linear`` only
 products with a side of R = r_a + r_b cross, packed into one all-reduce a pass; and in training with dropout the mask
-[M, R], which the first rank draws.
+[M, R], with input dropout a seed, which the first rank draws.
 
 Row-wise: x' [M, K/n], W0' [N, K/n] and A_down' [r_a, K/n], everything else whole. h is linear in x, in b0 and in the
 biases, so h = sum over ranks of Eq. 9-10 in x' and W0', the biases given to the first rank alone. That sum is what
@@ -15,6 +15,7 @@ Column-wise: W0' [N/n, K], b0', A_up', B_up', a_u', b_u' and B_down' [r_b, N/n];
       h' = x W0'^T + b0' + (mask * (x [A_down; C]^T + [a_d, c + b_d])) [s_a A_up', s_b B_up']^T + s_a a_u' + s_b b_u',
   LoRA, for which every kernel serves. In low precision C = C_hi + C_lo, each a row of D, so that nothing of it is lost;
 - kept, where `choice` keeps y0: y0' = x W0'^T + b0' and sum y0' B_down'^T [M, r_b].
+In both, a parallel branch with input dropout beside a sequential one is plain PyTorch.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from torch.nn import functional as F
 from .adapter import Adapter
 from .autograd import computed_in
 from .backend import TABLE
-from .backend.interface import LOW_PRECISION
+from .backend.interface import LOW_PRECISION, Operands
+from .backend.philox import draw_seed, kept
 from .choose.choice import choose
 from .choose.machine import here
-from .functional import hydra_linear
+from .functional import applied, hydra_linear
 from .layers import HydraLinear
 from .private import at_the_end_of_the_backward, found, in_a_backward
-from .reference import low_rank
+from .reference import drop, low_rank
 from .sharding import is_sharded, tensors_in
 
 __all__ = ["ColwiseHydra", "RowwiseHydra", "keep_scales_whole"]
@@ -246,29 +248,35 @@ def _plain(layer: HydraLinear, x: Tensor, placements: dict[str, Shard], with_bia
 
 def _row_wise(layer: HydraLinear, x: Tensor, mesh: DeviceMesh, first: bool) -> Tensor:
     """This rank's summand of h [*, N] for x' [*, K/n]."""
-    p, mask = _local(layer), _mask(layer, x, mesh)
+    p, seed, mask = _local(layer), _seed(layer, x, mesh), _mask(layer, x, mesh)
     _meet(p, [], [name for name in p if name not in _ROWS], mesh)
     if not first:
         p |= dict.fromkeys(("bias", *layer.BIASES))
-    return hydra_linear(x, **p, mask=mask, form=layer.form, backend=layer.backend)
+    op = Operands(**p, mask=mask)
+    if seed is not None:
+        op = op._replace(input_mask=_kept_of(seed, layer, x, mesh.get_local_rank()), input_p=layer.input_dropout)
+    return _run(layer, x, op)
 
 
 def _column_wise(layer: HydraLinear, x: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's part of h [*, N/n] for x [*, K]."""
-    p, mask = _local(layer), _mask(layer, x, mesh)
+    p, seed, mask = _local(layer), _seed(layer, x, mesh), _mask(layer, x, mesh)
     whole = [name for name in p if name not in _COLUMNS]
     masks = (None, None) if mask is None else (mask[:, : layer.r_a], mask[:, layer.r_a :])
-    return (_composed if _composes(layer, x) else _kept)(layer, x, p, whole, masks, mesh)
+    return (_composed if _composes(layer, x) else _kept)(layer, x, p, whole, masks, seed, mesh)
 
 
-def _composed(layer: HydraLinear, x: Tensor, p: Local, whole: list[str], masks: Masks, mesh: DeviceMesh) -> Tensor:
+def _composed(
+    layer: HydraLinear, x: Tensor, p: Local, whole: list[str], masks: Masks, seed: Tensor | None, mesh: DeviceMesh
+) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, u = [], []
     if layer.r_b > 0:
         p["C"], p["c"] = _Compose.apply(p["B_down"], p["weight"], p["bias"])
     _meet(p, ["C", "c"], whole, mesh)
     for side, mask, down, d in (("A", masks[0], p["A_down"], None), ("B", masks[1], p.get("C"), p.get("c"))):
-        if down is None:
+        apart = side == "A" and seed is not None and layer.r_b > 0  # the rows of C read x as it is
+        if down is None or apart:
             continue
         d = _sum(d, p[f"{side}_down_bias"])
         d = down.new_zeros(len(down)) if d is None else d
@@ -278,8 +286,7 @@ def _composed(layer: HydraLinear, x: Tensor, p: Local, whole: list[str], masks: 
             rows.append((row, bias, scale * up, mask))
         u += [] if up_bias is None else [scale * up_bias.to(wide)]
     downs, biases, ups, columns = zip(*rows, strict=True)
-    return hydra_linear(
-        x,
+    op = Operands(
         p["weight"],
         p["bias"],
         torch.cat(downs),
@@ -289,17 +296,34 @@ def _composed(layer: HydraLinear, x: Tensor, p: Local, whole: list[str], masks: 
         A_down_bias=torch.cat(biases),
         A_up_bias=sum(u[1:], u[0]) if u else None,
         mask=None if masks[0] is None else torch.cat(columns, 1),
-        form=layer.form,
-        backend=layer.backend,
     )
+    if seed is None:
+        return _run(layer, x, op)
+    if layer.r_b == 0:
+        return _run(layer, x, op._replace(input_seed=seed, input_p=layer.input_dropout))
+    return _run(layer, x, op) + _parallel_branch(layer, x, p, masks[0], seed)
 
 
-def _kept(layer: HydraLinear, x: Tensor, p: Local, whole: list[str], masks: Masks, mesh: DeviceMesh) -> Tensor:
+def _run(layer: HydraLinear, x: Tensor, op: Operands) -> Tensor:
+    """`hydra_linear` with dropout that is drawn already."""
+    return applied(x, op, 0.0, 0.0, layer.training, layer.form, layer.backend)
+
+
+def _parallel_branch(layer: HydraLinear, x: Tensor, p: Local, mask: Tensor | None, seed: Tensor | None) -> Tensor:
+    if seed is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = drop(x, 0.0, False, _kept_of(seed, layer, x).to(wide) / (1 - layer.input_dropout))
+    return low_rank(x, p["A_down"], p["A_up"], p["A_down_bias"], p["A_up_bias"], p["scale_a"], mask=mask)
+
+
+def _kept(
+    layer: HydraLinear, x: Tensor, p: Local, whole: list[str], masks: Masks, seed: Tensor | None, mesh: DeviceMesh
+) -> Tensor:
     h = y0 = hydra_linear(x, p["weight"], p["bias"], None, None, None, None)
     p["S"] = F.linear(y0, p["B_down"].to(y0.dtype))
     _meet(p, ["S"], whole, mesh)
     if p["A_down"] is not None:
-        h = h + low_rank(x, p["A_down"], p["A_up"], p["A_down_bias"], p["A_up_bias"], p["scale_a"], mask=masks[0])
+        h = h + _parallel_branch(layer, x, p, masks[0], seed)
     S = p["S"] if p["B_down_bias"] is None else p["S"] + p["B_down_bias"].to(y0.dtype)
     S = S if masks[1] is None else S * masks[1].view(S.shape)
     up_bias = None if p["B_up_bias"] is None else p["B_up_bias"].to(y0.dtype)
@@ -311,11 +335,12 @@ def _composes(layer: HydraLinear, x: Tensor) -> bool:
     if layer.r_b == 0 or layer.backend == "reference":
         return layer.r_b == 0
     M, K, N = x.numel() // max(x.shape[-1], 1), layer.in_features, layer.out_features
-    dtype, masked = computed_in(x), layer.training and layer.dropout > 0
+    dtype, drops = computed_in(x), layer.training and layer.input_dropout > 0
+    masked = drops or (layer.training and layer.dropout > 0)
     machine = here(x.device)._replace(measured=())
-    choice = choose(M, K, N, layer.r_a, layer.r_b, dtype, machine, layer.form, layer.backend, masked)
+    choice = choose(M, K, N, layer.r_a, layer.r_b, dtype, machine, layer.form, layer.backend, masked, drops_input=drops)
     reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(
-        choice.form, dtype, layer.r_a, layer.r_b, masked, x.device
+        choice.form, dtype, layer.r_a, layer.r_b, masked, x.device, drops
     )
     if reason is not None:
         raise ValueError(f"backend: {choice.backend!r} cannot serve this call: {reason}")
@@ -332,6 +357,23 @@ def _mask(layer: HydraLinear, x: Tensor, mesh: DeviceMesh) -> Tensor | None:
         mask.zero_()
     dist.all_reduce(mask, group=mesh.get_group())  # torch.compile takes no broadcast into its graph
     return mask.to(x.dtype) / (1 - layer.dropout)
+
+
+def _seed(layer: HydraLinear, x: Tensor, mesh: DeviceMesh) -> Tensor | None:
+    """The seed of input dropout that the first rank draws, likewise."""
+    if not layer.training or layer.input_dropout == 0:
+        return None
+    seed = draw_seed(x.device)
+    if mesh.get_local_rank() > 0:
+        seed.zero_()
+    dist.all_reduce(seed, group=mesh.get_group())
+    return seed
+
+
+def _kept_of(seed: Tensor, layer: HydraLinear, x: Tensor, rank: int = 0) -> Tensor:
+    """The mask of input dropout for this rank's columns of x [*, K], or [*, K/n]: booleans [M, K], or [M, K/n]."""
+    K = x.shape[-1]
+    return kept(seed, layer.input_dropout, x.numel() // max(K, 1), K, first=rank * K)
 
 
 def _meet(p: Local, summands: list[str], whole: list[str], mesh: DeviceMesh) -> None:

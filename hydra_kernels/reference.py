@@ -29,6 +29,8 @@ def hydra_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     mask: Tensor | None = None,
+    input_dropout_p: float = 0.0,
+    input_mask: Tensor | None = None,
     form: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -37,7 +39,7 @@ def hydra_linear(
     Without B_down and B_up it is LoRA (Eq. 2), without A_down and A_up SeqLoRA (Eq. 6).
 
     Arguments are those of :func:`hydra_kernels.hydra_linear`. ``form`` and ``backend`` are accepted so that the two
-    functions can be exchanged; there is one way to compute here, and nothing is validated.
+    functions can be exchanged; there is one way to compute here, and nothing is validated. Dropout is torch's own.
     """
     y0 = F.linear(x, weight, bias)
     h = y0
@@ -45,11 +47,19 @@ def hydra_linear(
     if A_down is not None and A_up is not None:
         r_a = A_down.shape[0]
         mask_a = None if mask is None else mask[:, :r_a]
-        h = h + low_rank(x, A_down, A_up, A_down_bias, A_up_bias, scale_a, dropout_p, training, mask_a)
+        dropped = drop(x, input_dropout_p, training, input_mask)
+        h = h + low_rank(dropped, A_down, A_up, A_down_bias, A_up_bias, scale_a, dropout_p, training, mask_a)
     if B_down is not None and B_up is not None:
         mask_b = None if mask is None else mask[:, r_a:]
         h = h + low_rank(y0, B_down, B_up, B_down_bias, B_up_bias, scale_b, dropout_p, training, mask_b)
     return h
+
+
+def drop(x: Tensor, p: float, training: bool, mask: Tensor | None = None) -> Tensor:
+    """x [*, K] with dropout of p while ``training``, or under a scaled ``mask`` [M, K], also of a wider dtype."""
+    if mask is not None:
+        return (x * mask.view(x.shape)).to(x.dtype)
+    return F.dropout(x, p, training) if p > 0 else x
 
 
 def low_rank(

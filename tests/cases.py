@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .oracle import Tensors, hydra
+from .oracle import Tensors, hydra, input_mask
 
 ADAPTERS = (
     *("A_down", "A_up", "B_down", "B_up"),
     *("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias", "scale_a", "scale_b"),
 )
+
+
+# What a call draws after torch.manual_seed(INPUT_SEED), and a probability whose 1/(1-p) every dtype holds.
+INPUT_SEED, INPUT_P = 3, 0.2
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Case:
     adapter_bias: bool = False
     scales: tuple[float, float] | str = (1.0, 1.0)
     dropout: bool = False
+    input_dropout: str = ""  # "mask": given as such; "seed": as what INPUT_SEED makes, for a call that draws it
     x_layout: str = "contiguous"
     G_layout: str = "contiguous"
     rounding: str = ""
@@ -40,6 +45,7 @@ class Case:
         words += ["learnable"] if self.scales == "learnable" else []
         words += [] if self.scales in ((1.0, 1.0), "learnable") else ["scaled"]
         words += ["dropout"] if self.dropout else []
+        words += [f"input-{self.input_dropout}"] if self.input_dropout else []
         words += [f"x-{self.x_layout}"] if self.x_layout != "contiguous" else []
         words += [f"G-{self.G_layout}"] if self.G_layout != "contiguous" else []
         return "-".join(words + ([self.rounding] if self.rounding else []))
@@ -94,6 +100,17 @@ LAYOUTS = [
     replace(PLAIN, lead=(6, 5), x_layout=layout) for layout in ("sliced", "transposed", "expanded", "strided")
 ] + [replace(PLAIN, lead=(6, 5), G_layout=layout) for layout in ("sliced", "transposed", "expanded", "strided")]
 
+INPUT_DROPOUT = [
+    replace(PLAIN, input_dropout="seed"),
+    replace(PLAIN, input_dropout="mask"),
+    replace(PLAIN, input_dropout="seed", lead=(37,), K=42, N=19, r_b=0, bias=False),
+    replace(PLAIN, input_dropout="seed", dropout=True, adapter_bias=True, scales="learnable", lead=(3, 3)),
+    replace(PLAIN, input_dropout="mask", dropout=True, adapter_bias=True, scales="learnable", r_b=0),
+    replace(PLAIN, input_dropout="seed", lead=(6, 5), x_layout="transposed", G_layout="sliced", r_a=37, r_b=33),
+    replace(PLAIN, input_dropout="seed", lead=(0,)),
+    Case((48,), 48, 32, 8, 8, input_dropout="seed"),
+]
+
 CASES = SIZES + OPTIONS + LAYOUTS
 
 # b0 cancels what x's mean, spread over all channels or sitting in a few huge ones, adds to W0 x: the naive layer sees a
@@ -138,6 +155,9 @@ def operands(
     t = {name: v.to(adapter_dtype or dtype) if name in ADAPTERS else v.to(dtype) for name, v in t.items()}
     if case.dropout:
         t["mask"] = ((torch.rand(M, r_a + r_b, generator=g) < 0.7) / 0.7).to(dtype)
+    if case.input_dropout:
+        seed = torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(INPUT_SEED)).item()
+        t["input_mask"] = input_mask(int(seed), INPUT_P, M, K).to(dtype)
     t["x"] = _laid_out(t["x"].reshape(*case.lead, K), case.x_layout)
     return t, _laid_out(G.to(dtype).reshape(*case.lead, N), case.G_layout)
 

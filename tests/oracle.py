@@ -24,8 +24,9 @@ def hydra(t: Mapping[str, Tensor], scale_a: float = 1.0, scale_b: float = 1.0) -
     if "bias" in t:
         y0 = y0 + t["bias"]
     h = y0
+    dropped = t["x"] * t["input_mask"].reshape(t["x"].shape) if "input_mask" in t else t["x"]
     r_a = t["A_down"].shape[0] if "A_down" in t else 0
-    for side, v, columns in (("A", t["x"], slice(0, r_a)), ("B", y0, slice(r_a, None))):
+    for side, v, columns in (("A", dropped, slice(0, r_a)), ("B", y0, slice(r_a, None))):
         if f"{side}_down" not in t:
             continue
         z = torch.einsum("...k,rk->...r", v, t[f"{side}_down"])
@@ -39,6 +40,25 @@ def hydra(t: Mapping[str, Tensor], scale_a: float = 1.0, scale_b: float = 1.0) -
         scale = t.get(f"scale_{side.lower()}", scale_a if side == "A" else scale_b)
         h = h + scale * delta
     return h
+
+
+def philox(key: Iterable[int], counter: Iterable[int]) -> list[int]:
+    """Four words of Philox4x32-10 (Salmon et al., 2011) from a key of two and a counter of four."""
+    word = 2**32
+    key, c = list(key), list(counter)
+    for _ in range(10):
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [second // word ^ c[1] ^ key[0], second % word, first // word ^ c[3] ^ key[1], first % word]
+        key = [(key[0] + 0x9E3779B9) % word, (key[1] + 0xBB67AE85) % word]
+    return c
+
+
+def input_mask(seed: int, p: float, M: int, K: int) -> Tensor:
+    """The mask of input dropout [M, K], scaled, in float64."""
+    key = seed % 2**32, seed // 2**32 % 2**32
+    words = [[word for c in range((K + 3) // 4) for word in philox(key, (c, m, 0, 0))][:K] for m in range(M)]
+    kept = torch.tensor(words, dtype=torch.int64).reshape(M, K) >= round(p * 2**32)
+    return kept.double() / (1 - p)
 
 
 def differentiate(function: Callable[[Tensors], Tensor], t: Tensors, G: Tensor, wanted: set[str]) -> Tensors:

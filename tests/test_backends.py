@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hydra_kernels as hk
 from hydra_kernels.backend import TABLE
 
-from .cases import CASES, PLAIN, ROUNDING, TALL, WIDE, Case, operands
+from .cases import CASES, INPUT_DROPOUT, INPUT_P, INPUT_SEED, PLAIN, ROUNDING, TALL, WIDE, Case, operands
 from .oracle import Tensors, differentiate, hydra, median_violations, out_of_bounds, violations
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -37,6 +37,7 @@ SERVED = [
     if name != "reference" and reason is None and TABLE[name].refusal(form, dtypes[0], 1, 1) is None
 ]
 INTERPRETED = ("triton", "hybrid")
+ALL_CASES = [*CASES, *INPUT_DROPOUT]
 FORMS = [p for p in SERVED if p.values[2] == (F32, F32)]
 FORMS = [pytest.param(*p.values[:2], id="-".join(p.values[:2])) for p in FORMS]
 WITH_DROPOUT = [p for p in FORMS if p.values[1] != "effective"]
@@ -71,12 +72,16 @@ def poisoned_memory():
 
 def call(function, t: Tensors, case: Case, **options):
     t = dict(t)
+    if case.input_dropout == "seed" and function is hk.hydra_linear:
+        del t["input_mask"]
+        torch.manual_seed(INPUT_SEED)
+        options["input_dropout_p"] = INPUT_P
     positional = [t.pop(name, None) for name in ("x", "weight", "bias", "A_down", "A_up", "B_down", "B_up")]
     return function(*positional, **t, **{k: v for k, v in case.constant_scales.items() if k not in t}, **options)
 
 
 def trainable(t: Tensors) -> set[str]:
-    return set(t) - {"weight", "mask"}
+    return set(t) - {"weight", "mask", "input_mask"}
 
 
 @functools.cache
@@ -118,10 +123,12 @@ def rarely(i: int, backend: str, form: str, dtypes, case: Case) -> bool:
 
 @pytest.mark.parametrize(
     ("backend", "form", "dtypes", "case"),
-    [p for p in joined(SERVED, [*CASES, TALL], rarely) if p.values[0] in INTERPRETED or p.values[3] != TALL],
+    [p for p in joined(SERVED, [*ALL_CASES, TALL], rarely) if p.values[0] in INTERPRETED or p.values[3] != TALL],
 )
 def test_output_and_every_gradient(case, backend, form, dtypes):
-    reason = TABLE[backend].refusal(form, dtypes[0], case.r_a, case.r_b, case.dropout)
+    drops_input = bool(case.input_dropout)
+    masked = case.dropout or drops_input
+    reason = TABLE[backend].refusal(form, dtypes[0], case.r_a, case.r_b, masked, drops_input=drops_input)
     if reason is None:
         compare(case, backend, form, dtypes)
     else:

@@ -80,8 +80,8 @@ def test_what_is_saved_comes_back(tmp_path, method, options, merged):
         (
             "lora",
             ("fc2", "query"),
-            {"r": 2, "scale": 0.5, "dropout": 0.1},
-            "(model, ['fc2', 'query'], method='lora', r=2, scale=0.5, dropout=0.1)",
+            {"r": 2, "scale": 0.5, "dropout": 0.1, "input_dropout": 0.05},
+            "(model, ['fc2', 'query'], method='lora', r=2, scale=0.5, dropout=0.1, input_dropout=0.05)",
         ),
         ("seqlora", ("blocks.1.mlp.fc2",), {"r": 3}, r"(model, 'blocks\\.1\\.mlp\\.fc2', method='seqlora', r=3)"),
     ],
@@ -114,7 +114,7 @@ def test_a_plain_model_is_told_each_call_where_there_are_several_and_a_layer_how
 
 
 def test_the_file_holds_the_adapters_and_says_what_they_are(tmp_path):
-    model = adapted(0, "lora", r=2, scale=0.5, dropout=0.25)
+    model = adapted(0, "lora", r=2, scale=0.5, dropout=0.25, input_dropout=0.05)
     hk.save_adapters(model, tmp_path / "a", include=["classifier"])
     with safe_open(tmp_path / "a", framework="pt") as file:
         assert set(file.keys()) == set(hk.adapter_state_dict(model)) | {"classifier.weight", "classifier.bias"}
@@ -130,6 +130,7 @@ def test_the_file_holds_the_adapters_and_says_what_they_are(tmp_path):
         "scale_b": 1.0,
         "adapter_bias": False,
         "dropout": 0.25,
+        "input_dropout": 0.05,
     }
 
 

@@ -209,3 +209,18 @@ def test_few_rows_under_torch_compile_are_plain_operators():
     assert backend(16, masked=True) == backend(16, form="kept") == backend(16, backend="native") == "native"
     assert choose(16, 3072, 768, 8, 8, F32, INTEL).backend == "native"
     assert "torch.compile fuses" in choose(16, 3072, 768, 8, 8, F32, INTEL, compiling=True).why_backend
+
+
+def test_input_dropout_is_left_to_the_backends_that_have_it():
+    dropping = {"masked": True, "drops_input": True}
+    call = (1600, 3072, 768, 8, 8, F32)
+    assert chosen(*call, NATIVE) == ("native", "composed")
+    assert chosen(*call, NATIVE, **dropping) == ("aten", "composed")
+    assert chosen(*call, NATIVE, masked=True) == ("native", "composed")  # of the bottleneck
+    small = (6400, 3072, 768, 8, 8, BF16)
+    assert chosen(*small, BUILT) == ("native", "composed")
+    assert chosen(*small, BUILT, **dropping) == ("hybrid", "composed")
+    won = BUILT._replace(measured=[(small[1:], [Measured(6400, "native", "composed")])])
+    assert chosen(*small, won)[0] == "native"
+    assert chosen(*small, won, **dropping)[0] == "hybrid"
+    assert chosen(*call, NATIVE, form="effective", **dropping) == ("native", "effective")  # refused later

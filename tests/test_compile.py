@@ -194,9 +194,12 @@ def test_under_autocast(backend, form):
 
 
 @pytest.mark.parametrize(("backend", "form"), often([route for route in ROUTES if route[1] != "effective"]))
-def test_checkpointing_recomputes_with_the_same_mask(backend, form):
+@pytest.mark.parametrize("dropout", ["dropout", "input_dropout"])
+def test_checkpointing_recomputes_with_the_same_mask(backend, form, dropout):
     """A recomputed mask that differs would give dA_up for a bottleneck that the output never saw."""
-    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend, dropout=0.5))
+    if (backend, dropout) == ("native", "input_dropout"):
+        backend = "auto"  # it has none
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend, **{dropout: 0.5}))
 
     def run(x: Tensor) -> Tensor:
         return checkpoint(layer, x, use_reentrant=False)
@@ -206,6 +209,43 @@ def test_checkpointing_recomputes_with_the_same_mask(backend, form):
     traced = step(compiled, layer, rows(7))
     torch.manual_seed(3)
     same(traced, step(layer, layer, rows(7)))
+
+
+DROPPING = [route for route in ROUTES if route[0] != "native"]
+
+
+@pytest.mark.parametrize(("backend", "form"), often([*DROPPING[1:], DROPPING[0]]))
+def test_input_dropout_draws_as_in_eager_mode(backend, form):
+    layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend, input_dropout=0.5))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    traced, after = step(compiled, layer, rows(7)), torch.rand(())
+    torch.manual_seed(3)
+    same(traced, step(layer, layer, rows(7)))
+    assert torch.equal(torch.rand(()), after)
+    assert not torch.equal(compiled(rows(7)), compiled(rows(7)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [True, None, False])
+@pytest.mark.parametrize(("backend", "form"), DROPPING)
+def test_three_layers_with_input_dropout(backend, form, dynamic):
+    """A probability is bound to its value: each is a graph, and where torch learns that it varies, one more."""
+    model, graphs = three_layers(backend, form, {"input_dropout": 0.5, "dropout": 0.2, **EVERY_OPTION}), []
+
+    def counted(module, inputs):
+        graphs.append(module)
+        return lookup_backend("aot_eager")(module, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counted)
+    for M, p in ((7, 0.5), (5, 0.3), (6, 0.3), (6, 0.0)):
+        for layer in model:
+            layer.input_dropout = p
+        torch.manual_seed(3)
+        traced = step(compiled, model, rows(M))
+        torch.manual_seed(3)
+        same(traced, step(model, model, rows(M)), tolerance=1e-5)
+    assert dynamic is False or len(graphs) <= 5
 
 
 @pytest.mark.parametrize(("backend", "form"), ROUTES)
@@ -247,14 +287,17 @@ def checked(case: int, operator: int, permuted: bool) -> bool:
 )
 def test_operators_pass_opcheck(case, backend, form, permuted):
     """Fake outputs have the shapes, strides and dtypes of real ones, and inputs stay as they are."""
-    t, G = operands(replace(case, dropout=case.dropout and form != "effective"), torch.float32)
+    drops = "mask" if case.dropout and backend != "native" else ""
+    t, G = operands(replace(case, dropout=case.dropout and form != "effective", input_dropout=drops), torch.float32)
     mask = t.pop("mask", None)
     t = {name: v.t().contiguous().t() if permuted and v.dim() == 2 else v for name, v in t.items()}
     x, G = t.pop("x").flatten(0, -2), G.flatten(0, -2)
-    names = frozenset({"x", *t} - {"weight"})
-    fields = dict.fromkeys(Operands._fields) | {"scale_a": 1.0, "scale_b": 1.0, "mask_scale": 1 / 0.7}
+    names = frozenset({"x", *t} - {"weight", "input_mask"})
+    fields = dict.fromkeys(Operands._fields) | {"scale_a": 1.0, "scale_b": 1.0, "mask_scale": 1 / 0.7, "input_p": 0.0}
     fields |= case.constant_scales | t | {"mask": None if mask is None else mask != 0}
     op = Operands(**fields)
+    if drops and permuted:
+        op = op._replace(input_mask=None, input_seed=torch.tensor(2**40 + 5), input_p=0.2)
     packed, needs = split(op), operators._listed(names)
     opcheck(torch.ops.hydra_kernels.forward.default, (x, *packed, needs, backend, form))
     _, _, saved = TABLE[backend].forward(x, op, names, form)

@@ -22,6 +22,7 @@ FUSED = [
     *("grad_z", "sum_rows dU", "gemm dx", "sum_rows dD", "reduce", "through_weight", "finish"),
 ]
 OTHER_TILES = ["gemm forward", "gemm dx"]
+DROPPING = ["down", "gemm dx", "sum_rows dD"]  # and a pass of its own around cuBLAS
 PASSES = ("down", "grad_z", "sum_rows C", "sum_rows dU", "sum_rows dD", "through_weight")
 MATRIX_OPCODE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -67,7 +68,7 @@ def missing(rows: list[dict[str, Any]]) -> list[str]:
     ("archs", "ranks", "variants"),
     [
         # The largest ranks take the most registers, all options the longest kernels.
-        (["90"], ["32+32"], ["options"]),
+        (["90"], ["32+32"], ["options", "input-dropout"]),
         pytest.param(list(map(str, MULTIPROCESSORS)), ["8+8", "32+32"], ALIGNED, marks=pytest.mark.slow),
     ],
     ids=["largest", "all"],
@@ -75,8 +76,11 @@ def missing(rows: list[dict[str, Any]]) -> list[str]:
 def test_bf16_on_every_architecture(archs, ranks, variants, tmp_path):
     rows = rows_of(tmp_path / "report.json", "--arch", *archs, "--ranks", *ranks, "--variant", *variants)
     for arch in archs:
-        found = [row["kernel"] for row in rows if row["arch"] == f"sm_{arch}"]
-        assert found == [*FUSED, *(OTHER_TILES if arch == "90" else [])] * (len(ranks) * len(variants))
+        for variant in variants:
+            found = [row["kernel"] for row in rows if (row["arch"], row["variant"]) == (f"sm_{arch}", variant)]
+            drops = variant.startswith("input-dropout")
+            other = OTHER_TILES[: 1 if drops else 2] if arch == "90" else []  # its dx has tiles of its own then
+            assert found == [*FUSED, *other, *(["dropped_product"] if drops else [])] * len(ranks)
     assert compile_report.fault_lines(rows) == []
     assert missing(rows) == []
 
@@ -85,7 +89,7 @@ def test_bf16_on_every_architecture(archs, ranks, variants, tmp_path):
 def test_bf16_with_rows_that_wide_loads_cannot_take(tmp_path):
     rows = rows_of(
         *(tmp_path / "report.json", "--arch", "86", "90", "--ranks", "16+16", "32+32"),
-        *("--variant", "options-unaligned"),
+        *("--variant", "options-unaligned", "input-dropout-unaligned"),
     )
     assert compile_report.fault_lines(rows) == []
 
@@ -98,7 +102,8 @@ def products(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_tf32(tmp_path):
     rows = rows_of(
-        tmp_path / "report.json", "--arch", "80", "90", "--dtype", "tf32", "--ranks", "32+32", "--variant", "options"
+        *(tmp_path / "report.json", "--arch", "80", "90", "--dtype", "tf32", "--ranks", "32+32"),
+        *("--variant", "options", "input-dropout"),
     )
     assert compile_report.fault_lines(rows) == []
     assert all("HMMA" in row["instructions"] or "HGMMA" in row["instructions"] for row in products(rows))
@@ -108,7 +113,7 @@ def test_tf32(tmp_path):
 def test_full_fp32(tmp_path):
     rows = rows_of(
         *(tmp_path / "report.json", "--arch", "80", "90", "100", "--dtype", "fp32", "--ranks", "16+16"),
-        *("--variant", "options"),
+        *("--variant", "options", "input-dropout"),
     )
     assert compile_report.fault_lines(rows) == []
     assert all("FFMA" in row["instructions"] or "FFMA2" in row["instructions"] for row in products(rows))
@@ -153,6 +158,7 @@ def divisible(job: Compilation) -> set[str]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_launch_of_a_step_is_there(ranks, variant):
     expected = [name for name in FUSED if ranks.r_b or name not in ("sum_rows C", "through_weight", "finish")]
+    expected += ["dropped_product"] if VARIANTS[variant].drops_input and ranks.r_a else []
     assert list(jobs(80, "bf16", ranks, variant)) == expected
 
 
@@ -198,6 +204,9 @@ def test_what_two_variants_share_is_one_compilation():
     plain, options = (jobs(90, "bf16", Ranks(8, 8), variant) for variant in ("plain", "options"))
     same = [name for name in FUSED if repr(plain[name]) == repr(options[name])]
     assert same == ["sum_rows C", "gemm forward", "sum_rows dU", "gemm dx", "sum_rows dD", "through_weight", "finish"]
+    dropping = jobs(90, "bf16", Ranks(8, 8), "input-dropout")
+    assert [name for name in FUSED if repr(dropping[name]) != repr(options[name])] == DROPPING
+    assert dropping["down"].signature["seed_ptr"] == "*i64"
 
 
 def test_the_precision_of_fp32_products_is_chosen_and_put_back():

@@ -95,12 +95,13 @@ def test_training_goes_on_with_a_new_sequential_branch(tmp_path):
         assert mine.B_up.grad.abs().max() > 0
 
 
-def test_lora_dropout_is_announced_as_another_one(tmp_path):
+def test_lora_dropout_is_announced_and_may_be_kept(tmp_path):
     saved_lora(tmp_path, lora_dropout=0.1)
-    with pytest.warns(UserWarning, match=r"LoRA dropped elements of x \(p = 0.1\)"):
+    with pytest.warns(UserWarning, match=r"lora_dropout=0.1; nothing is dropped unless you give input_dropout=0.1"):
         ours = from_lora(net(), tmp_path)
-    assert ours.peft_config["default"].dropout == 0.0
-    assert from_lora(net(), tmp_path, dropout=0.1).peft_config["default"].dropout == 0.1
+    assert (ours.peft_config["default"].dropout, ours.peft_config["default"].input_dropout) == (0.0, 0.0)
+    for name in ("dropout", "input_dropout"):
+        assert getattr(from_lora(net(), tmp_path, **{name: 0.1}).peft_config["default"], name) == 0.1
 
 
 def net32():

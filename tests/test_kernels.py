@@ -64,7 +64,7 @@ def step(
 ) -> Tensors:
     """h and the wanted gradients for a case's operands, each launch carried out by run."""
     scales = {f"scale_{side}": t.get(f"scale_{side}", 1.0) for side in "ab"}
-    op = Operands(**{name: t.get(name) for name in Operands._fields} | scales | {"mask_scale": 1.0})
+    op = Operands(**{name: t.get(name) for name in Operands._fields} | scales | {"mask_scale": 1.0, "input_p": 0.0})
     x, needs = t["x"], needs & set(t)
     h, op, saved = steps.forward(x, op, needs, fused, arch, run)
     return {"h": h, **steps.backward(G, op, saved, needs, fused, arch, run)}

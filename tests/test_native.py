@@ -189,21 +189,22 @@ def test_fields_too_few_or_too_many_are_refused():
     x, *op = RIGHT.values()
     for wrong in ((), tuple(op), (*Operands(*op), 1.0)):  # none, without mask_scale, one more
         for function, form in (NATIVE.sizes, ()), (NATIVE.apply, ("composed",)):
-            with pytest.raises(TypeError, match="expected the 14 fields of Operands"):
+            with pytest.raises(TypeError, match="expected the 17 fields of Operands"):
                 function(x, wrong, *form)
 
 
-RIGHT = {**arguments(), "mask": None, "scale_a": 1.0, "scale_b": 1.0}
+RIGHT = {**arguments(), "scale_a": 1.0, "scale_b": 1.0}
 
 
 def sizes(**changed):
-    x, *op = ({**RIGHT, **changed}).values()
-    return NATIVE.sizes(x, Operands(*op))
+    op = {**RIGHT, **changed}
+    return NATIVE.sizes(op.pop("x"), Operands(**op))
 
 
 def test_a_right_call_is_vouched_for():
     assert sizes() == (M, K, N, R_A, R_B)
     assert sizes(x=torch.randn(2, 3, K), mask=torch.ones(6, R_A + R_B)) == (6, K, N, R_A, R_B)
+    assert sizes(x=torch.randn(2, 3, K), input_mask=torch.ones(6, K)) == (6, K, N, R_A, R_B)
     assert sizes(x=torch.randn(K), scale_a=torch.tensor(2.0), scale_b=2) == (1, K, N, R_A, R_B)
     assert sizes(x=torch.randn(0, K), bias=None, A_down_bias=None) == (0, K, N, R_A, R_B)
     without_a = dict.fromkeys(("A_down", "A_up", "A_down_bias", "A_up_bias"))
@@ -212,7 +213,7 @@ def test_a_right_call_is_vouched_for():
     assert sizes(**frozen) == (M, K, N, R_A, R_B)
 
 
-JUDGED = set(arguments()) | {"mask", "scale_a", "scale_b"}
+JUDGED = set(arguments()) | {"mask", "input_mask", "scale_a", "scale_b"}
 
 
 @pytest.mark.parametrize("changed", [c[0] for c in CALLS if set(c[0]) <= JUDGED], ids=lambda c: " ".join(c))

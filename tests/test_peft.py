@@ -238,6 +238,38 @@ def test_each_adapter_has_its_own_dropout_when_several_are_active():
     torch.testing.assert_close(layer(torch.ones(2, 64, dtype=F64)), torch.full((2, 64), 10_103.0, dtype=F64))
 
 
+def test_each_adapter_drops_its_own_elements_of_x_when_several_are_active():
+    """a and b have input dropout, b also one of the bottleneck, c none; the sequential branches read x as it is."""
+    eye = torch.eye(64, dtype=F64)
+    options = {"r_a": 64, "r_b": 0, "input_dropout": 0.5}
+    layer = HydraLinearLayer(nn.Linear(64, 64, bias=False, dtype=F64), "a", options)
+    layer.add_adapter("b", {"r_a": 64, "r_b": 64, "input_dropout": 0.2})
+    layer.add_adapter("c", {"r_a": 64, "r_b": 0})
+    layer.set_adapter(["a", "b", "c"])
+    layer.base_layer.requires_grad_(False)
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(eye)
+        for p in layer.hydra_adapters.parameters():
+            p.copy_(eye)
+        layer.hydra_adapters["a"].A_up.mul_(100)
+        layer.hydra_adapters["b"].A_up.mul_(10_000)
+    torch.manual_seed(0)
+    h = layer(torch.ones(500, 64, dtype=F64)) - 3  # of the base, of b's sequential branch, of c
+    kept = {"a": h.remainder(12_500) > 100, "b": h > 10_000}
+    torch.testing.assert_close(h, 200 * kept["a"].double() + 12_500 * kept["b"].double(), rtol=1e-12, atol=1e-8)
+    assert kept["a"].double().mean().sub(0.5).abs() < 0.02
+    assert kept["b"].double().mean().sub(0.8).abs() < 0.02
+    assert (kept["a"] & kept["b"]).double().mean().sub(0.4).abs() < 0.02
+    layer.eval()
+    torch.testing.assert_close(layer(torch.ones(2, 64, dtype=F64)), torch.full((2, 64), 10_103.0, dtype=F64))
+
+
+def test_a_layer_without_the_parallel_branch_has_no_input_dropout():
+    config = HydraConfig(r_a=4, input_dropout=0.1, rank_pattern={"fc": [0, 4]})
+    assert config.options("other")["input_dropout"] == 0.1
+    assert config.options("fc")["input_dropout"] == 0.0
+
+
 @pytest.mark.parametrize("names", [["one"], ["three", "two"], None], ids=["one", "two", "active"])
 def test_merging_and_unmerging(names):
     layer, x = several(), inputs()
@@ -916,6 +948,8 @@ def test_adapters_of_different_routes_are_not_joined():
         ({"r_a": -1}, "r_a: "),
         ({"r_a": 0, "r_b": 0, "rank_pattern": {"fc": [0, 0]}}, "r_a, r_b: expected 1 or more, got 0"),
         ({"dropout": 1.0}, "dropout: "),
+        ({"input_dropout": 1.0}, "input_dropout: "),
+        ({"input_dropout": 0.1, "r_a": 0}, "input_dropout: expected 0 without a parallel branch"),
         ({"form": "fused"}, "form: "),
         ({"bias": "lora_only"}, "bias: "),
         ({"layers_pattern": "layers"}, "layers_pattern: "),

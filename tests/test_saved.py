@@ -254,3 +254,14 @@ def test_a_mask_is_kept_only_where_it_is_read(backend, form):
     ups = saved_elements(case, form, backend, {"A_up", "B_up"}, dropout_p=0.3)
     assert ups == M * R
     assert saved_elements(case, form, backend, {"A_up", "B_up", "A_down"}, dropout_p=0.3) == ups + M * R + M * K
+
+
+@pytest.mark.parametrize(("backend", "form"), [p for p in FORMS if p.values[0] != "native"])
+def test_of_input_dropout_a_seed_is_kept_or_booleans_and_only_where_they_are_read(backend, form):
+    """dx and dA_down read the mask, the others not. `aten` keeps it, a byte an element; the kernels make it again."""
+    M, K = 64, 32
+    case = Case((M,), K, 48, 2, 3)
+    mask = M * K if backend == "aten" else 1
+    for wanted, read in [({"A_up", "B_up"}, 0), ({"B_down"}, 0), ({"A_down"}, mask), ({"x"}, mask)]:
+        plain = saved_elements(case, form, backend, wanted)
+        assert saved_elements(case, form, backend, wanted, input_dropout_p=0.3) == plain + read, wanted

@@ -37,8 +37,11 @@ def expected(case: Case, setting: Setting, keys: set[str], world: int) -> tuple[
     """What is true, and what the naive layer computes in one process."""
     t, G = operands(case, setting.dtype, setting.adapter_dtype, setting.seed)
     G = G.bfloat16() if setting.autocast else G
+    torch.manual_seed(setting.seed)
+    if setting.input_dropout:
+        seed = torch.randint(2**63 - 1, ())
+        t["input_mask"] = oracle.input_mask(int(seed), setting.input_dropout, case.M, case.K).to(setting.dtype)
     if setting.dropout:
-        torch.manual_seed(setting.seed)
         kept = torch.empty(case.M, case.r_a + case.r_b, dtype=torch.uint8).bernoulli_(1 - setting.dropout)
         t["mask"] = kept.to(setting.dtype) / (1 - setting.dropout)
     wanted = keys - {"h"}
@@ -137,6 +140,10 @@ LAYOUTS = [
 OTHERS = [
     *(Setting(style, form=form, train_bias=True) for style in ("columns", "rows") for form in ("composed", "kept")),
     *(Setting(style, form=form, dropout=0.4) for style in ("columns", "rows") for form in ("composed", "kept")),
+    # 1/(1-p) is exact in every dtype.
+    Setting("columns", form="composed", dropout=0.4, input_dropout=0.2, backend="aten"),
+    Setting("columns", form="kept", input_dropout=0.2, backend="aten"),
+    Setting("rows", form="composed", dropout=0.4, input_dropout=0.2, backend="aten"),
 ]
 
 
@@ -144,6 +151,22 @@ OTHERS = [
 @pytest.mark.parametrize("setting", LAYOUTS + OTHERS, ids=str)
 def test_every_layout_and_option(groups, world, setting):
     check(groups, world, replace(PLAIN, adapter_bias=True, scales=(0.7, -1.9)), setting, seeds=3)
+
+
+@PAIRS_FIRST
+@pytest.mark.parametrize(
+    ("style", "backend", "dtype"),
+    [
+        ("columns", "triton", torch.bfloat16),
+        ("rows", "triton", torch.float32),
+        pytest.param("columns", "reference", torch.float64, marks=pytest.mark.slow),
+        pytest.param("rows", "reference", torch.float64, marks=pytest.mark.slow),
+    ],
+)
+def test_lora_with_input_dropout(groups, world, style, backend, dtype):
+    """By rows each rank's columns of x begin within a counter: 4 does not divide K/n = 6."""
+    setting = Setting(style, dtype, backend=backend, input_dropout=0.2)
+    check(groups, world, replace(PLAIN, K=12 if world == 2 else 24, r_b=0), setting, seeds=2)
 
 
 NETWORKS = [
@@ -195,6 +218,9 @@ def test_only_products_of_rank_R_cross(groups, world):
     for found in groups.run(world, tensor_parallel.traffic, 8, K, N, kept):
         products, masks = 8 * (2 * 8 * r_b + r_a * K + rows), 2 * 8 * (r_a + r_b)
         assert found["ours"]["allreduce"] == products + masks
+    seeded = {"r_a": r_a, "r_b": r_b, "form": "composed", "input_dropout": 0.5}
+    for found in groups.run(world, tensor_parallel.traffic, 8, K, N, seeded):
+        assert found["ours"]["allreduce"] == 8 * (columns + rows) + 2 * 8  # a seed of each layer
 
 
 def test_a_spread_layer_is_merged_switched_off_and_saved(groups, folder):

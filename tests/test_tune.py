@@ -337,6 +337,13 @@ def test_explain_takes_another_card_to_have_the_compiled_part():
     assert hk.explain(6400, 3072, 768, 8, 8, BF16, (9, 0))[:2] == ("native", "composed")
 
 
+def test_explain_says_who_has_input_dropout(capsys):
+    assert hk.explain(6400, 3072, 768, 8, 8, BF16, (9, 0), input_dropout=0.05)[:2] == ("hybrid", "composed")
+    assert "ranks 8+8, input dropout 0.05, torch.bfloat16" in capsys.readouterr().out
+    assert hk.explain(6400, 3072, 768, 0, 8, BF16, (9, 0), input_dropout=0.05)[:2] == ("native", "composed")
+    assert "input dropout" not in capsys.readouterr().out  # without a parallel branch there is none
+
+
 def test_explain_takes_r_for_lora_and_names_of_cards(capsys):
     choice = hk.explain(8192, 4096, 4096, r=16, capability="h100")
     assert choice == hk.explain(8192, 4096, 4096, 16, 0, BF16, (9, 0))
@@ -413,6 +420,7 @@ def test_explain_says_why_gpu_time_does_not_decide_for_small_layers(capsys):
         ({"K": 2.0}, TypeError, "K: expected an integer >= 1, got float"),
         ({"r_a": 0, "r_b": 0}, ValueError, "both are 0"),
         ({"dtype": torch.int32}, TypeError, "dtype: expected"),
+        ({"input_dropout": 1.0}, ValueError, r"input_dropout: expected a number in \[0, 1\), got 1.0"),
     ],
     ids=str,
 )

@@ -120,7 +120,7 @@ def launches_of(step: Step, arch: Architecture) -> list[Launch]:
     """What the step launches, recorded over tensors without data; every gradient is wanted but the weight's."""
     case, (dtype, precision) = step.case, DTYPES[step.dtype]
     new = partial(torch.empty, dtype=step.adapters or dtype, device="meta")
-    t: dict[str, Any] = dict.fromkeys(Operands._fields) | case.constant_scales | {"mask_scale": 1.0}
+    t: dict[str, Any] = dict.fromkeys(Operands._fields) | case.constant_scales | {"mask_scale": 1.0, "input_p": 0.0}
     t |= {"weight": new(case.N, case.K, dtype=dtype), "bias": new(case.N, dtype=dtype) if case.bias else None}
     for side, fan_in, r in (("A", case.K, case.r_a), ("B", case.N, case.r_b)):
         if case.scales == "learnable":

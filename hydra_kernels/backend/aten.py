@@ -4,6 +4,8 @@ R = r_a + r_b    U = [s_a A_up, s_b B_up] [N, R]    u = s_a a_u + s_b b_u [N]   
 Both forms, for the bottleneck Z = [Z_a, Z_b] [M, R]:
     dU = G^T Z    dA_up = s_a dU_a    ds_a = <dU_a, A_up> + a_u . g    da_u = s_a g    (b likewise)
     dZ = mask * (G U)    da_d = sum_m dZ_a    dA_down = dZ_a^T x    db0 = g + (sum_m dZ_b) B_down
+Under input dropout x' = input_mask * x stands in Z_a and dA_down for x, and input_mask * (dZ_a A_down) in dx for
+dZ_a A_down. 1/(1-p) is a factor of Z_a and dZ_a. The mask is saved as booleans.
 
 Composed form: y0 never exists, and both branches are one of rank R.
     C = B_down W0    D = [A_down; C] [R, K]    d = [a_d, B_down b0 + b_d] [R]
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 
 from .interface import CPU, LOW_PRECISION, Operands, Saved, read_backwards
 from .operators import accumulate_, add_, is_static
+from .philox import kept
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -32,7 +35,13 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def refusal(
-    form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False, device: torch.device = CPU
+    form: str,
+    dtype: torch.dtype,
+    r_a: int,
+    r_b: int,
+    masked: bool = False,
+    device: torch.device = CPU,
+    drops_input: bool = False,
 ) -> str | None:
     if form == "effective":
         return "it has the composed and the kept form"
@@ -42,6 +51,8 @@ def refusal(
 
 
 def forward(x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
+    if op.input_seed is not None:
+        op = op._replace(input_mask=kept(op.input_seed, op.input_p, *x.shape), input_seed=None)
     h, saved = _composed_forward(x, op, needs) if form == "composed" else _kept_forward(x, op, needs)
     return h, read_backwards(op, needs, form), saved
 
@@ -72,12 +83,25 @@ _FROM_G = ("bias", "A_up_bias", "B_up_bias", "scale_a", "scale_b")
 
 def _composed_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Saved]:
     D, d = _stacked_down(op, x.dtype)
-    Z = _masked(_affine(x, D, d), op, 0, None)
+    Z = _masked(_affine(x, D, d) if op.input_mask is None else _apart(x, D, d, op), op, 0, None)
     return _sum_of_products(x, op, Z, _stacked_up(op, x.dtype)), (
         x if "A_down" in needs or "B_down" in needs else None,
         Z if not needs.isdisjoint(_FROM_DU_A + _FROM_DU_B) else None,
         D if "x" in needs else None,
     )
+
+
+def _apart(x: Tensor, D: Tensor, d: Tensor | None, op: Operands) -> Tensor:
+    """x D^T + d where the parallel branch reads x', and the sequential one x."""
+    d_a, d_b = (None, None) if d is None else (d[: op.r_a], d[op.r_a :])
+    Z_a = _of_dropped(x, D[: op.r_a], d_a, op)
+    return torch.cat((Z_a, _affine(x, D[op.r_a :], d_b)), 1) if op.r_b else Z_a
+
+
+def _of_dropped(x: Tensor, A_down: Tensor, a_d: Tensor | None, op: Operands) -> Tensor:
+    """x' A_down^T + a_d."""
+    Z_a = _input_scaled(_dropped(x, op) @ A_down.t(), op)
+    return Z_a if a_d is None else Z_a + a_d
 
 
 def _sum_of_products(x: Tensor, op: Operands, Z: Tensor, U: Tensor) -> Tensor:
@@ -114,11 +138,16 @@ def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -
     dZ = _masked(G @ _stacked_up(op, G.dtype)[:, lo:hi], op, lo, hi)
     dZ_a, dZ_b = dZ.split((r_a - lo, hi - r_a), 1)
     if "x" in needs:
-        grads["x"] = accumulate_(dZ @ D, G, op.weight)
+        of_D = dZ @ D if op.input_mask is None else _through_apart(dZ_a, dZ_b, D, op)
+        grads["x"] = accumulate_(of_D, G, op.weight)
     if not needs.isdisjoint(("A_down", "B_down")):
-        first, last = _columns(op, ("A_down",), ("B_down",), needs)
-        read = dZ if (first, last) == (lo, hi) else dZ[:, first - lo : last - lo]
-        dD_a, T = (read.t() @ x).split((r_a - first, last - r_a))
+        if op.input_mask is None:
+            first, last = _columns(op, ("A_down",), ("B_down",), needs)
+            read = dZ if (first, last) == (lo, hi) else dZ[:, first - lo : last - lo]
+            dD_a, T = (read.t() @ x).split((r_a - first, last - r_a))
+        else:
+            dD_a = _input_scaled(dZ_a, op).t() @ _dropped(x, op) if "A_down" in needs else None
+            T = dZ_b.t() @ x if "B_down" in needs else None
         if "A_down" in needs:
             grads["A_down"] = dD_a
         if "B_down" in needs:
@@ -129,6 +158,12 @@ def _composed_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -
     return grads
 
 
+def _through_apart(dZ_a: Tensor, dZ_b: Tensor, D: Tensor, op: Operands) -> Tensor:
+    """input_mask * (dZ_a A_down) / (1-p) + dZ_b C."""
+    dx = _dropped(_input_scaled(dZ_a, op) @ D[: op.r_a], op)
+    return accumulate_(dx, dZ_b, D[op.r_a :]) if op.r_b else dx
+
+
 def _kept_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Saved]:
     dtype, Z_a = x.dtype, None
     y0 = F.linear(x, op.weight, op.bias)
@@ -136,7 +171,9 @@ def _kept_forward(x: Tensor, op: Operands, needs: Set[str]) -> tuple[Tensor, Sav
     U_b = _to(_scaled(op.scale_b, op.B_up), dtype)
     h = torch.addmm(y0, Z_b, U_b.t()) if "B_down" in needs else accumulate_(y0, Z_b, U_b.t())
     if op.A_down is not None:
-        Z_a = _masked(F.linear(x, _to(op.A_down, dtype), _to(op.A_down_bias, dtype)), op, 0, op.r_a)
+        A_down, a_d = _to(op.A_down, dtype), _to(op.A_down_bias, dtype)
+        Z_a = F.linear(x, A_down, a_d) if op.input_mask is None else _of_dropped(x, A_down, a_d, op)
+        Z_a = _masked(Z_a, op, 0, op.r_a)
         h = accumulate_(h, Z_a, _to(_scaled(op.scale_a, op.A_up), dtype).t())
     u = _up_bias(op, dtype)
     return h if u is None else add_(h, u), (
@@ -162,9 +199,13 @@ def _kept_backward(G: Tensor, op: Operands, saved: Saved, needs: Set[str]) -> di
         dZ_b = _masked(G @ _to(_scaled(op.scale_b, op.B_up), dtype), op, op.r_a, None)
     if "x" in needs:
         dy0 = torch.addmm(G, dZ_b, _to(op.B_down, dtype))
-        grads["x"] = dy0 @ op.weight if dZ_a is None else accumulate_(dZ_a @ _to(op.A_down, dtype), dy0, op.weight)
+        if dZ_a is None:
+            grads["x"] = dy0 @ op.weight
+        else:
+            of_A = _dropped(_input_scaled(dZ_a, op) @ _to(op.A_down, dtype), op)
+            grads["x"] = accumulate_(of_A, dy0, op.weight)
     if "A_down" in needs:
-        grads["A_down"] = dZ_a.t() @ x
+        grads["A_down"] = _input_scaled(dZ_a, op).t() @ _dropped(x, op)
     if "B_down" in needs:
         grads["B_down"] = dZ_b.t() @ y0
     _add_column_sums_of_dZ(grads, dZ_a, dZ_b, op, needs)
@@ -262,6 +303,16 @@ def _masked(Z: Tensor, op: Operands, lo: int, hi: int | None) -> Tensor:
         if not is_static(op.mask_scale) or op.mask_scale != 1:
             Z = Z * op.mask_scale
     return Z
+
+
+def _dropped(v: Tensor, op: Operands) -> Tensor:
+    """v [M, K] under the mask of input dropout, without 1/(1-p)."""
+    return v if op.input_mask is None else v * op.input_mask
+
+
+def _input_scaled(v: Tensor, op: Operands) -> Tensor:
+    """v times 1/(1-p) of input dropout."""
+    return v if op.input_mask is None or op.input_mask.dtype != torch.bool else v * (1 / (1 - op.input_p))
 
 
 def _affine(v: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

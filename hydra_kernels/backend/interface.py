@@ -17,6 +17,7 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
 COMPOSED_ONLY = ("hybrid", "triton")
 MAX_NATIVE_RANK = 64  # of native's kernels on a GPU
+NATIVE_DROPS_INPUT = {"cpu": False, "cuda": False}  # where native has kernels for input dropout
 
 
 # What computes `native`'s products with W0 on a CPU: ATen (MKL in fp32), or oneDNN in the forward or in both passes.
@@ -54,6 +55,10 @@ class Operands(NamedTuple):
     here and one there. weight is [N, K] of x's dtype, adapters have that dtype or fp32, what is absent is None. In a
     backward, weight and bias are None where it does not read them. ``mask`` [M, R] is boolean with ``mask_scale``
     1/(1-p), or of x's dtype and already scaled with ``mask_scale`` 1. A scale is a number, or a 0-dimensional tensor.
+
+    Input dropout is on x as the parallel branch reads it: ``input_seed``, a 0-dimensional int64 tensor that no host
+    reads, of which `philox.kept` makes the mask; or ``input_mask`` [M, K], boolean. Both are scaled by
+    1/(1 - ``input_p``). Or ``input_mask`` has x's dtype and is already scaled, with ``input_p`` 0.
     """
 
     weight: Tensor | None
@@ -67,9 +72,12 @@ class Operands(NamedTuple):
     B_down_bias: Tensor | None = None
     B_up_bias: Tensor | None = None
     mask: Tensor | None = None
+    input_mask: Tensor | None = None
+    input_seed: Tensor | None = None
     scale_a: float | Tensor = 1.0
     scale_b: float | Tensor = 1.0
     mask_scale: float = 1.0
+    input_p: float = 0.0
 
     @property
     def r_a(self) -> int:
@@ -79,10 +87,14 @@ class Operands(NamedTuple):
     def r_b(self) -> int:
         return 0 if self.B_down is None else self.B_down.shape[0]
 
+    @property
+    def drops_input(self) -> bool:
+        return self.input_mask is not None or self.input_seed is not None
+
 
 ARGUMENTS = ("x", *Operands._fields)  # gradients are named and ordered so
 FIRST_OPTION = len(Operands._fields) - len(Operands._field_defaults)  # most calls leave all options at their defaults
-_FIRST_NUMBER = Operands._fields.index("scale_a")
+FIRST_NUMBER = Operands._fields.index("scale_a")
 
 
 def without_options(*six: Tensor | None) -> Operands:
@@ -92,20 +104,21 @@ def without_options(*six: Tensor | None) -> Operands:
     autograd functions cannot share one.
     """
     weight, bias, A_down, A_up, B_down, B_up = six
-    return Operands(weight, bias, A_down, A_up, B_down, B_up, None, None, None, None, None, 1.0, 1.0, 1.0)
+    options = None, None, None, None, None, None, None
+    return Operands(weight, bias, A_down, A_up, B_down, B_up, *options, 1.0, 1.0, 1.0, 0.0)
 
 
 def split(op: Operands) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
     """The tensors of all fields, None for a number; and the numbers, 1 in the place of a learnable scale."""
-    scales: Any = op[_FIRST_NUMBER:]
-    tensors: Any = [*op[:_FIRST_NUMBER], *(t if isinstance(t, Tensor) else None for t in scales)]
+    scales: Any = op[FIRST_NUMBER:]
+    tensors: Any = [*op[:FIRST_NUMBER], *(t if isinstance(t, Tensor) else None for t in scales)]
     return tuple(tensors), tuple([1.0 if isinstance(t, Tensor) else t for t in scales])
 
 
 def joined(tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> Operands:
     """The inverse of `split`."""
-    scales = [s if t is None else t for t, s in zip(tensors[_FIRST_NUMBER:], numbers, strict=True)]
-    return Operands(*tensors[:_FIRST_NUMBER], *scales)  # type: ignore[arg-type]
+    scales = [s if t is None else t for t, s in zip(tensors[FIRST_NUMBER:], numbers, strict=True)]
+    return Operands(*tensors[:FIRST_NUMBER], *scales)  # type: ignore[arg-type]
 
 
 # The gradients that read Z, and those that need dZ = mask * (G U).
@@ -120,6 +133,8 @@ def read_backwards(op: Operands, needs: Set[str], form: str) -> Operands:
         op = op._replace(weight=op.weight if "x" in needs else None, bias=None)
     if op.mask is not None and needs.isdisjoint(FROM_DZ) and not ("bias" in needs and op.r_b):
         op = op._replace(mask=None)
+    if op.drops_input and needs.isdisjoint(("x", "A_down")):
+        op = op._replace(input_mask=None, input_seed=None)
     return op
 
 
@@ -132,9 +147,19 @@ class Backend(Protocol):
         """Why this backend cannot run on a device, or None."""
 
     def refusal(
-        self, form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False, device: torch.device = CPU
+        self,
+        form: str,
+        dtype: torch.dtype,
+        r_a: int,
+        r_b: int,
+        masked: bool = False,
+        device: torch.device = CPU,
+        drops_input: bool = False,
     ) -> str | None:
-        """Why it cannot serve such a call, ``masked`` where it has dropout, on a device like that, where it runs."""
+        """Why it cannot serve such a call on a device like that, where it runs.
+
+        ``masked`` where it has dropout of either kind, ``drops_input`` where it has input dropout.
+        """
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], plan: str) -> tuple[Tensor, Operands, Saved]:
         """h [M, N] for x [M, K]; what the backward will read again of op, and what it will read besides."""

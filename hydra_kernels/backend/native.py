@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .interface import ARGUMENTS, CPU, MAX_NATIVE_RANK, Operands, Saved, form_of, read_backwards
+from .interface import (
+    ARGUMENTS,
+    CPU,
+    MAX_NATIVE_RANK,
+    NATIVE_DROPS_INPUT,
+    Operands,
+    Saved,
+    form_of,
+    read_backwards,
+)
 from .triton import KERNEL_DTYPES, too_old
 
 _CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -29,7 +38,13 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def refusal(
-    form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False, device: torch.device = CPU
+    form: str,
+    dtype: torch.dtype,
+    r_a: int,
+    r_b: int,
+    masked: bool = False,
+    device: torch.device = CPU,
+    drops_input: bool = False,
 ) -> str | None:
     on_gpu = device.type == "cuda"
     if dtype not in (KERNEL_DTYPES if on_gpu else _CPU_DTYPES):
@@ -42,6 +57,8 @@ def refusal(
         return "W0 + U D rounded to torch.bfloat16 is less exact than the naive layer where b0 cancels W0 x"
     if form == "effective" and masked:
         return "an effective weight leaves no place for dropout"
+    if drops_input and not NATIVE_DROPS_INPUT[device.type]:
+        return "it has no kernels for input dropout"
     return None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Set
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from ..kernels import configs
 from ..kernels.configs import Architecture, cdiv
 from ..kernels.launch import Launch
 from .interface import CPU, LOW_PRECISION, Operands, Saved, read_backwards
+from .philox import threshold
+
+if TYPE_CHECKING:
+    from ..kernels.philox import InputDropout  # which imports Triton
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOWEST_CAPABILITY = (8, 0)
@@ -49,7 +54,14 @@ class TritonBackend:
         return too_old(torch.cuda.get_device_capability(device))
 
     def refusal(
-        self, form: str, dtype: torch.dtype, r_a: int, r_b: int, masked: bool = False, device: torch.device = CPU
+        self,
+        form: str,
+        dtype: torch.dtype,
+        r_a: int,
+        r_b: int,
+        masked: bool = False,
+        device: torch.device = CPU,
+        drops_input: bool = False,
     ) -> str | None:
         if dtype not in KERNEL_DTYPES:
             return f"its kernels have no {dtype}"
@@ -107,7 +119,8 @@ def forward(
     ))  # fmt: skip
 
     Z = x.new_empty(M, R)
-    run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, tiles.down, precision))
+    config = tiles.under(op.drops_input).down
+    run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, config, precision, input_dropout(op)))
     if fuse_h:
         run(gemm.forward(x, op.weight, u, Z, U, h, arch.gemm(tiles, M, N), arch.multiprocessors, precision))
     else:
@@ -138,7 +151,7 @@ def backward(
     G: Tensor, op: Operands, saved: Saved, needs: Set[str], always_fused: bool, arch: Architecture,
     run: Run = Launch.run,
 ) -> dict[str, Tensor]:  # fmt: skip
-    from ..kernels import gemm, reduce, skinny
+    from ..kernels import gemm, philox, reduce, skinny
 
     x, Z, D = saved
     if needs.isdisjoint(("A_down", "B_down")):
@@ -157,7 +170,8 @@ def backward(
     def partial(wanted: bool, *shape: int) -> Tensor | None:
         return G.new_empty(shape, dtype=torch.float32) if wanted else None
 
-    P, S = cdiv(M, tiles.grad_z.BLOCK_ROWS), 0 if x is None else arch.splits(tiles, M, K)
+    drop, dropping = input_dropout(op), tiles.under(op.drops_input)
+    P, S = cdiv(M, tiles.grad_z.BLOCK_ROWS), 0 if x is None else arch.splits(dropping, M, K)
     of_scales = "scale_a" in needs or "scale_b" in needs
     z_sums = not needs.isdisjoint(("A_down_bias", "B_down_bias")) or (
         r_b > 0 and ("bias" in needs or ("B_down" in needs and op.bias is not None))
@@ -180,12 +194,16 @@ def backward(
         run(skinny.sum_rows(G, Z, partials.dU, tiles.sum_rows, precision))
     if "x" in needs:
         if always_fused or tiles.fuses(D.shape[1], R):
-            config = arch.gemm(tiles, *dx["x"].shape)
-            run(gemm.dx(G, op.weight, dZ, D, dx["x"], config, arch.multiprocessors, precision))
+            config = arch.gemm(dropping, *dx["x"].shape)
+            run(gemm.dx(G, op.weight, dZ, D, dx["x"], config, arch.multiprocessors, precision, drop))
         else:
-            torch.mm(dZ, D, out=dx["x"]).addmm_(G, op.weight)
+            if op.drops_input:
+                run(philox.dropped_product(dZ, D, dx["x"], tiles.down, precision, drop))
+            else:
+                torch.mm(dZ, D, out=dx["x"])
+            dx["x"].addmm_(G, op.weight)  # to what is there, before it is rounded
     if partials.dD is not None:
-        run(skinny.sum_rows(x, dZ, partials.dD, tiles.sum_rows, precision))
+        run(skinny.sum_rows(x, dZ, partials.dD, dropping.sum_rows, precision, drop=drop))
     if grads:
         through_W0 = "B_down" in needs
         T, z_b = partial(through_W0, r_b, K), partial(through_W0 and op.bias is not None, r_b)
@@ -198,18 +216,27 @@ def backward(
     return grads | dx
 
 
+def input_dropout(op: Operands) -> InputDropout:
+    """As the kernels take it."""
+    from ..kernels.philox import NONE, InputDropout
+
+    if not op.drops_input:
+        return NONE
+    return InputDropout(op.r_a, op.input_seed, op.input_mask, threshold(op.input_p), 1 / (1 - op.input_p))
+
+
 def _stacked_up(op: Operands, dtype: torch.dtype) -> Tensor:
     """[A_up, B_up]^T [R, N]: wide loads can take its rows at any rank, those of [N, R] not."""
     return torch.cat([up.t().to(dtype) for up in (op.A_up, op.B_up) if up is not None]).contiguous()
 
 
 def contiguous(op: Operands) -> Operands:
-    """Adapters, bias and mask made contiguous, as the kernels read them; weight may have any strides."""
-    mask = op.mask
-    if mask is not None:
-        mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).contiguous()
-    small = {name: getattr(op, name) for name in (*_ADAPTERS, "bias")}
-    return op._replace(mask=mask, **{name: None if t is None else t.contiguous() for name, t in small.items()})
+    """Adapters, bias and masks made contiguous, as the kernels read them; weight may have any strides."""
+    read = {name: getattr(op, name) for name in (*_ADAPTERS, "bias", "mask", "input_mask")}
+    for name in ("mask", "input_mask"):
+        if read[name] is not None and read[name].dtype == torch.bool:
+            read[name] = read[name].view(torch.uint8)
+    return op._replace(**{name: None if t is None else t.contiguous() for name, t in read.items()})
 
 
 @functools.cache

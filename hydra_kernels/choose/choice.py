@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK, Choice
+from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK, NATIVE_DROPS_INPUT, Choice
 
 DATA: dict[str, Any] = json.loads((Path(__file__).parent / "numbers.json").read_text(encoding="utf-8"))
 _COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
@@ -85,8 +85,11 @@ def choose(
     masked: bool = False,
     saves_x: bool = True,
     compiling: bool = False,
+    drops_input: bool = False,
 ) -> Choice:
-    """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b, with dropout where ``masked``.
+    """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b.
+
+    There is dropout of either kind where ``masked``, input dropout where ``drops_input``.
 
     M is None where torch.compile keeps it open: one choice then serves every M, since a comparison would compile each
     layer anew on either side of it. ``saves_x`` is False where an up projection trains and no down projection does:
@@ -98,7 +101,10 @@ def choose(
     if r_b == 0 and form == "kept":
         form, why_form = "composed", _WHY_LORA
     if backend == "auto":
-        if winner is not None and winner.form == "effective" and masked:
+        native_serves = not drops_input or NATIVE_DROPS_INPUT["cpu" if machine.capability is None else "cuda"]
+        if winner is not None and (
+            (winner.form == "effective" and masked) or (winner.backend == "native" and not native_serves)
+        ):
             winner = None
         if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
             why = "it won where it was measured on this device"
@@ -109,7 +115,7 @@ def choose(
         # The composed form reads W0 twice more. For a smaller W0 that takes less time than the kept form's launches.
         few_rows = form == "auto" and r_b > 0 and K * N >= _LARGE_WEIGHT and M is not None and M < _FEW_ROWS * K
         small = M is not None and M * K * N < _SMALL_WORK and r_a + r_b <= MAX_NATIVE_RANK
-        backend, why_backend = _backend(dtype, machine, form, few_rows, small)
+        backend, why_backend = _backend(dtype, machine, form, few_rows, small, native_serves)
     native_on_gpu = backend == "native" and machine.capability is not None
     if form == "auto" and (backend in COMPOSED_ONLY or native_on_gpu):
         form, why_form = "composed", "it is the only form of this backend"
@@ -132,9 +138,11 @@ def _winner(machine: Machine, key: Key, M: int | None) -> Measured | None:
     return best if best.M <= 2 * M and M <= 2 * best.M else None
 
 
-def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, small: bool) -> tuple[str, str]:
+def _backend(
+    dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, small: bool, native_serves: bool
+) -> tuple[str, str]:
     if machine.capability is None:
-        return _off_gpu(dtype, machine, form)
+        return _off_gpu(dtype, machine, form, native_serves)
     if dtype == torch.float64:
         return "aten", "the kernels have no float64"
     if form == "kept":
@@ -148,7 +156,7 @@ def _backend(dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, sm
         )
     if dtype == torch.float32:
         return "aten", "in fp32 ATen's own products are faster than the Triton kernels (an H200)"
-    if small and machine.reasons["native"] is None:
+    if small and native_serves and machine.reasons["native"] is None:
         return "native", _WHY_SMALL
     return "hybrid", "its kernels are the fastest where the GPU's time counts (an H200), each GEMM its own or cuBLAS's"
 
@@ -158,13 +166,15 @@ def _inductor_is_best(M: int | None, K: int, N: int, dtype: torch.dtype, machine
     return on_cpu and dtype == torch.float32 and M is not None and M <= _PLAIN_ROWS and K * N < _ONEDNN_WEIGHT
 
 
-def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
+def _off_gpu(dtype: torch.dtype, machine: Machine, form: str, native_serves: bool) -> tuple[str, str]:
     if machine.reasons["native"] is not None:
         return "aten", "the compiled part is not built, or the device is neither a CPU nor an NVIDIA GPU"
     if dtype == torch.float16:
         return "aten", "the compiled part has no float16 on a CPU, where torch's own products in it are slow"
     if dtype == torch.bfloat16 and not (machine.cpu and machine.cpu.matrix_units):
         return "aten", "this processor has no matrix units for bfloat16 (AMX, AVX512-BF16) that torch would use"
+    if not native_serves and form != "effective":
+        return "aten", "the compiled part has no kernels for input dropout"
     return "native", "the compiled part was measured faster than ATen calls from Python (an Intel Xeon)"
 
 

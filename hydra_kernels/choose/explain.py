@@ -10,6 +10,7 @@ import torch
 from ..backend import TABLE
 from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, Choice
 from ..backend.triton import too_old
+from ..checks import check_dropout
 from .choice import DATA, Machine, choose
 from .machine import CPU, device_name, here, table
 
@@ -27,6 +28,7 @@ def explain(
     capability: Capability = None,
     *,
     r: int | None = None,
+    input_dropout: float = 0.0,
 ) -> Choice:
     """Prints what ``backend="auto"``, ``form="auto"`` run for x [M, K], weight [N, K], why, and what would change it.
 
@@ -37,6 +39,7 @@ def explain(
         capability: a GPU's compute capability, as (9, 0) or "sm_90", the name of a card, as "h100", or "cpu"; None for
             this machine.
         r: LoRA's rank, in place of r_a and r_b: ``r_a=r, r_b=0``.
+        input_dropout: that of the layer in training, which not every backend and form has.
 
     Returns:
         The `Choice` that was explained.
@@ -52,6 +55,7 @@ def explain(
             raise TypeError(f"{name}: expected an integer >= {least}, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+    check_dropout("input_dropout", input_dropout)
     r_a, r_b = r if r is not None else r_a or 0, r_b or 0
     if r_a == r_b == 0:
         given = "r: it is 0" if r is not None else "r_a, r_b: both are 0"
@@ -61,8 +65,10 @@ def explain(
         dtype = torch.float32 if machine.capability is None else torch.bfloat16
     if dtype not in (torch.float64, torch.float32, *LOW_PRECISION):
         raise TypeError(f"dtype: expected torch.float64, float32, float16 or bfloat16, got {dtype}")
-    choice = choose(M, K, N, r_a, r_b, dtype, machine)
-    print(f"x [{M}, {K}], weight [{N}, {K}], ranks {r_a}+{r_b}, {dtype}, on {machine.name}")
+    drops = input_dropout > 0 and r_a > 0
+    choice = choose(M, K, N, r_a, r_b, dtype, machine, masked=drops, drops_input=drops)
+    dropped = f", input dropout {input_dropout}" if drops else ""
+    print(f"x [{M}, {K}], weight [{N}, {K}], ranks {r_a}+{r_b}{dropped}, {dtype}, on {machine.name}")
     print(f"runs      {choice.backend}, {choice.form} form")
     print(f"backend   {choice.why_backend}")
     print(f"form      {choice.why_form}")

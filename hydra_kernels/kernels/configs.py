@@ -67,10 +67,22 @@ class Tiles(NamedTuple):
     reduce: Reduce  # and every other kernel that works element by element
     gemm_few: Gemm | None = None  # for outputs where `gemm` leaves many multiprocessors idle in the last round
     fused_from: int | None = None  # columns of output from which on `gemm` was measured to beat cuBLAS; None: nowhere
+    # Of down, sum_rows and dx's gemm under input dropout, which needs more registers; None: the same. Not measured.
+    down_dropping: Skinny | None = None
+    sum_rows_dropping: Skinny | None = None
+    gemm_dropping: Gemm | None = None
 
     def fuses(self, N: int, R: int) -> bool:
         """Whether an output of N columns is faster from `gemm` than from cuBLAS and a second pass over the output."""
         return self.fused_from is not None and self.fused_from <= N and R <= MAX_RANK_BLOCK
+
+    def under(self, input_dropout: bool) -> Tiles:
+        """These tiles, or those of the kernels that have input dropout."""
+        if not input_dropout:
+            return self
+        down, sum_rows = self.down_dropping or self.down, self.sum_rows_dropping or self.sum_rows
+        few = self.gemm_few if self.gemm_dropping is None else None
+        return self._replace(down=down, sum_rows=sum_rows, gemm=self.gemm_dropping or self.gemm, gemm_few=few)
 
 
 class Architecture(NamedTuple):
@@ -142,6 +154,7 @@ _HALF = Tiles(
     sum_rows=Skinny(128, 64, 4, 3),
     through=Skinny(64, 64, 4, 4, max_registers=255),
     reduce=Reduce(128, 32, 4, 1),
+    sum_rows_dropping=Skinny(64, 64, 8, 3),
 )
 # Elements of 4 bytes: a line holds half as many columns.
 _TF32 = _HALF._replace(
@@ -150,6 +163,7 @@ _TF32 = _HALF._replace(
     grad_z=Skinny(64, 32, 4, 3, max_registers=255),
     sum_rows=Skinny(64, 32, 4, 3),
     through=Skinny(64, 64, 4, 3, max_registers=255),
+    sum_rows_dropping=None,
 )
 
 # Compiled by Triton 3.8 for these architectures, reduce would spill 8 bytes.
@@ -173,6 +187,8 @@ SM90 = Architecture(
         down=Skinny(64, 128, 4, 4),
         grad_z=Skinny(64, 128, 4, 4),
         fused_from=1024,
+        down_dropping=_HALF.down,
+        gemm_dropping=Gemm(128, 128, 64, 4, 3, descriptors=True),
     ),
     _TF32,
     _SMALL,

@@ -2,6 +2,7 @@
 
 Forward, x [M, K], W0 [N, K]:    h = x W0^T + Z U^T + b    Z [M, R], U [N, R], b [N] in fp32
 dx, G [M, N], W0 [N, K]:         dx = G W0 + dZ D          dZ [M, R], D [R, K]
+    under input dropout (`philox`):  dx = G W0 + input_mask * (dZ_a A_down) / (1-p) + dZ_b C
 
 Both are one kernel. It calls the rows of its output M, the columns N and the inner dimension K; for dx, N and K are
 therefore swapped. A persistent configuration starts as many programs as there are multiprocessors, and each computes
@@ -19,13 +20,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .configs import Gemm, cdiv, rank_block
 from .language import dot, rounded
 from .launch import Launch
+from .philox import NONE, InputDropout, dropped
+
+
+@triton.jit
+def add_low_rank(
+    acc, p_ptr, q_ptr, rows, offs_n, offs_r, mask_m, mask_n, mask_r, R, stride_qr, stride_qn, PRECISION: tl.constexpr
+):
+    """acc + P Q over the ranks of mask_r; p_ptr points to the tile's first row."""
+    p_ptrs = p_ptr + (rows[:, None] * R + offs_r[None, :])
+    q_ptrs = q_ptr + offs_r[:, None].to(tl.int64) * stride_qr + offs_n[None, :] * stride_qn
+    p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+    return dot(p, tl.load(q_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0), acc, PRECISION)
 
 
 @triton.jit
 def compute_tile(
     tile, x, w, bias_ptr, out, p_ptr, q_ptr, M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
-    FORWARD: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    r_dropped, seed_ptr, input_mask_ptr, threshold, input_scale,
+    SEQUENTIAL: tl.constexpr, FORWARD: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of out. Tiles are numbered down GROUP_M blocks of rows, then across, so that blocks of W stay in L2."""
@@ -46,6 +61,15 @@ def compute_tile(
         w_ptrs = w + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if seed_ptr is not None or input_mask_ptr is not None:
+        # First what the mask is on, so that it needs no accumulator of its own.
+        acc = add_low_rank(
+            acc, p_ptr + first * R, q_ptr, rows, offs_n, offs_r, mask_m, mask_n, offs_r < r_dropped,
+            R, stride_qr, stride_qn, PRECISION,
+        )  # fmt: skip
+        first_n = pid_n.to(tl.int64) * BLOCK_N
+        acc = dropped(acc, seed_ptr, threshold, input_mask_ptr, offs_m, first_n, mask_m, N, BLOCK_N) * input_scale
+        mask_r = mask_r & (offs_r >= r_dropped)
     for k in range(0, K, BLOCK_K):
         if DESCRIPTORS:
             x_tile = x.load([pid_m * BLOCK_M, k])
@@ -61,10 +85,11 @@ def compute_tile(
             w_ptrs += block_k * stride_wk
         acc = dot(x_tile, w_tile, acc, PRECISION)
 
-    p_ptrs = p_ptr + first * R + (rows[:, None] * R + offs_r[None, :])
-    q_ptrs = q_ptr + offs_r[:, None].to(tl.int64) * stride_qr + offs_n[None, :] * stride_qn
-    p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-    acc = dot(p, tl.load(q_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0), acc, PRECISION)
+    if SEQUENTIAL:
+        acc = add_low_rank(
+            acc, p_ptr + first * R, q_ptr, rows, offs_n, offs_r, mask_m, mask_n, mask_r,
+            R, stride_qr, stride_qn, PRECISION,
+        )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     acc = rounded(acc, p_ptr.dtype.element_ty)
@@ -76,7 +101,7 @@ def compute_tile(
 
 
 # M is not specialized: else a last, short batch would be compiled anew.
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def gemm_kernel(
     x,  # [M, K]: a pointer, or a tensor descriptor
     w,  # W0, likewise; its rows are N in the forward and K for dx
@@ -86,6 +111,8 @@ def gemm_kernel(
     q_ptr,  # [R, N] with strides: U^T or D
     M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
+    r_dropped, seed_ptr, input_mask_ptr, threshold, input_scale,  # of input dropout, for dx
+    SEQUENTIAL: tl.constexpr,  # whether r_dropped < R
     FORWARD: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,  # whether the rows of a tile of out span 2^31 elements
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
@@ -95,14 +122,16 @@ def gemm_kernel(
             compute_tile(
                 tile, x, w, bias_ptr, out, p_ptr, q_ptr, M, N, K, R,
                 stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
-                FORWARD, DESCRIPTORS, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
+                r_dropped, seed_ptr, input_mask_ptr, threshold, input_scale,
+                SEQUENTIAL, FORWARD, DESCRIPTORS, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
             )  # fmt: skip
     else:
         # Not a loop that runs once: Triton pipelines that less well.
         compute_tile(
             tl.program_id(0), x, w, bias_ptr, out, p_ptr, q_ptr, M, N, K, R,
             stride_xm, stride_xk, stride_wk, stride_wn, stride_qr, stride_qn,
-            FORWARD, DESCRIPTORS, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
+            r_dropped, seed_ptr, input_mask_ptr, threshold, input_scale,
+            SEQUENTIAL, FORWARD, DESCRIPTORS, WIDE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M,
         )  # fmt: skip
 
 
@@ -118,18 +147,19 @@ def forward(
 
 
 def dx(
-    G: Tensor, weight: Tensor, dZ: Tensor, D: Tensor, out: Tensor, config: Gemm, programs: int, precision: str
-) -> Launch:
+    G: Tensor, weight: Tensor, dZ: Tensor, D: Tensor, out: Tensor, config: Gemm, programs: int, precision: str,
+    drop: InputDropout = NONE,
+) -> Launch:  # fmt: skip
     """dx [M, K] for G [M, N], weight [N, K], dZ [M, R], D [R, K]; ``programs`` as in `forward`."""
     return _launch(
-        G, weight, None, out, dZ, D, config, programs, precision, is_forward=False,
+        G, weight, None, out, dZ, D, config, programs, precision, drop, is_forward=False,
         stride_wk=weight.stride(0), stride_wn=weight.stride(1), stride_qr=D.shape[1], stride_qn=1,
     )  # fmt: skip
 
 
 def _launch(
     x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, p: Tensor, q: Tensor,
-    config: Gemm, programs: int, precision: str,
+    config: Gemm, programs: int, precision: str, drop: InputDropout = NONE,
     *, is_forward: bool, stride_wk: int, stride_wn: int, stride_qr: int, stride_qn: int,
 ) -> Launch:  # fmt: skip
     """All in the kernel's naming."""
@@ -144,6 +174,7 @@ def _launch(
         M=M, N=N, K=K, R=R,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wk=stride_wk, stride_wn=stride_wn,
         stride_qr=stride_qr, stride_qn=stride_qn,
+        **drop._asdict(), SEQUENTIAL=drop.r_dropped < R,
         FORWARD=is_forward, DESCRIPTORS=config.descriptors, PERSISTENT=config.persistent, PRECISION=precision,
         WIDE=BLOCK_M * max(N, R) >= 2**31,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=rank_block(R), GROUP_M=config.GROUP_M,

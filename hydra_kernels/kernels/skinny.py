@@ -8,6 +8,9 @@ grad_z, one pass over G:        dZ = mask * (G [A_up, B_up]) s    and partial su
 sum_rows, one pass over x [M, K]:   y^T x in partial sums over rows; so C = B_down W0 (and B_down b0), dU^T = Z^T G,
                                 dD = dZ^T x
 
+Under input dropout (`philox`) the parallel branch's columns of Z and rows of dD are of x' = input_mask * x / (1-p), and
+down and sum_rows then multiply each tile of x twice, and of each product take the ranks that are meant.
+
 Where R exceeds BLOCK_R, the grid's last axis runs over blocks of ranks, and the pass is repeated for each block.
 """
 
@@ -20,9 +23,10 @@ from torch import Tensor
 from .configs import Skinny, cdiv, rank_block
 from .language import dot, rounded, scale_of_rank, store
 from .launch import Launch, Scales
+from .philox import NONE, InputDropout, dropped
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def down_kernel(
     x_ptr,  # [M, K] with strides
     D_ptr,  # [R, K]
@@ -33,24 +37,34 @@ def down_kernel(
     Z_ptr,  # [M, R], written
     M, K, R, r_a,
     stride_xm, stride_xk,
+    r_dropped, seed_ptr, input_mask_ptr, threshold, input_scale,  # of input dropout
+    SEQUENTIAL: tl.constexpr,  # whether r_dropped < R
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     first, rows = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
     offs_m, offs_r = first + rows, tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    z_dropped = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
         mask_k = offs_k < K
         x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         D_ptrs = D_ptr + offs_r[None, :].to(tl.int64) * K + offs_k[:, None]
-        z = dot(x, tl.load(D_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0), z, PRECISION)
+        D = tl.load(D_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+        if seed_ptr is not None or input_mask_ptr is not None:
+            x_dropped = dropped(x, seed_ptr, threshold, input_mask_ptr, offs_m, k, mask_m, K, BLOCK_K)
+            z_dropped = dot(x_dropped, D, z_dropped, PRECISION)
+        if SEQUENTIAL:
+            z = dot(x, D, z, PRECISION)
         if rest_ptr is not None:
             rest_ptrs = rest_ptr + (offs_r - r_a)[None, :].to(tl.int64) * K + offs_k[:, None]
             mask_b = mask_r & (offs_r >= r_a)
             z = dot(x, tl.load(rest_ptrs, mask=mask_k[:, None] & mask_b[None, :], other=0.0), z, PRECISION)
     inside, tile = mask_m[:, None] & mask_r[None, :], rows[:, None] * R + offs_r[None, :]
+    if seed_ptr is not None or input_mask_ptr is not None:
+        z = tl.where((offs_r < r_dropped)[None, :], z_dropped * input_scale, z)
     if d_ptr is not None:
         z += tl.load(d_ptr + offs_r, mask=mask_r, other=0.0)[None, :]
     if mask_ptr is not None:
@@ -60,7 +74,7 @@ def down_kernel(
 
 def down(
     x: Tensor, D: Tensor, rest: Tensor | None, d: Tensor | None, mask: Tensor | None, mask_scale: float, Z: Tensor,
-    config: Skinny, precision: str,
+    config: Skinny, precision: str, drop: InputDropout = NONE,
 ) -> Launch:  # fmt: skip
     """Z [M, R] for x [M, K] and what `compose` wrote."""
     (M, K), R = x.shape, D.shape[0]
@@ -69,7 +83,7 @@ def down(
         down_kernel, (cdiv(M, BLOCK_M), cdiv(R, BLOCK_R)), config,
         x_ptr=x, D_ptr=D, rest_ptr=rest, d_ptr=d, mask_ptr=mask, mask_scale=mask_scale, Z_ptr=Z,
         M=M, K=K, R=R, r_a=R if rest is None else R - rest.shape[0],
-        stride_xm=x.stride(0), stride_xk=x.stride(1),
+        stride_xm=x.stride(0), stride_xk=x.stride(1), **drop._asdict(), SEQUENTIAL=drop.r_dropped < R,
         PRECISION=precision, BLOCK_M=BLOCK_M, BLOCK_K=config.BLOCK_COLUMNS, BLOCK_R=BLOCK_R,
     )  # fmt: skip
 
@@ -158,7 +172,7 @@ def grad_z(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "rows_of_split"])
+@triton.jit(do_not_specialize=["M", "rows_of_split", "threshold"])
 def sum_rows_kernel(
     x_ptr,  # [M, K] with strides
     y_ptr,  # [M, R] with strides
@@ -168,13 +182,17 @@ def sum_rows_kernel(
     M, K, R,
     rows_of_split,  # whole blocks
     stride_xm, stride_xk, stride_ym, stride_yr,
+    r_dropped, seed_ptr, input_mask_ptr, threshold, input_scale,  # of input dropout on x, for columns of y
+    SEQUENTIAL: tl.constexpr,  # whether r_dropped < R
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1).to(tl.int64)
-    offs_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_K
+    offs_k = first + tl.arange(0, BLOCK_K)
     offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_k, mask_r = offs_k < K, offs_r < R
     out = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    out_dropped = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     v_sums = tl.zeros((BLOCK_R,), tl.float32)
     for m in range(0, rows_of_split, BLOCK_M):
         offs_m = split * rows_of_split + m + tl.arange(0, BLOCK_M)
@@ -183,10 +201,16 @@ def sum_rows_kernel(
         y = tl.load(y_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        out = dot(tl.trans(y), x, out, PRECISION)
+        if seed_ptr is not None or input_mask_ptr is not None:
+            x_dropped = dropped(x, seed_ptr, threshold, input_mask_ptr, offs_m, first, mask_m, K, BLOCK_K)
+            out_dropped = dot(tl.trans(y), x_dropped, out_dropped, PRECISION)
+        if SEQUENTIAL:
+            out = dot(tl.trans(y), x, out, PRECISION)
         if v_ptr is not None:
             v = tl.load(v_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
             v_sums += tl.sum(y.to(tl.float32) * v[:, None], 0)
+    if seed_ptr is not None or input_mask_ptr is not None:
+        out = tl.where((offs_r < r_dropped)[:, None], out_dropped * input_scale, out)
     out_ptrs = out_ptr + (split * R + offs_r)[:, None] * K + offs_k[None, :]
     tl.store(out_ptrs, out, mask=mask_r[:, None] & mask_k[None, :])
     if v_ptr is not None:
@@ -195,7 +219,7 @@ def sum_rows_kernel(
 
 def sum_rows(
     x: Tensor, y: Tensor, out: Tensor, config: Skinny, precision: str,
-    v: Tensor | None = None, v_sums: Tensor | None = None,
+    v: Tensor | None = None, v_sums: Tensor | None = None, drop: InputDropout = NONE,
 ) -> Launch:  # fmt: skip
     """The S partial sums out [S, R, K] of y^T x for x [M, K], y [M, R]; v_sums [S, R] those of v^T y for v [M]."""
     (M, K), (S, R, _) = x.shape, out.shape
@@ -205,5 +229,6 @@ def sum_rows(
         x_ptr=x, y_ptr=y, v_ptr=v, out_ptr=out, v_sums_ptr=v_sums,
         M=M, K=K, R=R, rows_of_split=cdiv(cdiv(M, S), BLOCK_M) * BLOCK_M,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_ym=y.stride(0), stride_yr=y.stride(1),
+        **drop._asdict(), SEQUENTIAL=drop.r_dropped < R,
         PRECISION=precision, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
     )  # fmt: skip

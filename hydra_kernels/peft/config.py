@@ -31,8 +31,8 @@ class HydraConfig(PeftConfig):
             "all-linear"; None for the layers that PEFT's LoRA adapts in a known architecture.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in ``peft.LoraConfig``.
         scale_a, scale_b: factors of the branches; LoRA's is ``lora_alpha / r``.
-        learnable_scale, dropout, adapter_bias, init_std, form, backend: as for :class:`hydra_kernels.HydraLinear`;
-            dropout acts on the bottleneck.
+        learnable_scale, dropout, input_dropout, adapter_bias, init_std, form, backend: as for
+            :class:`hydra_kernels.HydraLinear`: dropout acts on the bottleneck, input_dropout is ``lora_dropout``.
         bias: which biases of the base train too: "none", "all" or "hydra_only" (those of the adapted layers).
         rank_pattern: other ranks for some layers, ``{name or regular expression: [r_a, r_b]}``.
         scale_pattern: other scales for some layers, ``{name or regular expression: [scale_a, scale_b]}``. In neither
@@ -50,6 +50,7 @@ class HydraConfig(PeftConfig):
     scale_b: float = 1.0
     learnable_scale: bool = False
     dropout: float = 0.0
+    input_dropout: float = 0.0
     adapter_bias: bool = False
     init_std: float | None = None
     form: str = "auto"
@@ -65,8 +66,8 @@ class HydraConfig(PeftConfig):
         for name in ("r", "lora_alpha", "lora_dropout"):
             if name in kwargs:
                 raise TypeError(
-                    f"{name}: HydraConfig has r_a and r_b for r, scale_a and scale_b for lora_alpha / r, and dropout "
-                    "on the bottleneck for lora_dropout; LoRA alone has r_b=0"
+                    f"{name}: HydraConfig has r_a and r_b for r, scale_a and scale_b for lora_alpha / r, and "
+                    "input_dropout for lora_dropout; LoRA alone has r_b=0"
                 )
         return super().__new__(cls)
 
@@ -93,6 +94,11 @@ class HydraConfig(PeftConfig):
                     raise ValueError(f"{name}: expected two numbers, for A and for B, got {pair!r} for {key!r}")
         if not any((self.r_a, self.r_b, *(rank for pair in self.rank_pattern.values() for rank in pair))):
             raise ValueError("r_a, r_b: expected 1 or more, got 0: nothing would train")
+        if self.input_dropout and not any((self.r_a, *(pair[0] for pair in self.rank_pattern.values()))):
+            raise ValueError(
+                f"input_dropout: expected 0 without a parallel branch (r_a = 0), whose x it is on, "
+                f"got {self.input_dropout}"
+            )
         for key in ("", *self.rank_pattern, *self.scale_pattern):
             Adapter(1, 1, device="meta", **self.options(key))  # an invalid option raises here, not in the model
 
@@ -107,6 +113,7 @@ class HydraConfig(PeftConfig):
             "scale_b": scale_b,
             "learnable_scale": self.learnable_scale,
             "dropout": self.dropout,
+            "input_dropout": self.input_dropout if r_a else 0.0,  # a layer without the branch has nothing to drop
             "adapter_bias": self.adapter_bias,
             "init_std": self.init_std,
             "form": self.form,

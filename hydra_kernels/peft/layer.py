@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Merging
 from ..backend.interface import LOW_PRECISION
 from ..functional import hydra_linear
-from ..reference import low_rank, merged_parameters
+from ..reference import drop, low_rank, merged_parameters
 from ..refusals import refuse_meta
 from ..sharding import is_sharded
 
@@ -89,9 +89,14 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         routes = sorted({(adapter.form, adapter.backend) for adapter in active})
         if len(routes) > 1:
             raise ValueError(f"form, backend: expected the same in all active adapters, got {routes}")
-        mask = _joined_mask(active, x) if self.training else None
-        (form, backend), operands = routes[0], _joined(active, dropped=mask is not None)
-        return hydra_linear(x, weight, bias, **operands, mask=mask, form=form, backend=backend)
+        # Their parallel branches read different x. A sum of ranks would need them all, so these run as plain PyTorch.
+        apart = [adapter for adapter in active if adapter.input_dropout] if self.training else []
+        mask = _joined_mask(active, apart, x) if self.training else None
+        (form, backend), operands = routes[0], _joined(active, apart, dropped=mask is not None)
+        h = hydra_linear(x, weight, bias, **operands, mask=mask, form=form, backend=backend)
+        for adapter in apart:
+            h = h + _parallel_branch(adapter, x)
+        return h
 
     def _around_hooks(self, x: Tensor, active: Sequence[Adapter]) -> Tensor:
         """h where the base layer is called, so that its hooks run; the branches are then plain PyTorch."""
@@ -103,8 +108,8 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
             )
         h = y0 = self.base_layer(x)
         for a in active:
-            if a.A_down is not None and a.A_up is not None:
-                h = h + low_rank(x, a.A_down, a.A_up, a.A_down_bias, a.A_up_bias, a.scale_a, a.dropout, a.training)
+            if a.A_down is not None:
+                h = h + _parallel_branch(a, x)
             if a.B_down is not None and a.B_up is not None:
                 h = h + low_rank(y0, a.B_down, a.B_up, a.B_down_bias, a.B_up_bias, a.scale_b, a.dropout, a.training)
         return h
@@ -195,13 +200,22 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         return merged
 
 
-def _joined(adapters: Sequence[Adapter], dropped: bool = False) -> dict[str, Any]:
-    """The operands of the one adapter that acts as all of these, 1/(1-p) in its up projections where ``dropped``."""
+def _parallel_branch(a: Any, x: Tensor) -> Tensor:
+    """Of one adapter that has it, in plain PyTorch."""
+    dropped = drop(x, a.input_dropout, a.training)
+    return low_rank(dropped, a.A_down, a.A_up, a.A_down_bias, a.A_up_bias, a.scale_a, a.dropout, a.training)
+
+
+def _joined(adapters: Sequence[Adapter], apart: Sequence[Adapter] = (), dropped: bool = False) -> dict[str, Any]:
+    """The operands of the one adapter that acts as all of these, but for the parallel branches of those ``apart``.
+
+    1/(1-p) of the bottleneck's dropout is in its up projections where ``dropped``.
+    """
     if len(adapters) == 1 and not dropped:
         return {name: getattr(adapters[0], name) for name in Adapter.ADAPTERS}
     operands: dict[str, Any] = dict.fromkeys(Adapter.ADAPTERS) | {"scale_a": 1.0, "scale_b": 1.0}
     for side, scale in (("A", "scale_a"), ("B", "scale_b")):
-        parts = [a for a in adapters if getattr(a, f"{side}_down") is not None]
+        parts = [a for a in adapters if getattr(a, f"{side}_down") is not None and not (side == "A" and a in apart)]
         if not parts:
             continue
         downs, ups, down_biases, up_biases = [], [], [], []
@@ -223,12 +237,15 @@ def _joined(adapters: Sequence[Adapter], dropped: bool = False) -> dict[str, Any
     return operands
 
 
-def _joined_mask(adapters: Sequence[Adapter], x: Tensor) -> Tensor | None:
-    """The dropout mask [M, sum of r_a + sum of r_b] over x [*, K], of zeros and ones; None where no adapter drops."""
+def _joined_mask(adapters: Sequence[Adapter], apart: Sequence[Adapter], x: Tensor) -> Tensor | None:
+    """The mask [M, sum of r_a + sum of r_b] of the bottleneck's dropout over x [*, K], of zeros and ones.
+
+    None where no adapter drops. The parallel branches of those ``apart`` have no columns in it.
+    """
     if not any(adapter.dropout for adapter in adapters):
         return None
     M = x.shape[:-1].numel()
-    ranks = [(a.r_a, 1 - a.dropout) for a in adapters] + [(a.r_b, 1 - a.dropout) for a in adapters]
+    ranks = [(a.r_a, 1 - a.dropout) for a in adapters if a not in apart] + [(a.r_b, 1 - a.dropout) for a in adapters]
     return torch.cat([x.new_empty(M, r).bernoulli_(keep) for r, keep in ranks], dim=1)
 
 

@@ -51,7 +51,8 @@ def from_lora(
         adapter_name: of the new adapter.
         is_trainable: whether the adapter trains on; if not, the model is put into eval mode, as PEFT does.
         subfolder, revision, token: where in the folder or on the Hub, as in ``PeftModel.from_pretrained``.
-        options: of `HydraConfig`, what the checkpoint does not fix: scale_b, dropout, form, backend, init_std.
+        options: of `HydraConfig`, what the checkpoint does not fix: scale_b, input_dropout (LoRA's own), dropout, form,
+            backend, init_std.
 
     Returns:
         The PeftModel; a model with adapters of transformers' own itself.
@@ -64,10 +65,10 @@ def from_lora(
     lora = PeftConfig.from_pretrained(path, subfolder=subfolder, revision=revision, token=token)
     weights = load_peft_weights(path, device="cpu", subfolder=subfolder, revision=revision, token=token)
     ranks = _ranks(path, lora, weights)
-    if lora.lora_dropout and "dropout" not in options:
+    if lora.lora_dropout and options.keys().isdisjoint(("dropout", "input_dropout")):
         warnings.warn(
-            f"from_lora: LoRA dropped elements of x (p = {lora.lora_dropout}), Hydra drops those of the bottleneck: "
-            "nothing is dropped unless you give dropout",
+            f"from_lora: the LoRA was trained with lora_dropout={lora.lora_dropout}; nothing is dropped unless you "
+            f"give input_dropout={lora.lora_dropout}, which is the same, or dropout, which is on the bottleneck",
             stacklevel=2,
         )
     scales = {name: _scale(lora, name, r) for name, r in ranks.items()}

@@ -42,6 +42,7 @@ class Setting:
     local: bool = True
     train_bias: bool = False
     dropout: float = 0.0
+    input_dropout: float = 0.0
     autocast: bool = False
     seed: int = 0
 
@@ -52,6 +53,7 @@ class Setting:
         words += ["b0"] if self.train_bias else []
         words += ["autocast"] if self.autocast else []
         words += ["dropout"] if self.dropout else []
+        words += ["input"] if self.input_dropout else []
         layouts = [str(p) for p in (self.input_layout, self.output_layout)]
         return "-".join(words + ([] if layouts == ["R", "R"] else layouts))
 
@@ -72,6 +74,7 @@ def layer_of(case: Case, setting: Setting, t: Tensors) -> hk.HydraLinear:
         adapter_bias=case.adapter_bias,
         adapter_dtype=setting.adapter_dtype,
         dropout=setting.dropout,
+        input_dropout=setting.input_dropout,
         form=setting.form,
         backend=setting.backend,
         dtype=setting.dtype,
