@@ -19,6 +19,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -42,37 +43,47 @@ from benchmarks.device.doctor_kernels import (
 from hydra_kernels.backend import TABLE
 from hydra_kernels.backend.interface import FORMS
 from hydra_kernels.kernels import configs
-from tests.cases import PLAIN, ROUNDING, Case, operands
-from tests.oracle import Tensors, differentiate, hydra
+from tests.cases import INPUT_P, INPUT_SEED, PLAIN, ROUNDING, Case, operands
+from tests.oracle import Tensors, differentiate, hydra, input_mask
 
 # Exit status of a process in which nothing runs any more, as after an illegal address: what is left needs a new one.
 START_OVER = 75
 FREE_BYTES = 20 << 30  # that a check of int64 offsets wants
 
 EVERYTHING = replace(PLAIN, lead=(23, 3), adapter_bias=True, scales="learnable", dropout=True)
-SMALL = (PLAIN, Case((64,), 96, 80, 8, 8), EVERYTHING)
+# The mask's bits on the device against those of plain integers, in tiles of every kind.
+DROPPING = Case((200,), 256, 192, 8, 8, input_dropout="seed")
+SMALL = (PLAIN, Case((64,), 96, 80, 8, 8), EVERYTHING, DROPPING, replace(EVERYTHING, input_dropout="seed"))
 REAL = (Case((6400,), 3072, 768, 8, 8), Case((300,), 4096, 4096, 8, 8), Case((300,), 1024, 512, 32, 32))
 DRY = (Case((40,), 48, 32, 8, 8), EVERYTHING)
-QUICK, QUICK_FORMATS = (EVERYTHING, REAL[0]), ("bf16", "tf32")
+QUICK, QUICK_FORMATS = (EVERYTHING, DROPPING, REAL[0]), ("bf16", "tf32")
 MANY_RANKS = Case((300,), 1024, 512, 37, 33)
 DRAWS = 5  # of a small case, where chance can break a single one
 
 Check = Callable[[], Finding]
 
 
-def call(function: Callable[..., Tensor], case: Case, t: Tensors, **options: str) -> Tensor:
+def call(function: Callable[..., Tensor], case: Case, t: Tensors, **options: Any) -> Tensor:
     t = dict(t)
+    if case.input_dropout == "seed" and function is hk.hydra_linear:
+        del t["input_mask"]
+        torch.manual_seed(INPUT_SEED)
+        options["input_dropout_p"] = INPUT_P
     positional = [t.pop(name, None) for name in ("x", "weight", "bias", "A_down", "A_up", "B_down", "B_up")]
     return function(*positional, **t, **case.constant_scales, **options)
 
 
 def drawn(case: Case, form: Format, seed: int = 0) -> tuple[Tensors, Tensor]:
     t, G = operands(case, form.base, form.adapters, seed)
+    if case.input_dropout == "seed":
+        torch.manual_seed(INPUT_SEED)
+        of_device = int(torch.randint(2**63 - 1, (), device=device()))  # a GPU's generator gives another one
+        t["input_mask"] = input_mask(of_device, INPUT_P, case.M, case.K).to(form.base)
     return {name: v.to(device()) for name, v in t.items()}, G.to(device())
 
 
 def wanted(t: Tensors) -> set[str]:
-    return set(t) - {"weight", "mask"}
+    return set(t) - {"weight", "mask", "input_mask"}
 
 
 def ours(case: Case, backend: str, t: Tensors, G: Tensor, form: str = "auto") -> Tensors:
@@ -229,6 +240,11 @@ def serves(backend: str, form: Format) -> bool:
     return backend == "aten" or TABLE[backend].refusal("composed", form.base, 1, 1, device=device()) is None
 
 
+def drops_input(backend: str, form: Format) -> bool:
+    form_of = "kept" if backend == "aten" else "composed"
+    return TABLE[backend].refusal(form_of, form.base, 1, 1, True, device(), True) is None
+
+
 def tested() -> list[str]:
     """Where `native` cannot run, the machine's group fails."""
     return ["triton", "hybrid", "aten"] + (["native"] if TABLE["native"].unavailable(device()) is None else [])
@@ -250,7 +266,9 @@ def quick(dry: bool) -> dict[str, dict[str, Check]]:
         form = FORMATS[name]
         checks: dict[str, Check] = {}
         for way, case in itertools.product(FORMS[1:], quick_cases(form, dry)):
-            refusal = partial(TABLE[backend].refusal, way, form.base, masked=case.dropout, device=device())
+            drops = bool(case.input_dropout)
+            masks = {"masked": case.dropout or drops, "drops_input": drops}
+            refusal = partial(TABLE[backend].refusal, way, form.base, device=device(), **masks)
             # What no Hydra may run in, a LoRA may.
             ranks = next((r for r in ((case.r_a, case.r_b), (case.r_a, 0)) if refusal(*r) is None), None)
             if ranks is None or (way == "kept" and not ranks[1]):
@@ -278,6 +296,7 @@ def groups(dry: bool) -> dict[str, dict[str, Check]]:
             checks = {
                 f"{name} {case}": partial(backend_check, backend, form, case, DRAWS if case.M < 100 and not dry else 1)
                 for case in cases
+                if not case.input_dropout or drops_input(backend, form)
             }
             found.setdefault(backend if dry or backend == "aten" else f"{backend} {name}", {}).update(checks)
         case = replace(DRY[0] if dry else Case((512,), 1024, 768, 8, 8), adapter_bias=True, dropout=True)

@@ -93,7 +93,7 @@ def test_what_trains_nothing_is_named_with_its_reason(dead, reason):
 @pytest.mark.parametrize(
     "options",
     [
-        {"r_a": 2, "r_b": 1, "adapter_bias": True, "learnable_scale": True, "dropout": 0.1},
+        {"r_a": 2, "r_b": 1, "adapter_bias": True, "learnable_scale": True, "dropout": 0.1, "input_dropout": 0.1},
         {"method": "lora", "r": 2},
         {"method": "seqlora", "r": 2, "scale": 0.25},
     ],

@@ -36,7 +36,7 @@ from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels.configs import Architecture
 from hydra_kernels.kernels.launch import Launch
-from tests.cases import ADAPTERS, Case
+from tests.cases import ADAPTERS, INPUT_P, Case
 
 # The data type, and what torch's setting for fp32 products must say.
 DTYPES = {
@@ -131,6 +131,8 @@ def launches_of(step: Step, arch: Architecture) -> list[Launch]:
             t |= {f"{side}_down_bias": new(r), f"{side}_up_bias": new(case.N)}
     if case.dropout:
         t["mask"] = new(case.M, case.r_a + case.r_b, dtype=dtype)
+    if case.input_dropout:
+        t |= {"input_seed": new((), dtype=torch.int64), "input_p": INPUT_P}
     needs = {"x"} | {name for name in ADAPTERS if isinstance(t[name], Tensor)}
     needs |= {"bias"} if step.trainable_bias and case.bias else set()
     x, G = new(case.M, case.K, dtype=dtype), new(case.M, case.N, dtype=dtype)
