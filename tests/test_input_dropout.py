@@ -23,13 +23,14 @@ from .cases import INPUT_P, PLAIN, Case, operands
 from .emulated import EmulatedGraph
 from .oracle import differentiate, hydra, input_mask, violations
 from .oracle import philox as words
-from .test_backends import BF16, F32, F64, FORMS, call, compare, finest, joined, trainable
+from .test_backends import BF16, F32, F64, FORMS, call, compare, finest, joined, slow_if, trainable
 from .test_layers import trained
 
 # Low and high half of each count, and the sign bit.
 SEEDS = [0, 3, 2**31, 2**32 + 5, 2**63 - 2, -1]
 DROPPING = [p for p in FORMS if TABLE[p.values[0]].refusal(p.values[1], F32, 2, 3, True, drops_input=True) is None]
-INTERPRETED = ("triton", "hybrid")
+# hybrid has triton's kernels, but for dx.
+RARELY_HYBRID = [pytest.param(*p.values, marks=slow_if(p.values[0] == "hybrid")) for p in DROPPING]
 
 
 def seed_of(value: int) -> Tensor:
@@ -82,7 +83,7 @@ def test_a_word_at_the_threshold_stays_and_the_one_below_goes():
     assert philox.threshold(1 - 2**-40) == 2**32  # no word reaches it
 
 
-@pytest.mark.parametrize("seed", SEEDS[1::2])
+@pytest.mark.parametrize("seed", [3, pytest.param(2**32 + 5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("M", "K"), [(5, 13), (35, 38)])
 @pytest.mark.parametrize("given", ["seed", "booleans", "values"])
 def test_each_kernel_has_the_mask_to_the_bit(given, M, K, seed):
@@ -165,7 +166,7 @@ BOTH = Case((6,), 9, 7, 3, 2, adapter_bias=True)
 
 
 @pytest.mark.parametrize("name", ["x", "A_down"])
-@pytest.mark.parametrize(("backend", "form"), DROPPING)
+@pytest.mark.parametrize(("backend", "form"), RARELY_HYBRID)
 def test_dx_and_dA_down_are_of_the_mask_that_h_saw(backend, form, name):
     """h is affine in either: each entry of the gradient is known from outputs alone, whatever autograd says."""
     dtype = finest(backend)
@@ -183,7 +184,7 @@ def test_dx_and_dA_down_are_of_the_mask_that_h_saw(backend, form, name):
     assert not torch.allclose(got[name], frozen[name], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(("backend", "form"), DROPPING)
+@pytest.mark.parametrize(("backend", "form"), RARELY_HYBRID)
 def test_what_is_dropped_acts_on_the_parallel_branch_alone(backend, form):
     """x = 1 and projections that tell the branches apart: y0 and its branch are whole, A's part is 0 or 1/(1-p)."""
     dtype, (rows, width), p = finest(backend), (200, 8), 0.2
@@ -199,12 +200,12 @@ def test_what_is_dropped_acts_on_the_parallel_branch_alone(backend, form):
     torch.testing.assert_close(dx, h.detach(), rtol=1e-5, atol=1e-4)  # each element alone, and x = 1
 
 
-SUBSETS = [{"x"}, {"A_down"}, {"x", "A_down"}, {"A_up", "B_up"}, {"B_down", "bias"}, {"x", "B_down", "scale_a"}]
+SUBSETS = [{"x", "B_down", "scale_a"}, {"A_down"}, {"x"}, {"x", "A_down"}, {"A_up", "B_up"}, {"B_down", "bias"}]
 
 
 @pytest.mark.parametrize(
     ("backend", "form", "wanted"),
-    joined(DROPPING, SUBSETS, lambda i, backend, form, wanted: backend == "hybrid" or (backend == "triton" and i > 2)),
+    joined(DROPPING, SUBSETS, lambda i, backend, form, wanted: backend == "hybrid" or (backend == "triton" and i > 1)),
 )
 def test_any_subset_of_gradients(wanted, backend, form):
     case = Case((6,), 13, 11, 3, 5, adapter_bias=True, scales="learnable", dropout=True, input_dropout="seed")
@@ -233,7 +234,7 @@ def test_no_backend_shifts_the_generator():
         got = step(t, G, form, backend, {"x", "A_down"})
         found.append((torch.rand(()).item(), got))
     torch.manual_seed(5)
-    philox.draw_seed(torch.device("cpu"))
+    torch.randint(2**63 - 1, ())
     after = torch.rand(()).item()
     for (backend, form), (drawn, got) in zip(routes, found, strict=True):
         assert drawn == after, backend
@@ -340,8 +341,13 @@ def test_each_layer_and_each_step_draws_its_own_seed_and_eval_none():
     assert seeds.seen == []
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize(("backend", "form"), [("aten", "composed"), ("aten", "kept"), ("triton", "auto")])
+@pytest.mark.parametrize(
+    ("backend", "form", "use_reentrant"),
+    [
+        *(("aten", form, use_reentrant) for form in ("composed", "kept") for use_reentrant in (False, True)),
+        *(pytest.param("triton", "auto", mode, marks=pytest.mark.slow) for mode in (False, True)),
+    ],
+)
 def test_checkpointing_recomputes_with_the_same_mask(backend, form, use_reentrant):
     model, x = stack(backend, form), torch.randn(6, 12, requires_grad=True)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
