@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hydra_kernels as hk
 from hydra_kernels.backend import TABLE, philox
+from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs, gemm, skinny
 from hydra_kernels.kernels import philox as kernels
 from hydra_kernels.kernels.philox import NONE, InputDropout
@@ -427,15 +429,62 @@ def test_branches_sum_up_to_the_output():
     assert torch.equal(parts.sequential, layer.branches(x).sequential)
 
 
-@pytest.mark.parametrize("form", ["composed", "kept", "effective"])
-@pytest.mark.skipif(hk.backends()["native"] is not None, reason="the compiled part is not built")
-def test_native_refuses_it_and_auto_takes_another(form):
-    """An effective weight has no place for it: W0 + U D is the same for every row, the mask is not."""
-    why = "an effective weight leaves no place for dropout" if form == "effective" else "it has no kernels for input"
+needs_native = pytest.mark.skipif(hk.backends()["native"] is not None, reason="the compiled part is not built")
+
+
+@needs_native
+def test_native_has_no_effective_form_of_it():
+    """W0 + U D is the same for every row, the mask is not."""
     t, _ = operands(PLAIN, F32)
+    why = "an effective weight leaves no place for dropout"
     for options in ({"input_dropout_p": INPUT_P}, {"input_mask": torch.ones(7, 13)}):
         with pytest.raises(ValueError, match=f"backend: 'native' cannot serve this call: {why}"):
-            call(hk.hydra_linear, t, PLAIN, form=form, backend="native", **options)
-    if form == "effective":
+            call(hk.hydra_linear, t, PLAIN, form="effective", backend="native", **options)
         with pytest.raises(ValueError, match=f"cannot serve this call: {why}"):
-            call(hk.hydra_linear, t, PLAIN, form=form, input_dropout_p=INPUT_P)
+            call(hk.hydra_linear, t, PLAIN, form="effective", **options)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+@pytest.mark.parametrize("given", ["seed", "booleans", "values"])
+def test_native_has_the_mask_to_the_bit(given, form, dtype):
+    """Over W0 = 0 and A_down = A_up = 1, h and dx are the mask: of several blocks of rows, K that 4 does not divide."""
+    for seed, (M, K), p in [(0, (5, 13), 0.5), (-1, (131, 38), 0.2), (2**32 + 5, (70, 259), 0.75)]:
+        scale, mask = 1 / (1 - p), kept(seed, p, M, K)
+        eye, zeros = torch.eye(K, dtype=dtype), torch.zeros(K, K, dtype=dtype)
+        masks = {
+            "seed": (None, seed_of(seed), p),
+            "booleans": (mask, None, p),
+            "values": ((mask * scale).to(dtype), None, 0.0),
+        }
+        input_mask, input_seed, input_p = masks[given]
+        one = torch.zeros(1, K, dtype=dtype), torch.zeros(K, 1, dtype=dtype)
+        branch_b = one if form == "kept" else (None, None)  # without one, kept is composed
+        op = Operands(zeros, None, eye, eye, *branch_b, input_mask=input_mask, input_seed=input_seed, input_p=input_p)
+        names = frozenset({"x", "A_down"})
+        x, backend = torch.ones(M, K, dtype=dtype), TABLE["native"]
+        h, op, saved = backend.forward(x, op, names, form)
+        grads = backend.backward(torch.ones(M, K, dtype=dtype), op, saved, names, form)
+        expected = (mask * torch.tensor(scale, dtype=torch.float32 if dtype == BF16 else dtype)).to(dtype)
+        assert torch.equal(h, expected)
+        assert torch.equal(grads["x"], expected)
+        sums = mask.sum(0) * scale
+        got = grads["A_down"].double()
+        torch.testing.assert_close(got, sums.expand(K, K).double(), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 5, 64])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_native_drops_in_every_block_and_thread(form, dtype, threads):
+    """Also where 64 threads share their sums, and each makes the mask of its columns."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = Case((70,), 1101, 1030, 9, 8) if threads == 64 else Case((150,), 61, 53, 5, 3)
+        for given in ("seed", "mask"):
+            compare(replace(case, input_dropout=given), "native", form, (dtype, dtype))
+    finally:
+        torch.set_num_threads(before)

@@ -16,6 +16,8 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 
+#include <memory>
+
 #include "../host.h"
 #include "adapters.h"
 #include "large.h"
@@ -61,20 +63,42 @@ void bottleneck(at::Tensor& Z, const Mask<Sum<E>>& mask, int64_t flops, const F&
   });
 }
 
+// A_down [r_a, K] as it stands beside x' and beside its mask: with 1/(1-p).
+template <class E, class T = Sum<E>>
+at::Tensor scaled_A_down(const Adapters<T>& ad, const InputDropout<E>& drop) {
+  return drop.scale() == 1 || !ad.r_a ? ad.A_down : at::mul(ad.A_down, at::Scalar(drop.scale()));
+}
+
+// x D^T + d of a block of rows, where A_down reads x' under input dropout.
+template <class E, class T = Sum<E>>
+auto down_products(const Adapters<T>& ad, const InputDropout<E>& drop, const T* D, const T* d, int64_t K) {
+  const bool apart = drop.on() && ad.r_a;
+  const int64_t r_a = apart ? ad.r_a : 0, R = ad.R;
+  const at::Tensor A_down = apart ? scaled_A_down(ad, drop) : at::Tensor();
+  return [=, &drop, a = std::make_shared<Small<E>>(vector<T>(A_down), r_a, K, DOWN), owner = A_down,
+          others = std::make_shared<Small<E>>(D + r_a * K, R - r_a, K, DOWN)](const E* x, int64_t stride, int64_t row,
+                                                                              int64_t rows, T* z) {
+    if (r_a) a->down(drop.rows(x, stride, row, rows), K, rows, d, z, R);
+    if (R > r_a) others->down(x, stride, rows, d ? d + r_a : nullptr, z + r_a, R);
+  };
+}
+
 template <class E, class T = Sum<E>>
 Forward composed_forward(const at::Tensor& x, const Operands& op, Needs needs, const Adapters<T>& ad, Library library) {
   const int64_t M = x.size(0), K = x.size(1), N = ad.N, R = ad.R;
   const Rows<E> rows(x);
   const auto [D, d] = stacked_down<E>(ad, Rows<E>(op.weight), K);
+  const InputDropout<E> drop(op, K);
   const Buffer<T> U = ad.U_transposed(), bias(N);
-  const Small<E> down(vector<T>(D), R, K, DOWN), up(U.data(), R, N, UP);
+  const Small<E> up(U.data(), R, N, UP);
+  const auto to_Z = down_products<E>(ad, drop, vector<T>(D), vector<T>(d), K);
   // In fp32 the GEMM adds to b0 + u + Z U^T. In bf16 b0, which may cancel x W0^T, must not be rounded before their sum.
   const bool b0_apart = !std::is_same_v<E, T>;
   const T* base = ad.bias(bias.data(), !b0_apart) ? bias.data() : nullptr;
   at::Tensor Z = at::empty({M, R}, x.options()), h = at::empty({M, N}, x.options());
   bottleneck<E>(
       Z, Mask<T>(op.mask, op.mask_scale), 2 * M * R * (K + N),
-      [&, &d = d](int64_t m, int64_t count, T* z) { down.down(rows.row(m), rows.stride, count, vector<T>(d), z, R); },
+      [&](int64_t m, int64_t count, T* z) { to_Z(rows.row(m), rows.stride, m, count, z); },
       [&](int64_t m, int64_t count, const E* z) {
         up.up(z, R, count, base, nullptr, 0, h.mutable_data_ptr<E>() + m * N, N);
       });
@@ -89,14 +113,17 @@ Forward kept_forward(const at::Tensor& x, const Operands& op, Needs needs, const
   const Rows<E> rows(x);
   const Buffer<T> U = ad.U_transposed(), u(N);
   const T* row = ad.bias(u.data(), false) ? u.data() : nullptr;
-  const Small<E> A_down(vector<T>(ad.A_down), r_a, K, DOWN), B_down(vector<T>(ad.B_down), r_b, N, DOWN), up(U.data(), R, N, UP);
+  const InputDropout<E> drop(op, K);
+  const at::Tensor scaled = scaled_A_down(ad, drop);
+  const Small<E> A_down(vector<T>(scaled), r_a, K, DOWN), B_down(vector<T>(ad.B_down), r_b, N, DOWN), up(U.data(), R, N, UP);
   const at::Tensor y0 = linear(x, op.weight, op.bias, {}, library);
   at::Tensor Z = at::empty({M, R}, x.options()), h = needs.any(B_DOWN) ? at::empty({M, N}, x.options()) : y0;
   const E* y = y0.const_data_ptr<E>();
   bottleneck<E>(
       Z, Mask<T>(op.mask, op.mask_scale), 2 * M * (r_a * K + r_b * N + R * N),
       [&](int64_t m, int64_t count, T* z) {
-        if (r_a) A_down.down(rows.row(m), rows.stride, count, vector<T>(ad.a_d), z, R);
+        const E* x_rows = drop.on() && r_a ? drop.rows(rows.row(m), rows.stride, m, count) : rows.row(m);
+        if (r_a) A_down.down(x_rows, drop.on() ? K : rows.stride, count, vector<T>(ad.a_d), z, R);
         B_down.down(y + m * N, N, count, vector<T>(ad.b_d), z + r_a, R);
       },
       [&](int64_t m, int64_t count, const E* z) {
@@ -199,14 +226,20 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   if (wants_dU && !effective) s.Z = vector<E>(Z);
   if constexpr (std::is_same_v<E, T>)
     if (wants_dU && effective) s.x = x.data, s.x_stride = x.stride, s.D = vector<T>(D), s.d = vector<T>(d);
-  // In the composed and the effective form dA_down and T are rows of one product.
-  const bool both = !kept && needs.any(A_DOWN) && needs.any(B_DOWN);
+  const InputDropout<E> drop(op, K);
+  if (drop.on() && r_a) s.drop = &drop;
+  // In the composed and the effective form dA_down and T are rows of one product, unless A_down reads another x.
+  const bool both = !kept && !s.drop && needs.any(A_DOWN) && needs.any(B_DOWN);
   if (needs.any(A_DOWN)) s.a = {0, both ? R : r_a, K, x.data, x.stride};
   if (needs.any(B_DOWN) && kept) s.b = {r_a, r_b, N, y0.data, y0.stride};
   if (needs.any(B_DOWN) && !kept && !both) s.b = {r_a, r_b, K, x.data, x.stride};
   at::Tensor dx, dy0 = G.owner;
-  const int64_t ranks = !needs.any(X) || effective ? 0 : kept ? r_a : R;
-  const Small<E> onto_dx(ranks ? vector<T>(kept ? ad.A_down : D) : nullptr, ranks, K, UP);
+  const int64_t ranks = !needs.any(X) || effective ? 0 : kept || s.drop ? r_a : R;
+  const at::Tensor scaled = s.drop ? scaled_A_down(ad, drop) : ad.A_down;
+  const Small<E> onto_dx(ranks ? vector<T>(kept || s.drop ? scaled : D) : nullptr, ranks, K, UP);
+  const int64_t ranks_b = ranks && s.drop && !kept ? r_b : 0;
+  const Small<E> onto_dx_b(ranks_b ? vector<T>(D) + r_a * K : nullptr, ranks_b, K, UP);
+  if (ranks_b) s.onto_dx_b = &onto_dx_b;
   const Small<E> B_down(needs.any(X) && kept ? vector<T>(ad.B_down) : nullptr, needs.any(X) && kept ? r_b : 0, N, UP);
   if (needs.any(X) && kept) dy0 = at::empty({M, N}, G.owner.options()), s.B_down = &B_down, s.dy0 = dy0.mutable_data_ptr<E>();
   if (ranks) dx = at::empty({M, K}, G.owner.options()), s.onto_dx = &onto_dx, s.dx = dx.mutable_data_ptr<E>();
@@ -214,7 +247,9 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   from_sums(grads, G.owner, op, ad, needs, sums);
   if (needs.any(A_DOWN)) {
     grads[A_DOWN] = at::empty({r_a, K}, options);
-    std::copy_n(sums.of(0) + sums.a, r_a * K, grads[A_DOWN].template mutable_data_ptr<T>());
+    T* out = grads[A_DOWN].template mutable_data_ptr<T>();
+    const T scale = s.drop ? static_cast<T>(drop.scale()) : T(1);
+    for (int64_t e = 0; e < r_a * K; ++e) out[e] = scale * sums.of(0)[sums.a + e];
   }
   if (needs.any(B_DOWN)) {
     grads[B_DOWN] = at::empty({r_b, N}, options);

@@ -16,6 +16,10 @@ namespace hydra::cpu {
   void run(const Widen& copy);               \
   void run(const Narrow& copy);              \
   void run(const Pair& copy);                \
+  void run(const Keep& mask);                \
+  void run(const Masked<uint16_t>& copy);    \
+  void run(const Masked<uint32_t>& copy);    \
+  void run(const Masked<uint64_t>& copy);    \
   }
 HYDRA_DECLARE(plain)
 #ifdef __x86_64__
@@ -60,5 +64,9 @@ void run(const Combine<double>& product) { dispatch(product); }
 void run(const Widen& copy) { dispatch(copy); }
 void run(const Narrow& copy) { dispatch(copy); }
 void run(const Pair& copy) { dispatch(copy); }
+void run(const Keep& mask) { dispatch(mask); }
+void run(const Masked<uint16_t>& copy) { dispatch(copy); }
+void run(const Masked<uint32_t>& copy) { dispatch(copy); }
+void run(const Masked<uint64_t>& copy) { dispatch(copy); }
 
 }  // namespace hydra::cpu

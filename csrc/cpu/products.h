@@ -71,6 +71,27 @@ struct Pair {
   uint32_t* out;
 };
 
+// Input dropout, as hydra_kernels/backend/philox.py has it.
+//
+//   keep     out[i, c] = 1 where Philox keeps element (row + i, first + c) of x, else 0; first is a multiple of 4
+//   masked   out[i, c] = in[i, c] where keep[i, c], else 0; out may be in
+struct Keep {
+  int64_t row, rows, first, columns;
+  uint64_t seed, threshold;  // kept from this word on; up to 2^32
+  uint8_t* out;              // [rows, columns]
+};
+
+template <class T>  // a number's bits
+struct Masked {
+  int64_t rows, columns;
+  const T* in;
+  int64_t ld_in;
+  const uint8_t* keep;
+  int64_t ld_keep;
+  T* out;
+  int64_t ld_out;
+};
+
 // The instruction set that this processor has and ATEN_CPU_CAPABILITY allows: "avx512", "avx2" or "plain".
 const char* instructions();
 
@@ -81,5 +102,9 @@ void run(const Combine<double>& product);
 void run(const Widen& copy);
 void run(const Narrow& copy);
 void run(const Pair& copy);
+void run(const Keep& mask);
+void run(const Masked<uint16_t>& copy);
+void run(const Masked<uint32_t>& copy);
+void run(const Masked<uint64_t>& copy);
 
 }  // namespace hydra::cpu

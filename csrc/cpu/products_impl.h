@@ -2,6 +2,13 @@
 
 #include "products.h"
 
+#ifdef __x86_64__
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 sees it in its own header
+#endif
+#include <immintrin.h>
+#endif
+
 namespace hydra::cpu {
 namespace {  // each instruction set has its own copy, and the linker must not merge them
 
@@ -190,6 +197,65 @@ void run_pair(const Pair& pair) {
   }
 }
 
+// Philox works on words of 32 bits, each in the lower half of 64: what the upper half holds is never read.
+constexpr int COUNTERS = VECTOR_BYTES / 8;  // at a time
+using Words = Vector<uint64_t, COUNTERS>;
+constexpr uint64_t LOW = 0xFFFFFFFF;
+
+// The whole products of the lower halves.
+HYDRA_INLINE Words widening_product(Words words, uint64_t factor) {
+#if VECTOR_BYTES == 64
+  return (Words)_mm512_mul_epu32((__m512i)words, _mm512_set1_epi64(factor));
+#elif defined(__AVX2__)
+  return (Words)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi64x(factor));
+#else
+  return (words & LOW) * factor;
+#endif
+}
+
+void run_keep(const Keep& k) {
+  constexpr int CHAINS = 4;  // independent ones, since a round waits for the one before
+  const int64_t groups = (k.columns + 3) / 4;
+  Words lane;
+  for (int l = 0; l < COUNTERS; ++l) lane[l] = l;
+  for (int64_t i = 0; i < k.rows; ++i)
+    for (int64_t g = 0; g < groups; g += CHAINS * COUNTERS) {
+      Words c0[CHAINS], c1[CHAINS], c2[CHAINS] = {}, c3[CHAINS] = {};
+      for (int j = 0; j < CHAINS; ++j) {
+        c0[j] = lane + static_cast<uint64_t>(k.first / 4 + g + j * COUNTERS);
+        c1[j] = Words{} + static_cast<uint64_t>(k.row + i);
+      }
+      uint32_t low = static_cast<uint32_t>(k.seed), high = static_cast<uint32_t>(k.seed >> 32);
+      for (int round = 0; round < 10; ++round) {
+        for (int j = 0; j < CHAINS; ++j) {
+          const Words a = widening_product(c0[j], 0xD2511F53), b = widening_product(c2[j], 0xCD9E8D57);
+          c0[j] = (b >> 32) ^ c1[j] ^ low, c1[j] = b;
+          c2[j] = (a >> 32) ^ c3[j] ^ high, c3[j] = a;
+        }
+        low += 0x9E3779B9, high += 0xBB67AE85;
+      }
+      uint32_t four[CHAINS * COUNTERS];
+      for (int j = 0; j < CHAINS; ++j) {
+        const auto kept = [&](Words word, int place) { return (Words)((word & LOW) >= k.threshold) & (uint64_t(1) << 8 * place); };
+        const Words bytes = kept(c0[j], 0) | kept(c1[j], 1) | kept(c2[j], 2) | kept(c3[j], 3);
+        for (int l = 0; l < COUNTERS; ++l) four[j * COUNTERS + l] = static_cast<uint32_t>(bytes[l]);
+      }
+      const int64_t left = k.columns - 4 * g;
+      __builtin_memcpy(k.out + i * k.columns + 4 * g, four, left < static_cast<int64_t>(sizeof(four)) ? left : sizeof(four));
+    }
+}
+
+template <class T>
+void run_masked(const Masked<T>& m) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const T* in = m.in + i * m.ld_in;
+    const uint8_t* keep = m.keep + i * m.ld_keep;
+    T* out = m.out + i * m.ld_out;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < m.columns; ++c) out[c] = keep[c] ? in[c] : T(0);
+  }
+}
+
 }  // namespace
 }  // namespace hydra::cpu
 
@@ -202,4 +268,8 @@ void run_pair(const Pair& pair) {
   void run(const Widen& copy) { run_widen(copy); }                          \
   void run(const Narrow& copy) { run_narrow(copy); }                        \
   void run(const Pair& copy) { run_pair(copy); }                            \
+  void run(const Keep& mask) { run_keep(mask); }                            \
+  void run(const Masked<uint16_t>& copy) { run_masked(copy); }              \
+  void run(const Masked<uint32_t>& copy) { run_masked(copy); }              \
+  void run(const Masked<uint64_t>& copy) { run_masked(copy); }              \
   }

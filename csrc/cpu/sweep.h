@@ -15,7 +15,7 @@
 
 #include <algorithm>
 
-#include "small.h"
+#include "input_dropout.h"
 
 namespace hydra::cpu {
 
@@ -74,6 +74,9 @@ struct Sweep {
   int64_t r_b = 0;
   const Small<E>* onto_dx = nullptr;  // [ranks, K]: dx so far = dZ[:, :ranks] times it, where wanted
   E* dx = nullptr;                    // [M, K]
+  // With input dropout a is of x', onto_dx is A_down with its scale, masked in dx, and the last r_b ranks are apart.
+  const InputDropout<E>* drop = nullptr;
+  const Small<E>* onto_dx_b = nullptr;  // C [r_b, K], or null
 };
 
 constexpr int64_t FLOPS_OF_A_THREAD = 1 << 18;  // with fewer, waking a thread costs more than it saves
@@ -145,7 +148,12 @@ void sweep_rows(const Sweep<E>& s, int64_t row, int64_t rows, bool first, T* Z, 
     z[r] = first ? total : z[r] + total;
   }
   if (s.dy0) s.B_down->up(rounded + R - s.r_b, R, rows, nullptr, G, s.G_stride, s.dy0 + row * s.N, s.N);
-  if (s.dx) s.onto_dx->up(rounded, R, rows, nullptr, nullptr, 0, s.dx + row * s.K, s.K);
+  if (!s.dx) return;
+  E* dx = s.dx + row * s.K;
+  s.onto_dx->up(rounded, R, rows, nullptr, nullptr, 0, dx, s.K);
+  if (!s.drop) return;
+  s.drop->apply(dx, s.K, row, rows, 0, s.K, dx, s.K);
+  if (s.onto_dx_b) s.onto_dx_b->up(rounded + R - s.r_b, R, rows, nullptr, dx, s.K, dx, s.K);
 }
 
 // Share `part` of `parts` of the columns.
@@ -162,8 +170,18 @@ void sweep_sums(const Sweep<E>& s, int64_t row, int64_t rows, int64_t ahead, boo
   const int64_t stride = padded(s.R);
   const E* G = s.G + row * s.G_stride;
   const auto products = [&](const auto& visit) {
-    for (auto [down, offset] : {std::pair(&s.a, at.a), std::pair(&s.b, at.b)})
-      if (down->ranks) visit(*down, down->v + row * down->v_stride, share.first(down->width), share.last(down->width), sums + offset);
+    for (auto [product, offset] : {std::pair(&s.a, at.a), std::pair(&s.b, at.b)}) {
+      if (!product->ranks) continue;
+      Down<E> down = *product;
+      const int64_t begin = share.first(down.width), end = share.last(down.width);
+      const E* v = down.v + row * down.v_stride;
+      if (s.drop && product == &s.a) {
+        E* masked = Scratch<E, 4>::of(rows * down.width);
+        s.drop->apply(v, down.v_stride, row, rows, begin, end, masked, down.width);
+        v = masked, down.v_stride = down.width;
+      }
+      visit(down, v, begin, end, sums + offset);
+    }
   };
   if constexpr (std::is_same_v<E, T>) {
     const auto onto = [&](T* out) { return first ? nullptr : out; };
@@ -175,7 +193,7 @@ void sweep_sums(const Sweep<E>& s, int64_t row, int64_t rows, int64_t ahead, boo
     }
     products([&](const Down<E>& down, const E* v, int64_t begin, int64_t end, T* out) {
       run(Combine<T>{down.ranks, end - begin, rows, dZ + down.first, stride, 1, v + begin, down.v_stride, onto(out + begin),
-                     down.width, out + begin, down.width, 0, ahead * down.v_stride});
+                     down.width, out + begin, down.width, 0, s.drop ? 0 : ahead * down.v_stride});
     });
   } else {
     const int64_t ld = (rows + 1) / 2 * 2;
