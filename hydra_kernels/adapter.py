@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class Adapter(nn.Module):
         scale_a, scale_b: factors of the branches, initial values where ``learnable_scale``.
         learnable_scale, dropout, input_dropout, adapter_bias, adapter_dtype, init_std, form, backend: as for
             `HydraLinear`.
+        init: "gaussian", or "peft" for a uniform start within 1/sqrt(fan_in), as PEFT's LoRA has it.
         device: of the adapters.
         dtype: of the base layer, and of the adapters where ``adapter_dtype`` is None.
 
@@ -98,6 +99,7 @@ class Adapter(nn.Module):
     B_up_bias: nn.Parameter | None
     scale_a: float | Tensor
     scale_b: float | Tensor
+    init: str = "gaussian"
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class Adapter(nn.Module):
         adapter_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
         init_std: float | None = None,
+        init: str = "gaussian",
         form: str = "auto",
         backend: str = "auto",
         device: Device = None,
@@ -148,9 +151,13 @@ class Adapter(nn.Module):
             check_finite("init_std", init_std, "None or a number")
             if init_std < 0:
                 raise ValueError(f"init_std: expected None or a number >= 0, got {init_std}")
+        if init not in ("gaussian", "peft"):
+            raise ValueError(f"init: expected 'gaussian' or 'peft', got {init!r}")
+        if init == "peft" and init_std is not None:
+            raise ValueError(f"init_std: expected None beside init='peft', which fixes it, got {init_std}")
         self.in_features, self.out_features, self.r_a, self.r_b = in_features, out_features, r_a, r_b
         self.dropout, self.input_dropout = dropout, input_dropout
-        self.adapter_bias, self.init_std = adapter_bias, init_std
+        self.adapter_bias, self.init_std, self.init = adapter_bias, init_std, init
         self.form, self.backend = form, backend
         self._initial_scales = {"scale_a": scale_a, "scale_b": scale_b}
 
@@ -180,12 +187,15 @@ class Adapter(nn.Module):
         return {name: p for name in self.ADAPTERS if isinstance(p := getattr(self, name), nn.Parameter)}
 
     def reset_adapters(self) -> None:
-        """Puts the adapter at the start of training: down projections Gaussian, up projections and biases zero."""
+        """Puts the adapter at the start of training: down projections random, up projections and biases zero."""
         with torch.no_grad():
             for name, parameter in self.adapters().items():
                 if name in ("A_down", "B_down"):
-                    fan_in = parameter.shape[1]
-                    parameter.normal_(0, 1 / math.sqrt(fan_in) if self.init_std is None else self.init_std)
+                    usual = 1 / math.sqrt(parameter.shape[1])
+                    if self.init == "peft":
+                        parameter.uniform_(-usual, usual)
+                    else:
+                        parameter.normal_(0, usual if self.init_std is None else self.init_std)
                 elif name in self._initial_scales:
                     parameter.fill_(self._initial_scales[name])
                 else:
@@ -235,8 +245,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def merged_with(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight [N, K] and the bias [N], or None, of the frozen layer that equals the adapted one (Eq. 11-12)."""
-        operands: dict[str, Any] = {name: getattr(self, name) for name in self.ADAPTERS}
-        return merged_parameters(weight, bias, **operands)
+        return merged_parameters(weight, bias, **operands_of(self))
 
 
 def check_count(name: str, value: int, least: int) -> None:
@@ -245,3 +254,44 @@ def check_count(name: str, value: int, least: int) -> None:
         raise TypeError(f"{name}: expected an integer >= {least}, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+
+
+def operands_of(adapter: Adapter) -> dict[str, Any]:
+    """What `hydra_linear` takes of an adapter, by name."""
+    return {name: getattr(adapter, name) for name in Adapter.ADAPTERS}
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The operands of the one adapter that acts as all of these: both branches are linear in what they read."""
+    operands: dict[str, Any] = dict.fromkeys(Adapter.ADAPTERS) | {"scale_a": 1.0, "scale_b": 1.0}
+    for side in "AB":
+        names = [f"{side}_{name}" for name in ("down", "up", "down_bias", "up_bias")]
+        present = [part for part in parts if part[names[0]] is not None]
+        if present:
+            branches = [(*(part[name] for name in names), part[f"scale_{side.lower()}"]) for part in present]
+            operands |= zip(names, one_branch(branches), strict=True)
+    return operands
+
+
+def one_branch(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, float | Tensor]],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Down, up and their biases of the one branch that is the sum of these, each of them with a scale at the end."""
+    downs, ups, down_biases, up_biases = [], [], [], []
+    for down, up, down_bias, up_bias, s in parts:
+        downs.append(wide(down))
+        ups.append(s * wide(up))
+        down_biases.append(downs[-1].new_zeros(len(down)) if down_bias is None else wide(down_bias))
+        up_biases += [] if up_bias is None else [s * wide(up_bias)]
+    biased = any(part[2] is not None for part in parts)
+    return (
+        torch.cat(downs),
+        torch.cat(ups, dim=1),
+        torch.cat(down_biases) if biased else None,
+        sum(up_biases[1:], up_biases[0]) if up_biases else None,
+    )
+
+
+def wide(t: Tensor) -> Tensor:
+    """In float32 or better, so that scales are not rounded with it."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -10,6 +10,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import HydraConfig, HydraType
+from .in_place import AcceleratedLinear, Report, accelerate, report, undo
 from .layer import HydraLinearLayer
 from .lora import from_lora
 from .model import HydraModel
@@ -20,4 +21,14 @@ PEFT_TYPE_TO_CONFIG_MAPPING[_METHOD] = HydraConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_METHOD] = HydraModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_METHOD] = HydraModel.prefix
 
-__all__ = ["HydraConfig", "HydraLinearLayer", "HydraModel", "from_lora"]
+__all__ = [
+    "AcceleratedLinear",
+    "HydraConfig",
+    "HydraLinearLayer",
+    "HydraModel",
+    "Report",
+    "accelerate",
+    "from_lora",
+    "report",
+    "undo",
+]

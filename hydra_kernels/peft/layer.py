@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Merging
+from ..adapter import Adapter, Merging, joined, operands_of, wide
 from ..backend.interface import LOW_PRECISION
 from ..functional import hydra_linear
 from ..reference import drop, low_rank, merged_parameters
@@ -211,30 +211,14 @@ def _joined(adapters: Sequence[Adapter], apart: Sequence[Adapter] = (), dropped:
 
     1/(1-p) of the bottleneck's dropout is in its up projections where ``dropped``.
     """
-    if len(adapters) == 1 and not dropped:
-        return {name: getattr(adapters[0], name) for name in Adapter.ADAPTERS}
-    operands: dict[str, Any] = dict.fromkeys(Adapter.ADAPTERS) | {"scale_a": 1.0, "scale_b": 1.0}
-    for side, scale in (("A", "scale_a"), ("B", "scale_b")):
-        parts = [a for a in adapters if getattr(a, f"{side}_down") is not None and not (side == "A" and a in apart)]
-        if not parts:
-            continue
-        downs, ups, down_biases, up_biases = [], [], [], []
-        for adapter in parts:
-            down, up, down_bias, up_bias = (
-                _wide(getattr(adapter, f"{side}_{name}")) for name in ("down", "up", "down_bias", "up_bias")
-            )
-            s, keep = getattr(adapter, scale), 1 - adapter.dropout if dropped else 1.0
-            downs.append(down)
-            ups.append(s / keep * up)
-            down_biases.append(down.new_zeros(len(down)) if down_bias is None else down_bias)
-            up_biases += [] if up_bias is None else [s * up_bias]
-        operands |= {f"{side}_down": torch.cat(downs), f"{side}_up": torch.cat(ups, dim=1)}
-        if up_biases:
-            operands |= {
-                f"{side}_down_bias": torch.cat(down_biases),
-                f"{side}_up_bias": sum(up_biases[1:], up_biases[0]),
-            }
-    return operands
+    parts = [operands_of(adapter) for adapter in adapters]
+    for part, adapter in zip(parts, adapters, strict=True):
+        for name in ("A_up", "B_up"):
+            if dropped and part[name] is not None:
+                part[name] = wide(part[name]) / (1 - adapter.dropout)
+        if adapter in apart:
+            part |= dict.fromkeys(("A_down", "A_up", "A_down_bias", "A_up_bias"))
+    return parts[0] if len(parts) == 1 else joined(parts)
 
 
 def _joined_mask(adapters: Sequence[Adapter], apart: Sequence[Adapter], x: Tensor) -> Tensor | None:
@@ -247,8 +231,3 @@ def _joined_mask(adapters: Sequence[Adapter], apart: Sequence[Adapter], x: Tenso
     M = x.shape[:-1].numel()
     ranks = [(a.r_a, 1 - a.dropout) for a in adapters if a not in apart] + [(a.r_b, 1 - a.dropout) for a in adapters]
     return torch.cat([x.new_empty(M, r).bernoulli_(keep) for r, keep in ranks], dim=1)
-
-
-def _wide(t: Any) -> Any:
-    """In float32 or better, so that scales are not rounded with it."""
-    return None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
