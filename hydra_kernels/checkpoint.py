@@ -73,7 +73,7 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Itera
     refuse_meta("save_adapters", tensors)
     contiguous = {name: gathered(tensor).to("cpu").contiguous() for name, tensor in tensors.items()}
     if is_writer(tensors.values()):
-        _write_whole(Path(path), save(contiguous, metadata={KEY: json.dumps(description)}))
+        write_whole(Path(path), save(contiguous, metadata={KEY: json.dumps(description)}))
 
 
 def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -158,7 +158,7 @@ def _calls(layers: dict[str, dict[str, Any]], model: nn.Module) -> str:
         if names == [""]:
             calls.append(f"hk.{METHODS[method].__name__}.from_linear(model, {options})")
         else:
-            calls.append(f"hk.inject(model, {_targets(names, linear)!r}, method={method!r}, {options})")
+            calls.append(f"hk.inject(model, {targets_of(names, linear)!r}, method={method!r}, {options})")
     return "; ".join(calls)
 
 
@@ -173,7 +173,7 @@ def _options(method: str, layer: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
-def _targets(names: list[str], linear: list[str]) -> list[str] | str:
+def targets_of(names: list[str], linear: list[str]) -> list[str] | str:
     """What `inject` takes for these layers and no other: ends of one or two parts, else a regular expression."""
     for parts in (1, 2):
         ends = sorted({".".join(name.split(".")[-parts:]) for name in names})
@@ -204,7 +204,7 @@ def _included(model: nn.Module, include: list[str]) -> dict[str, Tensor]:
     return chosen
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Writes beside path, to the disk, and renames: whoever reads path sees the old file or the new one."""
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():

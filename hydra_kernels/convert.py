@@ -1,7 +1,7 @@
-"""Checkpoints of other code as this package's adapters: the authors' (github.com/extremebird/Hydra) and loralib's.
+"""Checkpoints of other code as this package's adapters, and adapters as PEFT's LoRA.
 
-``load(model, from_authors(...))`` or ``load(model, from_loralib(...))`` puts adapted layers into a model, filled.
-PEFT's checkpoints are those of `hydra_kernels.peft`.
+``load(model, from_authors(...))`` (github.com/extremebird/Hydra) or ``load(model, from_loralib(...))`` puts adapted
+layers into a model, filled. PEFT's checkpoints are those of `hydra_kernels.peft`; `to_lora` writes them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_finite
+from .export import to_lora
 from .model import check_targets, inject, layer_class_of, names_containing, near_names
 from .sharding import is_sharded
+
+__all__ = ["Converted", "LayerAdapters", "from_authors", "from_loralib", "load", "to_lora"]
 
 # Where the authors' code hangs a branch: the module's name, which branch it is, and the linear layer beside it that is
 # adapted. vtab1k (ViT) adapts two; elevater (CLIP) renames c_proj to ad_lin.linear; nlu (RoBERTa) adapts output.dense.
