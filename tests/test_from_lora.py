@@ -301,3 +301,80 @@ def test_a_pattern_is_of_one_layer_not_of_those_that_end_in_its_name(tmp_path):
     ours = from_lora(nested(), tmp_path)
     assert [ours.get_submodule(f"base_model.model.{n}").hydra_adapters["default"].r_a for n in ("0", "1.0")] == [2, 3]
     torch.testing.assert_close(ours(inputs()), want, rtol=1e-12, atol=1e-12)
+
+
+# --- from_lora_config -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 6},
+        {"r": 4, "lora_alpha": 6, "use_rslora": True, "bias": "lora_only", "exclude_modules": ["again"]},
+        {"r": 4, "rank_pattern": {"fc2": 2}, "target_modules": "all-linear", "modules_to_save": ["head"]},
+        {"r": 4, "alpha_pattern": {"^fc1": 3, "again": 5}, "target_modules": r"(fc\d|.*again)"},
+        {"r": 4, "rank_pattern": {"fc2": 2, "^fc1": 3}, "alpha_pattern": {"^fc1": 1, "fc2": 5}},
+        {"r": 4, "rank_pattern": {"fc.": 2}, "alpha_pattern": {"fc2|again": 5}, "use_rslora": True},
+        {"r": 4, "rank_pattern": {"fc1": 2, "again": 3}, "alpha_pattern": {"more.again": 5, "fc2": 1}},
+    ],
+    ids=str,
+)
+def test_from_lora_config_adapts_what_lora_adapts(options):
+    options = {"target_modules": ["fc1", "fc2", "again"]} | options
+    lora = peft.get_peft_model(net(), peft.LoraConfig(**options))
+    config = HydraConfig.from_lora_config(peft.LoraConfig(**options))
+    ours = peft.get_peft_model(net(), config)
+    with torch.no_grad():
+        for name, layer in lora.get_base_model().named_modules():
+            if isinstance(layer, peft.tuners.lora.Linear):
+                adapter = ours.get_base_model().get_submodule(name).hydra_adapters["default"]
+                layer.lora_B["default"].weight.normal_()
+                adapter.A_down.copy_(layer.lora_A["default"].weight)
+                adapter.A_up.copy_(layer.lora_B["default"].weight)
+    torch.testing.assert_close(ours(inputs()), lora(inputs()), rtol=1e-12, atol=1e-12)
+    trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (lora, ours)]
+    assert trained[0] == trained[1] > 0
+    assert type(ours.unload()) is type(net())
+
+
+def test_from_lora_config_with_a_sequential_branch_starts_as_peft_starts(tmp_path):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=["0"], rank_pattern={"0": 16}, lora_dropout=0.1, task_type="CAUSAL_LM"
+    )
+    ours = HydraConfig.from_lora_config(config, r_b=4)
+    assert (ours.rank_pattern, ours.scale_pattern) == ({"0": [16, 4]}, {"0": [1.0, 1.0]})
+    assert (ours.scale_a, ours.scale_b, ours.input_dropout, ours.task_type) == (2.0, 2.0, 0.1, "CAUSAL_LM")
+    model = peft.inject_adapter_in_model(ours, nn.Sequential(nn.Linear(300, 200)))
+    adapter = model[0].hydra_adapters["default"]
+    for down, fan_in in ((adapter.A_down, 300), (adapter.B_down, 200)):
+        assert down.abs().max() <= fan_in**-0.5
+        assert down.abs().max() > 0.99 * fan_in**-0.5
+        assert abs(down.std() * (3 * fan_in) ** 0.5 - 1) < 0.05
+    theirs = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(300, 200)))[0].lora_A["default"].weight
+    assert abs(adapter.A_down.std() / theirs.std() - 1) < 0.05
+    with pytest.raises(ValueError, match="init_std: expected None beside init='peft'"):
+        HydraConfig(init="peft", init_std=0.1)
+    with pytest.raises(ValueError, match="init: expected 'gaussian' or 'peft', got 'pissa'"):
+        HydraConfig(init="pissa")
+    ours.save_pretrained(tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).init == "peft"
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        (peft.LoraConfig(init_lora_weights="pissa"), "init_lora_weights: expected True, PEFT's own start, got 'pissa'"),
+        (peft.LoraConfig(init_lora_weights="gaussian"), "init_lora_weights: expected True"),
+        (peft.LoraConfig(lora_bias=True), "lora_bias: expected False"),
+        (peft.LoraConfig(use_dora=True), "use_dora: Hydra has no use_dora, got True"),
+        (peft.LoraConfig(layer_replication=[(0, 2)]), "layer_replication: Hydra has no layer_replication"),
+        (peft.LoraConfig(fan_in_fan_out=True), "fan_in_fan_out: Hydra has no fan_in_fan_out"),
+        (peft.AdaLoraConfig(total_step=9), "config: expected a LoraConfig, got AdaLoraConfig"),
+        (peft.IA3Config(), "config: expected a LoraConfig, got IA3Config"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_from_lora_config_refuses_by_name_what_changes_the_result(config, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        HydraConfig.from_lora_config(config)

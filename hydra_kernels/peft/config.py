@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ..adapter import Adapter
+from .translate import options_of
 
 
 # PEFT's own enumeration is closed, and transformers reads `.value`, which a plain string has not.
@@ -33,6 +34,8 @@ class HydraConfig(PeftConfig):
         scale_a, scale_b: factors of the branches; LoRA's is ``lora_alpha / r``.
         learnable_scale, dropout, input_dropout, adapter_bias, init_std, form, backend: as for
             :class:`hydra_kernels.HydraLinear`: dropout acts on the bottleneck, input_dropout is ``lora_dropout``.
+        init: how down projections start: "gaussian" with init_std; "peft" as in PEFT's LoRA, uniform within
+            1/sqrt(fan_in), so with the standard deviation 1/sqrt(3 fan_in).
         bias: which biases of the base train too: "none", "all" or "hydra_only" (those of the adapted layers).
         rank_pattern: other ranks for some layers, ``{name or regular expression: [r_a, r_b]}``.
         scale_pattern: other scales for some layers, ``{name or regular expression: [scale_a, scale_b]}``. In neither
@@ -53,6 +56,7 @@ class HydraConfig(PeftConfig):
     input_dropout: float = 0.0
     adapter_bias: bool = False
     init_std: float | None = None
+    init: str = "gaussian"
     form: str = "auto"
     backend: str = "auto"
     bias: str = "none"
@@ -67,7 +71,8 @@ class HydraConfig(PeftConfig):
             if name in kwargs:
                 raise TypeError(
                     f"{name}: HydraConfig has r_a and r_b for r, scale_a and scale_b for lora_alpha / r, and "
-                    "input_dropout for lora_dropout; LoRA alone has r_b=0"
+                    "input_dropout for lora_dropout; LoRA alone has r_b=0; "
+                    "HydraConfig.from_lora_config(LoraConfig(...)) translates"
                 )
         return super().__new__(cls)
 
@@ -102,6 +107,23 @@ class HydraConfig(PeftConfig):
         for key in ("", *self.rank_pattern, *self.scale_pattern):
             Adapter(1, 1, device="meta", **self.options(key))  # an invalid option raises here, not in the model
 
+    @classmethod
+    def from_lora_config(cls, config: PeftConfig, r_b: int = 0) -> HydraConfig:
+        """The configuration of the same adapters as a LoraConfig's, in the same layers and started as PEFT starts them.
+
+        Ranks, scales (``lora_alpha / r``, or ``/ sqrt(r)`` with rsLoRA) and their patterns become r_a, scale_a and the
+        patterns of Hydra. So learning rates that were tuned for the LoRA carry over.
+
+        Args:
+            config: the LoraConfig.
+            r_b: rank of a sequential branch beside it, with the scale of the parallel one; 0 for none.
+
+        Raises:
+            ValueError: naming an option of config that changes the result and that Hydra has not.
+            TypeError: where config is no LoraConfig.
+        """
+        return cls(**options_of(config, r_b))
+
     def options(self, layer: str) -> dict[str, Any]:
         """The arguments of `hydra_kernels.adapter.Adapter` for the layer of that dotted name."""
         r_a, r_b = _of_pattern("rank_pattern", self.rank_pattern, layer, (self.r_a, self.r_b))
@@ -116,6 +138,7 @@ class HydraConfig(PeftConfig):
             "input_dropout": self.input_dropout if r_a else 0.0,  # a layer without the branch has nothing to drop
             "adapter_bias": self.adapter_bias,
             "init_std": self.init_std,
+            "init": self.init,
             "form": self.form,
             "backend": self.backend,
         }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -14,14 +12,11 @@ from torch import Tensor, nn
 
 from .config import HydraConfig, matches
 from .layer import HydraLinearLayer
+from .translate import KEPT, LAYERS, TRANSLATED, WITHOUT_EFFECT, bias_of, refuse_others, scale_of
 
 # lora_B acts on lora_A's output, with a bias where lora_bias was set.
 NAMES = {".lora_A.weight": "A_down", ".lora_B.weight": "A_up", ".lora_B.bias": "A_up_bias"}
 PREFIX = "base_model.model."
-KEPT = ("task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "modules_to_save")
-LAYERS = ("layers_to_transform", "layers_pattern")
-TRANSLATED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "lora_dropout")
-WITHOUT_EFFECT = ("peft_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config")
 # Of init_lora_weights: the others (PiSSA, OLoRA, LoftQ, CorDA, ...) change the base weights.
 SPARES_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -79,7 +74,7 @@ def from_lora(
         r_b=r_b,
         scale_a=scale_a,
         adapter_bias=lora.lora_bias,
-        bias="hydra_only" if lora.bias == "lora_only" else lora.bias,
+        bias=bias_of(lora),
         inference_mode=not is_trainable,
         rank_pattern={_exactly(name): [r, r_b] for name, r in ranks.items() if r != lora.r},
         scale_pattern={_exactly(name): [scale, scale_b] for name, scale in scales.items() if scale != scale_a},
@@ -154,11 +149,7 @@ def _ranks(path: str, lora: PeftConfig, weights: dict[str, Tensor]) -> dict[str,
     if lora.fan_in_fan_out:
         raise ValueError(f"path: Hydra has no fan_in_fan_out: expected LoRA of nn.Linear, got one of Conv1D in {path}")
     known = {*KEPT, *LAYERS, *TRANSLATED, *WITHOUT_EFFECT, "init_lora_weights", "eva_config"}
-    plain = LoraConfig()
-    for name in (f.name for f in fields(lora) if f.name not in known):
-        # PEFT writes empty lists too, where nothing was asked for.
-        if (getattr(lora, name) or None) != (getattr(plain, name) or None):
-            raise ValueError(f"path: Hydra has no {name}, got {getattr(lora, name)!r} in {path}")
+    refuse_others(lora, known, "path")
     down = ".lora_A.weight"
     for key, tensor in weights.items():
         if "lora_" in key and (not key.endswith(tuple(NAMES)) or (key.endswith(down) and tensor.dim() != 2)):
@@ -173,7 +164,7 @@ def _ranks(path: str, lora: PeftConfig, weights: dict[str, Tensor]) -> dict[str,
 def _scale(lora: LoraConfig, name: str, r: int) -> float:
     alphas = lora.alpha_pattern or {}
     alpha = next((alphas[key] for key in alphas if matches(key, name)), lora.lora_alpha)
-    return float(alpha / math.sqrt(r) if lora.use_rslora else alpha / r)
+    return scale_of(lora, alpha, r)
 
 
 def _exactly(name: str) -> str:

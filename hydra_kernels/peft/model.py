@@ -18,6 +18,7 @@ from ..model import INJECT_FIRST, check_targets, near_names
 from ..refusals import experts_say, experts_without_layers, refuse_wrapped
 from .config import HydraConfig, matches
 from .layer import HydraLinearLayer
+from .translate import PAIR
 
 
 class HydraModel(BaseTuner):
@@ -49,7 +50,7 @@ class HydraModel(BaseTuner):
             targets += [name] if found else []
         _warn_of_biases(cast(HydraConfig, peft_config), model, targets)
         for key in cast(HydraConfig, peft_config).scale_pattern:
-            if not any(matches(key, name) for name in targets):
+            if not key.startswith(PAIR) and not any(matches(key, name) for name in targets):
                 warnings.warn(f"scale_pattern: {key!r} matches no adapted layer", RuntimeWarning, stacklevel=2)
         places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
         for parent in model.modules():
