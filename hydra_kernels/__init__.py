@@ -8,6 +8,7 @@ from .choose.explain import explain
 from .choose.tune import tune
 from .functional import hydra_linear
 from .layers import HydraLinear, LoRALinear, SeqLoRALinear
+from .merged import merged_tensors
 from .model import (
     inject,
     mark_only_adapters_trainable,
@@ -39,6 +40,7 @@ __all__ = [
     "mark_only_adapters_trainable",
     "merge",
     "merge_and_unload",
+    "merged_tensors",
     "parameter_groups",
     "print_trainable_parameters",
     "reference",
