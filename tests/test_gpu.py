@@ -115,7 +115,7 @@ def test_the_quick_doctor_checks_every_backend_and_form_in_bf16_and_tf32(dry):
                 cases = [check.split()[2] for check in checks if check.split()[1] == form]
                 assert [case.endswith(kind) for case in cases for kind in ("cancelling", "huge")].count(True) == 2
                 others = {case for case in cases if not case.endswith(("cancelling", "huge"))}
-                assert len(others) == (2 if group.startswith("native") else 3)  # which has no input dropout
+                assert len(others) == 3
     # A process each, so that all of them run at once on 16 cores.
     assert len(groups) <= 16
 

@@ -348,7 +348,7 @@ def host_row() -> HostRow:
 def tune_row() -> TuneRow:
     row = {"M": 6400, "K": 3072, "N": 768, "r_a": 8, "r_b": 8, "dtype": "bfloat16", "device": "A Card"}
     row |= {"backend": "native", "form": "composed", "us": {"native composed": 10.0, "hybrid composed": 11.0}}
-    return TuneRow(**row, failed={}, versions={}, date="", dry=False)
+    return TuneRow(**row, library="aten", library_us={}, failed={}, versions={}, date="", dry=False)
 
 
 def lora_over_peft() -> list[LayerRow]:

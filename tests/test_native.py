@@ -19,7 +19,7 @@ from hydra_kernels import extension
 from hydra_kernels.backend.interface import LIBRARIES, Operands
 from hydra_kernels.choose import machine
 
-from .cases import PLAIN, Case, operands
+from .cases import PLAIN, ROUNDING, Case, operands
 from .test_backends import BF16, EVERYTHING, F32, F64, NAMES, call, compare, everything
 from .test_bad_input import CALLS, NESTED, R_A, R_B, K, M, N, arguments
 
@@ -68,6 +68,14 @@ def test_kernels_in_bfloat16(case, form, units, base, adapters):
         compare(case, "native", form, (base, adapters))
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.mark.parametrize("form", ["composed", "kept"])
+@pytest.mark.parametrize("case", [replace(case, lead=(200,)) for case in ROUNDING], ids=str)
+def test_cancelling_bias_and_huge_channels_of_many_rows_in_bfloat16(case, form):
+    """So many rows that dx goes through W0 + U D."""
+    for seed in range(3):
+        compare(case, "native", form, (BF16, BF16), seed=seed)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_a_naive_bf16_layer_loses_small_updates():
 
 
 def test_the_share_kept_is_the_component_along_the_signal(monkeypatch):
-    def a_quarter_and_noise(x, weight, bias, *, scale_a, scale_b, backend, **named):
+    def a_quarter_and_noise(x, weight, bias, *, scale_a, scale_b, form, backend, **named):
         operands = {name: None if t is None else t.double() for name, t in named.items()}
         scales = {"scale_a": scale_a, "scale_b": scale_b}
         y0 = F.linear(x.double(), weight.double(), None if bias is None else bias.double())

@@ -133,6 +133,28 @@ Forward kept_forward(const at::Tensor& x, const Operands& op, Needs needs, const
   return {h, {needs.any(A_DOWN) ? x : at::Tensor(), wants_dU ? Z : at::Tensor(), needs.any(B_DOWN) ? y0 : at::Tensor()}};
 }
 
+// bf16(W0 + U D), for dx = G (W0 + U D). A pass over [N, K] costs less than one over [M, K] from so many times N rows on.
+// In the backward nothing like b0 cancels G W0, so it is as exact as the naive layer's G + dZ_b B_down in bf16.
+constexpr int64_t ROWS_OVER_N = 2;
+
+at::Tensor rounded_effective_weight(const Adapters<float>& ad, const Rows<c10::BFloat16>& W, const at::Tensor& weight,
+                                    const at::Tensor& D) {
+  const int64_t N = ad.N, R = ad.R, K = weight.size(1);
+  at::Tensor out = at::empty({N, K}, weight.options().memory_format(at::MemoryFormat::Contiguous));
+  const Buffer<float> U = ad.U();
+  const Buffer<c10::BFloat16> rows(N * R);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t r = 0; r < R; ++r) rows.data()[n * R + r] = U.data()[n * padded(R) + r];
+  const Small<c10::BFloat16> up(vector<float>(D), R, K, UP);
+  spread(N, 2 * R * N * K, [&](int64_t first, int64_t last) {
+    constexpr int64_t BLOCK = 64;
+    for (int64_t n = first; n < last; n += BLOCK)
+      up.up(rows.data() + n * R, R, std::min(BLOCK, last - n), nullptr, W.row(n), W.stride,
+            out.mutable_data_ptr<c10::BFloat16>() + n * K, K);
+  });
+  return out;
+}
+
 // The gradients that follow from the sums of a sweep, except those of the down projections.
 template <class T>
 void from_sums(Gradients& grads, const at::Tensor& G, const Operands& op, const Adapters<T>& ad, Needs needs,
@@ -234,7 +256,9 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   if (needs.any(B_DOWN) && kept) s.b = {r_a, r_b, N, y0.data, y0.stride};
   if (needs.any(B_DOWN) && !kept && !both) s.b = {r_a, r_b, K, x.data, x.stride};
   at::Tensor dx, dy0 = G.owner;
-  const int64_t ranks = !needs.any(X) || effective ? 0 : kept || s.drop ? r_a : R;
+  const bool rowwise = op.mask.defined() || s.drop;  // dropout, which no weight can hold
+  const bool through_sum = !std::is_same_v<E, T> && plan.form == Form::composed && !rowwise && M >= ROWS_OVER_N * N;
+  const int64_t ranks = !needs.any(X) || effective || through_sum ? 0 : kept || s.drop ? r_a : R;
   const at::Tensor scaled = s.drop ? scaled_A_down(ad, drop) : ad.A_down;
   const Small<E> onto_dx(ranks ? vector<T>(kept || s.drop ? scaled : D) : nullptr, ranks, K, UP);
   const int64_t ranks_b = ranks && s.drop && !kept ? r_b : 0;
@@ -262,7 +286,9 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
       if (effective) {
         dx = times_weight(G.owner, effective_weight(ad, Rows<T>(op.weight), op.weight, D), {}, plan.library);
       }
-    if (!effective) dx = times_weight(dy0, op.weight, dx, plan.library);
+    if constexpr (!std::is_same_v<E, T>)
+      if (through_sum) dx = times_weight(dy0, rounded_effective_weight(ad, Rows<E>(op.weight), op.weight, D), {}, plan.library);
+    if (!effective && !through_sum) dx = times_weight(dy0, op.weight, dx, plan.library);
     grads[X] = dx;
   }
   if constexpr (!std::is_same_v<E, T>)  // each gradient in its operand's dtype
