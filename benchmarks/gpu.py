@@ -134,7 +134,6 @@ def measure_table4(settings: Settings, file: str, model: str, runs: Sequence[tup
 
 
 def measure_llama(settings: Settings) -> Iterator[Part]:
-    # `hydra_kernels.peft.accelerate` will be one more method here.
     names = methods.MODEL_METHODS if importlib.util.find_spec("peft") else methods.METHODS
     yield from measure_table4(settings, "table4-llama", "llama", [("bf16", "eager")], ",".join(names))
 

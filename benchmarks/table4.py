@@ -68,8 +68,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         modes.check(self.mode, self.device, self.dry)
-        if "peft_lora" in self.methods and self.model.adapter_bias:
-            raise ValueError("methods: peft_lora has no adapter biases, which the naive methods of this model train")
+        if self.model.adapter_bias and not {"peft_lora", "accelerated_lora"}.isdisjoint(self.methods):
+            raise ValueError("methods: PEFT's LoRA has no adapter biases, which the naive methods of this model train")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, expected a divisor of the batch, {self.batch_size}")
         if self.mode != "eager" and self.full and EPOCH % self.batch_size:
@@ -320,7 +320,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches that a step's batch is split into")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
     parser.add_argument("--steps", type=int, help="counted rounds: 50 on a GPU, 10 on a CPU")
-    parser.add_argument("--methods", default=",".join(methods.METHODS), help="with peft_lora, where it was asked for")
+    parser.add_argument("--methods", default=",".join(methods.METHODS), help="also peft_lora and accelerated_lora")
     parser.add_argument("--ranks", help="hydra=A+B,lora=R,seqlora=R, or some of them; the model's own without it")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 as distributed; scikit-learn's digits without it")
     parser.add_argument("--checkpoint", type=Path, help="local folder of a ViT checkpoint; random weights without it")

@@ -235,20 +235,24 @@ def test_pefts_lora_is_naive_lora_in_a_model_without_adapter_biases():
     same = {"target": model.target, "head": model.head, "seed": 1, "adapter_bias": False}
     made = {
         name: Contestant.of(name, methods.build(base, name, model.ranks, **same))
-        for name in ("naive_lora", "peft_lora")
+        for name in ("naive_lora", "peft_lora", "accelerated_lora")
     }
     methods.start_equal(made)
     trainable = {name: contestant.trainable() for name, contestant in made.items()}
-    assert trainable["peft_lora"].keys() == trainable["naive_lora"].keys()
-    assert {p.dtype for p in trainable["peft_lora"].values()} == {torch.bfloat16}
-    assert len(trainable["peft_lora"]) == 2 * 7 * 2 + 1
+    for name in ("peft_lora", "accelerated_lora"):
+        assert trainable[name].keys() == trainable["naive_lora"].keys()
+        of_adapters = [p.dtype for key, p in trainable[name].items() if not key.startswith(model.head)]
+        assert of_adapters == [torch.float32] * (2 * 7 * 2)  # as get_peft_model makes them
     [batch] = source_of("llama", base).batches(4, 4, seed=3)
     for _ in range(2):
         for contestant in made.values():
             contestant.step(*batch)
-        difference = methods.settle(made, methods.TOLERANCES["bf16"])["peft_lora"]
-        assert difference.gradient < 0.1
-    with pytest.raises(ValueError, match="peft_lora has no adapter biases"):
+        differences = methods.settle(made, methods.TOLERANCES["bf16"])
+        assert differences["peft_lora"].gradient < 0.1
+        assert differences["accelerated_lora"].gradient < 0.1
+    layers = [type(m).__name__ for m in made["accelerated_lora"].model.modules()]
+    assert layers.count("AcceleratedLinear") == 2 * 7
+    with pytest.raises(ValueError, match="PEFT's LoRA has no adapter biases"):
         table4.settings_of(["--dry", "--device", "cpu", "--methods", "naive_lora,peft_lora"])
 
 

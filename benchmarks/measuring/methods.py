@@ -1,7 +1,8 @@
 """The methods that benchmarks compare, each built once here, and the proof that ours and naive compute the same.
 
 A method is full_tuning, linear_probing (whole models), frozen (one layer), or an owner and a kind: naive_, ours_,
-compiled_ (naive under torch.compile, in whatever mode) or peft_ followed by lora, seqlora or hydra.
+compiled_ (naive under torch.compile, in whatever mode), peft_ or accelerated_ (PEFT's, by `peft.accelerate`), followed
+by lora, seqlora or hydra.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ METHODS = (
     *("ours_lora", "ours_seqlora", "ours_hydra"),
 )
 # What a model without adapter biases is measured with besides, which PEFT has not.
-MODEL_METHODS = (*METHODS, "peft_lora")
+MODEL_METHODS = (*METHODS, "peft_lora", "accelerated_lora")
 LAYER_METHODS = (
     *("frozen", "naive_hydra", "naive_lora", "naive_seqlora", "ours_hydra", "ours_lora", "ours_seqlora"),
     *("compiled_hydra", "compiled_lora", "compiled_seqlora", "peft_lora"),
@@ -116,13 +117,20 @@ def build(
             raise ValueError(f"target is {target!r}, which the name of no module matches")
         for name in names:
             model.set_submodule(name, NAIVE[kind](model.get_submodule(name), ranks[kind], adapter_bias))
-    elif owner == "peft":
+    elif owner in ("peft", "accelerated"):
         # Its import takes seconds, which only a run that measures it should pay.
         from peft import LoraConfig, inject_adapter_in_model
 
         r = ranks[kind].r_a
         inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=target), model)
         model.get_submodule(head).requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:  # as get_peft_model makes them
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        if owner == "accelerated":
+            from hydra_kernels.peft import accelerate
+
+            accelerate(model, strict=True)
     start_adapters(model, head)
     return model.train()
 
@@ -275,7 +283,7 @@ class Difference(NamedTuple):
 def naive_of(method: str) -> str | None:
     """The naive method that computes the same, None for naive methods and those without one."""
     owner, _, kind = method.partition("_")
-    return f"naive_{kind}" if owner in ("ours", "compiled", "peft") else None
+    return f"naive_{kind}" if owner in ("ours", "compiled", "peft", "accelerated") else None
 
 
 def start_equal(contestants: Mapping[str, Contestant]) -> None:

@@ -19,7 +19,7 @@ from benchmarks.measuring.rows import HostRow, LayerRow, Table4Row
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.kernels import Kernels
 
-OWNERS = {"ours": "our", "peft": "PEFT"}
+OWNERS = {"ours": "our", "peft": "PEFT", "accelerated": "accelerated PEFT"}
 KINDS = {"lora": "LoRA", "seqlora": "SeqLoRA", "hydra": "Hydra"}
 MODES = {
     "eager": "eager",
