@@ -280,7 +280,7 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path):
 
 
 def test_truncated_and_hostile_files_are_refused_with_a_reason(tmp_path):
-    """4,000 damaged files, seeded: each raises ValueError and changes nothing, or was damaged in the values only."""
+    """1,600 damaged files, seeded: each raises ValueError and changes nothing, or was damaged in the values only."""
     model = adapted(1)
     path = tmp_path / "a"
     hk.save_adapters(model, path)
@@ -289,7 +289,7 @@ def test_truncated_and_hostile_files_are_refused_with_a_reason(tmp_path):
     before = state(model)
     draw = random.Random(0)
     refused = 0
-    for i in range(4000):
+    for i in range(1600):
         content = bytearray(whole)
         if i % 4 == 0:
             del content[draw.randrange(len(content)) :]
@@ -314,7 +314,7 @@ def test_truncated_and_hostile_files_are_refused_with_a_reason(tmp_path):
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(before[name])
-    assert refused > 3900
+    assert refused > 1560
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

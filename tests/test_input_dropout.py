@@ -475,22 +475,15 @@ def test_native_has_the_mask_to_the_bit(given, form, dtype):
 
 
 @needs_native
-@pytest.mark.parametrize(
-    ("form", "dtype", "threads"),
-    [
-        pytest.param(
-            *case, marks=[pytest.mark.slow] if case[2] == 64 and (case[0] == "kept") == (case[1] == F32) else []
-        )
-        for case in product(["composed", "kept"], [F32, BF16], [1, 5, 64])
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("threads", [1, 5, 16])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
 def test_native_drops_in_every_block_and_thread(form, dtype, threads):
-    """Also where 64 threads share their sums, and each makes the mask of its columns."""
+    """Also where 16 threads share their sums, and each makes the mask of its columns."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        case = Case((66,), 701, 690, 17, 16) if threads == 64 else Case((150,), 61, 53, 5, 3)
+        case = Case((66,), 1001, 990, 33, 1) if threads == 16 else Case((150,), 61, 53, 5, 3)
         for given in ("seed", "mask"):
             compare(replace(case, input_dropout=given), "native", form, (dtype, dtype))
     finally:

@@ -25,6 +25,10 @@
 namespace hydra::cpu {
 namespace {
 
+// What a small operand is prepared for: for fewer rows than these its two bf16 parts would cost more than they save.
+constexpr int64_t ROWS_FOR_MATRIX_UNITS = 64;
+int use(int64_t rows, Use which) { return rows < ROWS_FOR_MATRIX_UNITS ? 0 : which; }
+
 template <class T>
 Forward effective_forward(const at::Tensor& x, const Operands& op, Needs needs, const Adapters<T>& ad, Library library) {
   const int64_t K = x.size(1);
@@ -71,12 +75,12 @@ at::Tensor scaled_A_down(const Adapters<T>& ad, const InputDropout<E>& drop) {
 
 // x D^T + d of a block of rows, where A_down reads x' under input dropout.
 template <class E, class T = Sum<E>>
-auto down_products(const Adapters<T>& ad, const InputDropout<E>& drop, const T* D, const T* d, int64_t K) {
+auto down_products(const Adapters<T>& ad, const InputDropout<E>& drop, const T* D, const T* d, int64_t M, int64_t K) {
   const bool apart = drop.on() && ad.r_a;
   const int64_t r_a = apart ? ad.r_a : 0, R = ad.R;
   const at::Tensor A_down = apart ? scaled_A_down(ad, drop) : at::Tensor();
-  return [=, &drop, a = std::make_shared<Small<E>>(vector<T>(A_down), r_a, K, DOWN), owner = A_down,
-          others = std::make_shared<Small<E>>(D + r_a * K, R - r_a, K, DOWN)](const E* x, int64_t stride, int64_t row,
+  return [=, &drop, a = std::make_shared<Small<E>>(vector<T>(A_down), r_a, K, use(M, DOWN)), owner = A_down,
+          others = std::make_shared<Small<E>>(D + r_a * K, R - r_a, K, use(M, DOWN))](const E* x, int64_t stride, int64_t row,
                                                                               int64_t rows, T* z) {
     if (r_a) a->down(drop.rows(x, stride, row, rows), K, rows, d, z, R);
     if (R > r_a) others->down(x, stride, rows, d ? d + r_a : nullptr, z + r_a, R);
@@ -90,8 +94,8 @@ Forward composed_forward(const at::Tensor& x, const Operands& op, Needs needs, c
   const auto [D, d] = stacked_down<E>(ad, Rows<E>(op.weight), K);
   const InputDropout<E> drop(op, K);
   const Buffer<T> U = ad.U_transposed(), bias(N);
-  const Small<E> up(U.data(), R, N, UP);
-  const auto to_Z = down_products<E>(ad, drop, vector<T>(D), vector<T>(d), K);
+  const Small<E> up(U.data(), R, N, use(M, UP));
+  const auto to_Z = down_products<E>(ad, drop, vector<T>(D), vector<T>(d), M, K);
   // In fp32 the GEMM adds to b0 + u + Z U^T. In bf16 b0, which may cancel x W0^T, must not be rounded before their sum.
   const bool b0_apart = !std::is_same_v<E, T>;
   const T* base = ad.bias(bias.data(), !b0_apart) ? bias.data() : nullptr;
@@ -115,7 +119,8 @@ Forward kept_forward(const at::Tensor& x, const Operands& op, Needs needs, const
   const T* row = ad.bias(u.data(), false) ? u.data() : nullptr;
   const InputDropout<E> drop(op, K);
   const at::Tensor scaled = scaled_A_down(ad, drop);
-  const Small<E> A_down(vector<T>(scaled), r_a, K, DOWN), B_down(vector<T>(ad.B_down), r_b, N, DOWN), up(U.data(), R, N, UP);
+  const Small<E> A_down(vector<T>(scaled), r_a, K, use(M, DOWN)), B_down(vector<T>(ad.B_down), r_b, N, use(M, DOWN));
+  const Small<E> up(U.data(), R, N, use(M, UP));
   const at::Tensor y0 = linear(x, op.weight, op.bias, {}, library);
   at::Tensor Z = at::empty({M, R}, x.options()), h = needs.any(B_DOWN) ? at::empty({M, N}, x.options()) : y0;
   const E* y = y0.const_data_ptr<E>();
@@ -242,7 +247,7 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   Sweep<E> s{M, N, R, G.data, G.stride, wants_dZ};
   const bool in_E = std::is_same_v<E, T>;
   const Buffer<T> U = wants_dZ ? in_E ? ad.U() : ad.U_transposed() : Buffer<T>(0);
-  const Small<E> U_t(U.data(), wants_dZ && !in_E ? R : 0, N, DOWN);
+  const Small<E> U_t(U.data(), wants_dZ && !in_E ? R : 0, N, use(M, DOWN));
   s.U = U.data(), s.U_t = &U_t;
   s.mask = &mask, s.wants_dU = wants_dU, s.K = K, s.r_b = r_b;
   if (wants_dU && !effective) s.Z = vector<E>(Z);
@@ -260,11 +265,11 @@ Gradients backward_of(const at::Tensor& G_any, const Operands& op, const Saved& 
   const bool through_sum = !std::is_same_v<E, T> && plan.form == Form::composed && !rowwise && M >= ROWS_OVER_N * N;
   const int64_t ranks = !needs.any(X) || effective || through_sum ? 0 : kept || s.drop ? r_a : R;
   const at::Tensor scaled = s.drop ? scaled_A_down(ad, drop) : ad.A_down;
-  const Small<E> onto_dx(ranks ? vector<T>(kept || s.drop ? scaled : D) : nullptr, ranks, K, UP);
+  const Small<E> onto_dx(ranks ? vector<T>(kept || s.drop ? scaled : D) : nullptr, ranks, K, use(M, UP));
   const int64_t ranks_b = ranks && s.drop && !kept ? r_b : 0;
-  const Small<E> onto_dx_b(ranks_b ? vector<T>(D) + r_a * K : nullptr, ranks_b, K, UP);
+  const Small<E> onto_dx_b(ranks_b ? vector<T>(D) + r_a * K : nullptr, ranks_b, K, use(M, UP));
   if (ranks_b) s.onto_dx_b = &onto_dx_b;
-  const Small<E> B_down(needs.any(X) && kept ? vector<T>(ad.B_down) : nullptr, needs.any(X) && kept ? r_b : 0, N, UP);
+  const Small<E> B_down(needs.any(X) && kept ? vector<T>(ad.B_down) : nullptr, needs.any(X) && kept ? r_b : 0, N, use(M, UP));
   if (needs.any(X) && kept) dy0 = at::empty({M, N}, G.owner.options()), s.B_down = &B_down, s.dy0 = dy0.mutable_data_ptr<E>();
   if (ranks) dx = at::empty({M, K}, G.owner.options()), s.onto_dx = &onto_dx, s.dx = dx.mutable_data_ptr<E>();
   const Sums<T> sums = wants_dU || wants_dZ ? sweep(s) : Sums<T>(s, 1);

@@ -76,7 +76,7 @@ Halves::Halves(const float* S, int64_t R, int64_t columns) : ranks(R), columns(c
 }
 
 Small<BFloat16>::Small(const float* S, int64_t R, int64_t columns, int uses) : S_(S), R_(R), columns_(columns) {
-  if (!has_matrix_units() || R == 0) return;
+  if (!has_matrix_units() || R == 0 || uses == 0) return;
   const Halves halves(S, R, columns);
   parts_ = halves.parts;
   const int64_t P = parts_ * R;

@@ -46,7 +46,7 @@ struct Halves {
   Halves(const float* S, int64_t ranks, int64_t columns);
 };
 
-// What S is used for; each use has a layout of its own.
+// What S is prepared for: each use has a layout of its own. Unprepared, S serves all uses, by widened blocks.
 enum Use : int { DOWN = 1, UP = 2 };
 
 template <class E>
