@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.measuring import timing
-from benchmarks.measuring.rows import LayerRow
+from benchmarks.measuring.rows import LayerRow, Table4Row
 from benchmarks.rendering.layer import LARGE, SMALL, in_size, layer_groups, layer_means, layer_steps
 from benchmarks.rendering.models import runs
 from benchmarks.rendering.table4 import batch_of
@@ -14,17 +14,21 @@ from benchmarks.rendering.tables import Stored, Table, is_gpu, label
 from benchmarks.rendering.verdicts import SLOWER, marked
 
 HEADINGS = ("step of ours", "time over PEFT's LoRA", "time over plain PyTorch", "peak memory over plain PyTorch")
-# How the name of a model begins, and the methods that have a line.
-MODELS = (("ViT-B/32", ("lora", "hydra")), ("Llama", ("lora", "hydra")))
+# How the name of a model begins, and the dtypes in which its methods have a line.
+MODELS = (("ViT-B/32", ("fp32",), ("hydra",)),)
 ON = {"cpu": "a CPU", "cuda": "a GPU"}
 MODES = {"eager": "eager", "compile": "`torch.compile`", "graph": "CUDA graphs"}
-# (device, mode, sizes) of the layers that have a line, all of LoRA: it is what PEFT has too.
-LAYERS = (("cpu", "eager", LARGE), ("cpu", "eager", SMALL), ("cpu", "compile", SMALL), ("cuda", "graph", LARGE))
+# (device, dtype, mode, sizes) of the layers that have a line, all of LoRA: it is what PEFT has too.
+LAYERS = (
+    *(("cpu", "fp32", "eager", LARGE), ("cpu", "fp32", "eager", SMALL), ("cpu", "bf16", "eager", LARGE)),
+    ("cpu", "fp32", "compile", SMALL),
+    ("cuda", "bf16", "graph", LARGE),
+)
 
 
 def summary(table4: Sequence[Stored], cpu: Sequence[Stored], gpu: Sequence[Stored]) -> str:
     """A line for the first run of each that was measured, and where they were measured."""
-    cells = [*model_lines(table4), *layer_lines([*cpu, *gpu])]
+    cells = [*accelerated_lines(table4), *model_lines(table4), *layer_lines([*cpu, *gpu])]
     places = dict.fromkeys(place_of(files[0]) for files in (table4, cpu, gpu) if files)
     table = Table("", HEADINGS, cells).markdown()
     return (
@@ -41,26 +45,43 @@ def place_of(file: Stored) -> str:
 
 
 def model_lines(table4: Sequence[Stored]) -> Iterator[list[str]]:
-    """Whole steps of Table 4; PEFT is not measured there."""
-    found = list(runs(table4))
-    for start, kinds in MODELS:
-        for _, rows, kernels in [run for run in found if run[1][0]["model"].startswith(start)][:1]:
-            by_method = {row["method"]: row for row in rows}
-            for kind in kinds:
-                ours, naive = (by_method.get(f"{owner}_{kind}") for owner in ("ours", "naive"))
-                if ours is None or naive is None:
-                    continue
-                time = timing.paired_ratios(ours["step_seconds"], naive["step_seconds"]).median
-                memory = ours["peak_bytes"] / naive["peak_bytes"]
-                about = f"{ours['model']}; {method(label(ours))}, {ours['dtype']}, {batch_of(ours)}{kernels.remark()}"
-                yield [about, "-", marked(time, ".2f"), marked(memory, ".2f")]
+    """Whole steps of Table 4, of the first run of each model and dtype that has a Hydra; PEFT is not measured there."""
+    found = [(run, {row["method"]: row for row in run[1]}) for run in runs(table4)]
+    for start, dtypes, kinds in MODELS:
+        for dtype in dtypes:
+            fitting = [(r, by) for r, by in found if r[1][0]["model"].startswith(start) and r[1][0]["dtype"] == dtype]
+            for (_, _, kernels), by_method in [(r, by) for r, by in fitting if "ours_hydra" in by][:1]:
+                for kind in kinds:
+                    ours, naive = (by_method.get(f"{owner}_{kind}") for owner in ("ours", "naive"))
+                    if ours is not None and naive is not None:
+                        yield model_line(ours, naive, None, kernels.remark())
+
+
+def accelerated_lines(table4: Sequence[Stored]) -> Iterator[list[str]]:
+    """Whole steps of a PEFT LoRA model that `hydra_kernels.peft.accelerate` has taken."""
+    for _, rows, kernels in runs(table4):
+        by_method = {row["method"]: row for row in rows}
+        names = ("accelerated_lora", "naive_lora", "peft_lora")
+        if by_method.keys() >= set(names):
+            yield model_line(*(by_method[name] for name in names), kernels.remark())
+
+
+def model_line(ours: Table4Row, naive: Table4Row, peft: Table4Row | None, remark: str) -> list[str]:
+    over = [
+        "-" if row is None else marked(timing.paired_ratios(ours["step_seconds"], row["step_seconds"]).median, ".2f")
+        for row in (peft, naive)
+    ]
+    about = f"{ours['model']}; {method(label(ours))}, {ours['dtype']}, {batch_of(ours)}{remark}"
+    return [about, *over, marked(ours["peak_bytes"] / naive["peak_bytes"], ".2f")]
 
 
 def layer_lines(files: Sequence[Stored]) -> Iterator[list[str]]:
-    """Geometric means over the shapes of a size, of the first run in each mode."""
+    """Geometric means over the shapes of a size, of the first run in each dtype and mode."""
     found = [(file, rows) for file in files for rows in layer_groups(file.rows)]
-    for device, mode, sizes in LAYERS:
-        for file, rows in [run for run in found if (run[1][0]["device"], run[1][0]["mode"]) == (device, mode)][:1]:
+    for device, dtype, mode, sizes in LAYERS:
+        wanted = (device, dtype, mode)
+        ran = [run for run in found if (run[1][0]["device"], run[1][0]["dtype"], run[1][0]["mode"]) == wanted]
+        for file, rows in ran[:1]:
             _, steps = next(layer_steps(rows))
             made = [step for step in steps if in_size(step, sizes) and {"ours_lora", "naive_lora"} <= step.keys()]
             if not made:
