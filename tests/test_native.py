@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hydra_kernels as hk
 from benchmarks.measuring import timing
 from hydra_kernels import extension
+from hydra_kernels.backend import TABLE
 from hydra_kernels.backend.interface import LIBRARIES, Operands
 from hydra_kernels.choose import machine
 
@@ -94,6 +95,19 @@ def test_sums_that_all_threads_share(form, dtype):
     sums = (9 + 8) * (1100 + 1030) * (8 if dtype == F64 else 4)  # of one thread
     weight = t["weight"].nbytes if form == "effective" else 0  # W0 + U D
     assert sums < peak - weight < 32 * sums
+
+
+@pytest.mark.parametrize("adapters", [BF16, F32], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_a_bfloat16_backward_gives_each_gradient_in_its_operands_dtype(form, adapters):
+    """autograd would cast in silence; what torch.compile takes into its graph does not."""
+    t, G = operands(EVERYTHING, BF16, adapters)
+    x, backend, names = t.pop("x").flatten(0, -2), TABLE["native"], frozenset(NAMES)
+    op = Operands(**{"mask_scale": 1.0, **t})
+    h, op, saved = backend.forward(x, op, names, form)
+    grads = backend.backward(G.reshape(h.shape).contiguous(), op, saved, names, form)
+    expected = {name: BF16 if name == "x" else t[name].dtype for name in NAMES}
+    assert {name: grad.dtype for name, grad in grads.items()} == expected
 
 
 @pytest.mark.parametrize("form", ["composed", "kept"])
