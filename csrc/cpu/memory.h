@@ -19,7 +19,9 @@ inline at::Tensor own(const at::Tensor& t) {
 // t as contiguous memory of T.
 template <class T>
 at::Tensor in(const at::Tensor& t) {
-  return t.defined() ? own(t).to(c10::CppTypeToScalarType<T>::value) : t;
+  constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+  if (!t.defined() || t.scalar_type() == dtype) return own(t);  // Tensor::to would be a dispatch even for nothing
+  return own(t).to(dtype);
 }
 
 // A matrix with contiguous rows: t itself where it has them, else a copy.

@@ -17,10 +17,13 @@ uint16_t* bits(BFloat16* p) { return reinterpret_cast<uint16_t*>(p); }
 
 int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
+thread_local bool used = false;  // whether this thread holds the registers of matrix units
+
 // C [M, N] (+)= A [M, K] B [K, N], with B in pairs of rows and K even.
 void multiply(int64_t M, int64_t N, int64_t K, const BFloat16* A, int64_t lda, const BFloat16* B, int64_t ldb, bool add, float* C,
               int64_t ldc) {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  used = true;
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C);
 #endif
 }
@@ -55,7 +58,8 @@ bool has_matrix_units() {
 
 MatrixUnits::~MatrixUnits() {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  if (has_matrix_units()) at::native::cpublas::brgemm_release();
+  if (used) at::native::cpublas::brgemm_release();
+  used = false;
 #endif
 }
 
