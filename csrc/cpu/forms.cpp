@@ -16,8 +16,6 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 
-#include <memory>
-
 #include "../host.h"
 #include "adapters.h"
 #include "large.h"
@@ -73,20 +71,6 @@ at::Tensor scaled_A_down(const Adapters<T>& ad, const InputDropout<E>& drop) {
   return drop.scale() == 1 || !ad.r_a ? ad.A_down : at::mul(ad.A_down, at::Scalar(drop.scale()));
 }
 
-// x D^T + d of a block of rows, where A_down reads x' under input dropout.
-template <class E, class T = Sum<E>>
-auto down_products(const Adapters<T>& ad, const InputDropout<E>& drop, const T* D, const T* d, int64_t M, int64_t K) {
-  const bool apart = drop.on() && ad.r_a;
-  const int64_t r_a = apart ? ad.r_a : 0, R = ad.R;
-  const at::Tensor A_down = apart ? scaled_A_down(ad, drop) : at::Tensor();
-  return [=, &drop, a = std::make_shared<Small<E>>(vector<T>(A_down), r_a, K, use(M, DOWN)), owner = A_down,
-          others = std::make_shared<Small<E>>(D + r_a * K, R - r_a, K, use(M, DOWN))](const E* x, int64_t stride, int64_t row,
-                                                                              int64_t rows, T* z) {
-    if (r_a) a->down(drop.rows(x, stride, row, rows), K, rows, d, z, R);
-    if (R > r_a) others->down(x, stride, rows, d ? d + r_a : nullptr, z + r_a, R);
-  };
-}
-
 template <class E, class T = Sum<E>>
 Forward composed_forward(const at::Tensor& x, const Operands& op, Needs needs, const Adapters<T>& ad, Library library) {
   const int64_t M = x.size(0), K = x.size(1), N = ad.N, R = ad.R;
@@ -95,14 +79,21 @@ Forward composed_forward(const at::Tensor& x, const Operands& op, Needs needs, c
   const InputDropout<E> drop(op, K);
   const Buffer<T> U = ad.U_transposed(), bias(N);
   const Small<E> up(U.data(), R, N, use(M, UP));
-  const auto to_Z = down_products<E>(ad, drop, vector<T>(D), vector<T>(d), M, K);
+  const bool apart = drop.on() && ad.r_a;  // A_down reads x'
+  const int64_t of_a = apart ? ad.r_a : 0;
+  const at::Tensor scaled = apart ? scaled_A_down(ad, drop) : at::Tensor();
+  const Small<E> down_a(vector<T>(scaled), of_a, K, use(M, DOWN)), down(vector<T>(D) + of_a * K, R - of_a, K, use(M, DOWN));
+  const T* d_of = vector<T>(d);
   // In fp32 the GEMM adds to b0 + u + Z U^T. In bf16 b0, which may cancel x W0^T, must not be rounded before their sum.
   const bool b0_apart = !std::is_same_v<E, T>;
   const T* base = ad.bias(bias.data(), !b0_apart) ? bias.data() : nullptr;
   at::Tensor Z = at::empty({M, R}, x.options()), h = at::empty({M, N}, x.options());
   bottleneck<E>(
       Z, Mask<T>(op.mask, op.mask_scale), 2 * M * R * (K + N),
-      [&](int64_t m, int64_t count, T* z) { to_Z(rows.row(m), rows.stride, m, count, z); },
+      [&](int64_t m, int64_t count, T* z) {
+        if (apart) down_a.down(drop.rows(rows.row(m), rows.stride, m, count), K, count, d_of, z, R);
+        if (R > of_a) down.down(rows.row(m), rows.stride, count, d_of ? d_of + of_a : nullptr, z + of_a, R);
+      },
       [&](int64_t m, int64_t count, const E* z) {
         up.up(z, R, count, base, nullptr, 0, h.mutable_data_ptr<E>() + m * N, N);
       });
