@@ -432,6 +432,14 @@ def test_branches_sum_up_to_the_output():
 needs_native = pytest.mark.skipif(hk.backends()["native"] is not None, reason="the compiled part is not built")
 
 
+def test_native_has_it_on_a_cpu_alone():
+    refusal = TABLE["native"].refusal
+    assert refusal("composed", BF16, 8, 8, True, torch.device("cpu"), drops_input=True) is None
+    gpu = torch.device("cuda")
+    assert refusal("composed", BF16, 8, 8, True, gpu) is None
+    assert refusal("composed", BF16, 8, 8, True, gpu, True) == "on a GPU it has no kernels for input dropout"
+
+
 @needs_native
 def test_native_has_no_effective_form_of_it():
     """W0 + U D is the same for every row, the mask is not."""

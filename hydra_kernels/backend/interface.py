@@ -17,7 +17,6 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
 COMPOSED_ONLY = ("hybrid", "triton")
 MAX_NATIVE_RANK = 64  # of native's kernels on a GPU
-NATIVE_DROPS_INPUT = {"cpu": True, "cuda": False}  # where native has kernels for input dropout
 
 
 # What computes `native`'s products with W0 on a CPU: ATen (MKL in fp32), or oneDNN in the forward or in both passes.

@@ -17,7 +17,6 @@ from .interface import (
     ARGUMENTS,
     CPU,
     MAX_NATIVE_RANK,
-    NATIVE_DROPS_INPUT,
     Operands,
     Saved,
     form_of,
@@ -57,8 +56,8 @@ def refusal(
         return "W0 + U D rounded to torch.bfloat16 is less exact than the naive layer where b0 cancels W0 x"
     if form == "effective" and masked:
         return "an effective weight leaves no place for dropout"
-    if drops_input and not NATIVE_DROPS_INPUT[device.type]:
-        return "it has no kernels for input dropout"
+    if drops_input and on_gpu:
+        return "on a GPU it has no kernels for input dropout"
     return None
 
 

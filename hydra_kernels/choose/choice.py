@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK, NATIVE_DROPS_INPUT, Choice
+from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK, Choice
 
 DATA: dict[str, Any] = json.loads((Path(__file__).parent / "numbers.json").read_text(encoding="utf-8"))
 _COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
@@ -101,7 +101,7 @@ def choose(
     if r_b == 0 and form == "kept":
         form, why_form = "composed", _WHY_LORA
     if backend == "auto":
-        native_serves = not drops_input or NATIVE_DROPS_INPUT["cpu" if machine.capability is None else "cuda"]
+        native_serves = not drops_input or machine.capability is None
         if winner is not None and (
             (winner.form == "effective" and masked) or (winner.backend == "native" and not native_serves)
         ):
@@ -142,7 +142,7 @@ def _backend(
     dtype: torch.dtype, machine: Machine, form: str, few_rows: bool, small: bool, native_serves: bool
 ) -> tuple[str, str]:
     if machine.capability is None:
-        return _off_gpu(dtype, machine, form, native_serves)
+        return _off_gpu(dtype, machine, form)
     if dtype == torch.float64:
         return "aten", "the kernels have no float64"
     if form == "kept":
@@ -166,15 +166,13 @@ def _inductor_is_best(M: int | None, K: int, N: int, dtype: torch.dtype, machine
     return on_cpu and dtype == torch.float32 and M is not None and M <= _PLAIN_ROWS and K * N < _ONEDNN_WEIGHT
 
 
-def _off_gpu(dtype: torch.dtype, machine: Machine, form: str, native_serves: bool) -> tuple[str, str]:
+def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
     if machine.reasons["native"] is not None:
         return "aten", "the compiled part is not built, or the device is neither a CPU nor an NVIDIA GPU"
     if dtype == torch.float16:
         return "aten", "the compiled part has no float16 on a CPU, where torch's own products in it are slow"
     if dtype == torch.bfloat16 and not (machine.cpu and machine.cpu.matrix_units):
         return "aten", "this processor has no matrix units for bfloat16 (AMX, AVX512-BF16) that torch would use"
-    if not native_serves and form != "effective":
-        return "aten", "the compiled part has no kernels for input dropout"
     return "native", "the compiled part was measured faster than ATen calls from Python (an Intel Xeon)"
 
 
