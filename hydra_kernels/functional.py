@@ -179,7 +179,8 @@ def _choice(call: Call, op: Operands, device: torch.device, masked: bool) -> Cho
     machine = here(device)
     (M, K, N, r_a, r_b), dtype = call.sizes, call.dtype
     rows = M if is_static(M) else None
-    drops, compiling = op.drops_input and op.A_down is not None, torch.compiler.is_compiling()
+    drops = op.drops_input and op.A_down is not None
+    compiling = call.compiled is None and torch.compiler.is_compiling()
     masked = masked or drops
     choice = choose(
         rows, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked, _saves_x(op), compiling, drops

@@ -337,7 +337,7 @@ def _composes(layer: HydraLinear, x: Tensor) -> bool:
     M, K, N = x.numel() // max(x.shape[-1], 1), layer.in_features, layer.out_features
     dtype, drops = computed_in(x), layer.training and layer.input_dropout > 0
     masked = drops or (layer.training and layer.dropout > 0)
-    machine = here(x.device)._replace(measured=())
+    machine = here(x.device, measured=False)
     choice = choose(M, K, N, layer.r_a, layer.r_b, dtype, machine, layer.form, layer.backend, masked, drops_input=drops)
     reason = machine.reasons[choice.backend] or TABLE[choice.backend].refusal(
         choice.form, dtype, layer.r_a, layer.r_b, masked, x.device, drops

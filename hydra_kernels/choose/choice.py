@@ -34,6 +34,11 @@ _WHY_PLAIN = (
     f"torch.compile fuses plain operators: with up to {_PLAIN_ROWS} rows and a weight that is not large they are "
     "faster than an operator of ours (an Intel Xeon)"
 )
+# Made once: a choice is made in every call.
+_ROWS = f"{_ONEDNN_ROWS[0]} to {_ONEDNN_ROWS[1]} rows"
+_WHY_ONEDNN_VENDOR = f"on {_ONEDNN_VENDOR}'s processors MKL, which ATen calls, takes twice oneDNN's time (Zen 5)"
+_WHY_ONEDNN_ROWS = f"x W0^T of {_ROWS} and a large W0 is faster by oneDNN (an Intel Xeon)"
+_WHY_MKL = f"MKL is as fast or more exact, but for {_ROWS} of a large W0 (an Intel Xeon)"
 _WHY_LORA = "without a sequential branch nothing needs y0"
 _WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
 _WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
@@ -195,11 +200,11 @@ def _library(
     if winner is not None:
         return winner.library, "it won where it was measured on this device"
     if cpu.vendor == _ONEDNN_VENDOR:
-        return "onednn", f"on {_ONEDNN_VENDOR}'s processors MKL, which ATen calls, takes twice oneDNN's time (Zen 5)"
+        return "onednn", _WHY_ONEDNN_VENDOR
     few, many = _ONEDNN_ROWS
     if M is not None and few <= M <= many and K * N >= _ONEDNN_WEIGHT:
-        return "onednn-forward", f"x W0^T of {few} to {many} rows and a large W0 is faster by oneDNN (an Intel Xeon)"
-    return "aten", f"MKL is as fast or more exact, but for {few} to {many} rows of a large W0 (an Intel Xeon)"
+        return "onednn-forward", _WHY_ONEDNN_ROWS
+    return "aten", _WHY_MKL
 
 
 def _form(

@@ -23,10 +23,11 @@ from ..version import VERSION
 from .choice import DATA, Cpu, Key, Machine, Measured
 
 
-def here(device: torch.device) -> Machine:
-    """The machine of a device, found once in a process and again after `tune`."""
+def here(device: torch.device, measured: bool = True) -> Machine:
+    """The machine of a device, found once in a process and again after `tune`; without measurements if not measured."""
     tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return _here(device, tf32, torch.get_num_threads())
+    machine = _here(device, tf32, torch.get_num_threads())
+    return machine if measured else machine._replace(measured=())
 
 
 # So torch.compile runs it instead of tracing it. torch.compiler.assume_constant_result sets the same, but imports the
