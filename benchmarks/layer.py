@@ -69,6 +69,8 @@ class Settings:
     backend: str
     # Whether the frozen layer has b0.
     bias: bool
+    # Of PEFT's LoRA and ours.
+    lora_dropout: float
     rounds: int
     # Seconds within which all shapes are measured, but for MIN_ROUNDS of each.
     time_limit: float
@@ -77,6 +79,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         modes.check(self.mode, self.device, self.dry)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora-dropout is {self.lora_dropout:g}, expected at least 0 and less than 1")
+        if self.lora_dropout and self.mode != "eager":
+            raise ValueError(f"lora-dropout: it is measured in mode eager, not in {self.mode}")
 
 
 @dataclass
@@ -109,8 +115,9 @@ class Bench:
         self._expected: dict[tuple[str, Ranks], Mapping[str, Tensor | None]] = {}
 
     def build(self, method: str, ranks: Ranks, form: str = "auto") -> nn.Module:
-        seed, backend = self.settings.seed, self.settings.backend
-        return methods.build_layer(self.linear, method, ranks, seed=seed, form=form, backend=backend)
+        seed, backend, dropout = self.settings.seed, self.settings.backend, self.settings.lora_dropout
+        options = {"seed": seed, "form": form, "backend": backend, "lora_dropout": dropout}
+        return methods.build_layer(self.linear, method, ranks, **options)
 
     def expected(self, method: str, ranks: Ranks) -> Mapping[str, Tensor | None]:
         """What the eager layer gives from the same weights and inputs."""
@@ -136,8 +143,12 @@ class Bench:
             if mode == "graph":
                 contestant.passes = captured(layer, self.inputs, modes.Recorder(self.device))
                 found = contestant.passes[0].step()
+            if self.settings.lora_dropout:
+                layer.eval()
+                found = contestant.passes[0].step()
+                layer.train()
         except (ImportError, RuntimeError) as error:
-            if entry.method.partition("_")[0] not in ("compiled", "peft"):
+            if entry.method.partition("_")[0] not in ("compiled", "peft", "autocast"):
                 raise
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         partner = methods.naive_of(entry.method) or entry.method
@@ -202,7 +213,7 @@ def deadlines(shapes: Sequence[Shape], end: float) -> list[tuple[Shape, Callable
 def measure(shape: Shape, hydra: Ranks, settings: Settings, deadline: float) -> list[LayerRow]:
     """The rows of one shape: every phase of every method."""
     bench = Bench(shape, settings)
-    entries = entries_of(shape, hydra, methods.in_mode(settings.mode, settings.methods))
+    entries = entries_of(shape, hydra, methods.measured_in(settings.mode, settings.dtype, settings.methods))
     prepared = {entry.names()[0]: bench.prepare(entry) for entry in entries}
     contestants = {name: made for name, made in prepared.items() if isinstance(made, Contestant)}
     play(bench, contestants, deadline)
@@ -232,11 +243,10 @@ def row_of(
         if ran and (name in methods.BASELINES or is_rival(name, entry.method))
     }
     ours = entry.method.startswith("ours_")
-    choice = (
-        choose(*shape, *entry.ranks, DTYPES[settings.dtype], here(settings.device), backend=settings.backend)
-        if ours
-        else None
-    )
+    machine, dtype, drops = here(settings.device), DTYPES[settings.dtype], settings.lora_dropout > 0
+    drops &= entry.method == "ours_lora"
+    options = {"backend": settings.backend, "masked": drops, "drops_input": drops}
+    choice = choose(*shape, *entry.ranks, dtype, machine, **options) if ours else None
     return LayerRow(
         **shape._asdict(),
         **entry.ranks._asdict(),
@@ -255,7 +265,7 @@ def row_of(
         floor_us=None,
         runs=len(seconds),
         calls=made.calls if ran else 0,
-        dropout=0.0,
+        dropout=settings.lora_dropout,
         bias=settings.bias,
         trainable=trainable(shape, entry.ranks),
         over={name: [round(ratio, 4) for ratio in ratios] for name, ratios in over.items()},
@@ -297,6 +307,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--methods", help="with commas between; every one without it")
     parser.add_argument("--backend", default="auto", help="of ours")
     parser.add_argument("--no-bias", action="store_true", help="a frozen layer without b0, as language models have")
+    parser.add_argument("--lora-dropout", type=float, default=0.0, help="of PEFT's LoRA and ours")
     parser.add_argument("--rounds", type=int, help="at most so many a shape: 100, in a dry run 3")
     parser.add_argument("--mode", choices=modes.MODES, default="eager")
     parser.add_argument("--time-limit", type=float, default=430.0, help="seconds for all shapes; each gets 3 rounds")
@@ -305,7 +316,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that everything runs")
     options = parser.parse_args(arguments)
     device = device_option(options.device)
-    measurable = methods.in_mode(options.mode, methods.LAYER_METHODS)
+    measurable = methods.measured_in(options.mode, options.dtype, methods.LAYER_METHODS)
     names = options.methods.split(",") if options.methods is not None else measurable
     for name in names:
         if name not in measurable:
@@ -327,6 +338,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
         methods=tuple(name for name in measurable if name in names),
         backend=options.backend,
         bias=not options.no_bias,
+        lora_dropout=options.lora_dropout,
         rounds=rounds,
         time_limit=options.time_limit,
         seed=options.seed,
@@ -345,7 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, methods.ParityError) as error:
         print(f"layer: {error}", file=sys.stderr)
         return 1
-    path = out / modes.file_name("layer", settings.device, settings.dtype, settings.mode, settings.dry)
+    name = modes.file_name("layer", settings.device, settings.dtype, settings.mode, settings.dry)
+    path = out / name.replace(".json", f"-dropout{settings.lora_dropout:g}.json" if settings.lora_dropout else ".json")
     timing.write_result(path, environment, rows, LayerRow)
     wanted = goals.goal_tables(goals.layer_goals(rows))
     show(200, [*layer_tables(rows), *wanted, *layer_notes(environment, rows), f"Stored: {path}"])

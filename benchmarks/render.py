@@ -33,6 +33,7 @@ from benchmarks.measuring.rows import (
 )
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering import kernels
+from benchmarks.rendering.accelerated import accelerated_block
 from benchmarks.rendering.device import ceilings_block, doctor_block, run_block, tune_block
 from benchmarks.rendering.goals import goals_block
 from benchmarks.rendering.host import host_block
@@ -82,6 +83,7 @@ class Digest(NamedTuple):
 BLOCKS = (
     Block("measured:table4", "table4", Table4Row, table4_block, table4_chart, rows=is_papers),
     Block("measured:models", "table4", Table4Row, models_block, overview=models_chart),
+    Block("measured:accelerated", "table4-llama-peft", Table4Row, accelerated_block),
     Block("measured:layer", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cpu"),
     Block("measured:gpu", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cuda"),
     Block("measured:host", "host", HostRow, host_block),

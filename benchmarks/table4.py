@@ -40,6 +40,12 @@ DEFAULT_MODEL = "vit-b/32"
 PAPER_SECONDS = {"full_tuning": 148.95, "lora": 115.44, "seqlora": 112.19, "hydra": 119.37}
 # fp32 is multiplied in full, tf32 is fp32 multiplied as a GPU does with that setting.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+# A PEFT script, and what proves it: the naive method, and in bf16 PEFT under autocast, which is as exact as ours.
+PEFT_METHODS = {
+    "fp32": ("naive_lora", "peft_lora", "accelerated_lora"),
+    "bf16": ("naive_lora", "peft_lora", "autocast_lora", "accelerated_lora"),
+}
+PEFT_RANKS = {"lora": Ranks(16, 0)}
 # Rounds before the counted ones: in the first the saved bytes are counted, in the second the peak is measured.
 UNCOUNTED_ROUNDS = 2
 
@@ -55,6 +61,8 @@ class Settings:
     # Micro-batches of a step, and whether activations are recomputed in the backward instead of kept.
     accumulation: int
     checkpointing: bool
+    # PEFT's, of its LoRA, accelerated or not.
+    lora_dropout: float
     steps: int
     methods: tuple[str, ...]
     ranks: Mapping[str, Ranks]
@@ -68,8 +76,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         modes.check(self.mode, self.device, self.dry)
-        if self.model.adapter_bias and not {"peft_lora", "accelerated_lora"}.isdisjoint(self.methods):
+        if self.model.adapter_bias and not set(methods.OF_PEFT).isdisjoint(self.methods):
             raise ValueError("methods: PEFT's LoRA has no adapter biases, which the naive methods of this model train")
+        if "autocast_lora" in self.methods and self.dtype != "bf16":
+            raise ValueError(f"methods: autocast_lora is autocast to bf16, over a model of bf16; dtype is {self.dtype}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora-dropout is {self.lora_dropout:g}, expected at least 0 and less than 1")
+        if self.lora_dropout and (self.mode != "eager" or "peft_lora" not in self.methods):
+            raise ValueError("lora-dropout: it is PEFT's, so it needs peft_lora among the methods, and mode eager")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, expected a divisor of the batch, {self.batch_size}")
         if self.mode != "eager" and self.full and EPOCH % self.batch_size:
@@ -130,6 +144,11 @@ def measure(
     measured, players = Measured(seconds={name: [] for name in contestants}), contestants
     started = time.perf_counter()
     rounds = UNCOUNTED_ROUNDS + settings.steps
+    if settings.lora_dropout:
+        batch = next(batches)
+        with methods.without_dropout(contestants.values()):
+            play_round(contestants, list(contestants), batch, device)
+            measured.parity = methods.settle(contestants, tolerance)
     bar = progress.add_task("rounds", total=rounds)
     for number, order in enumerate(timing.shuffled_rounds(list(contestants), rounds, settings.seed)):
         round_started = time.perf_counter()
@@ -205,6 +224,7 @@ def rows_of(
                 mode=settings.mode,
                 method=name,
                 ranks=list(settings.ranks[kind]) if kind in settings.ranks else None,
+                lora_dropout=settings.lora_dropout,
                 trainable=sum(parameter.numel() for parameter in parameters.values()) - head,
                 head=head,
                 sec_per_epoch=sum(seconds) if whole_epoch else pace.median,
@@ -242,7 +262,7 @@ def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
     base = models.build(model, settings.size, settings.checkpoint).to(settings.device, dtype)
     source = models.source(base, settings.size, settings.data, settings.device, dtype)
     if settings.checkpointing:
-        models.checkpoint_activations(base)
+        models.checkpoint_activations(base, dropout=settings.lora_dropout > 0)
     contestants = {
         name: Contestant.of(
             name,
@@ -254,6 +274,7 @@ def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
                 head=model.head,
                 seed=settings.seed,
                 adapter_bias=model.adapter_bias,
+                lora_dropout=settings.lora_dropout,
             ),
             settings.accumulation,
             capturable=settings.mode == "graph" and settings.device.type == "cuda",
@@ -272,7 +293,7 @@ def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
         methods.settle(contestants, methods.TOLERANCES[settings.dtype])
     counted = EPOCH if settings.full else size * settings.steps
     # The uncounted rounds draw batches of their own: a full epoch shows every image of CIFAR-10 exactly once.
-    uncounted = source.batches(size, UNCOUNTED_ROUNDS * size, settings.seed + 1)
+    uncounted = source.batches(size, (UNCOUNTED_ROUNDS + (settings.lora_dropout > 0)) * size, settings.seed + 1)
     batches = itertools.chain(uncounted, source.batches(size, counted, settings.seed))
     measured = measure(contestants, batches, settings, progress)
     return rows_of(measured, contestants, source.name, settings)
@@ -291,6 +312,11 @@ def ranks_option(text: str | None, default: Mapping[str, Ranks]) -> dict[str, Ra
             raise ValueError(f"ranks: {item!r}, expected ranks of 1 and more")
         ranks[kind] = Ranks(first if kind != "seqlora" else 0, last if kind != "lora" else 0)
     return ranks
+
+
+def default_ranks(model: Model, names: Sequence[str]) -> Mapping[str, Ranks]:
+    """The model's own; of a PEFT script, PEFT's."""
+    return {**model.ranks, **PEFT_RANKS} if names in PEFT_METHODS.values() else model.ranks
 
 
 def methods_option(text: str) -> tuple[str, ...]:
@@ -320,7 +346,10 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches that a step's batch is split into")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
     parser.add_argument("--steps", type=int, help="counted rounds: 50 on a GPU, 10 on a CPU")
-    parser.add_argument("--methods", default=",".join(methods.METHODS), help="also peft_lora and accelerated_lora")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--methods", default=",".join(methods.METHODS), help=f"also {', '.join(methods.OF_PEFT)}")
+    chosen.add_argument("--peft", action="store_true", help="PEFT's LoRA 16, and the same accelerated")
+    parser.add_argument("--lora-dropout", type=float, default=0.0, help=f"of {', '.join(methods.OF_PEFT)}")
     parser.add_argument("--ranks", help="hydra=A+B,lora=R,seqlora=R, or some of them; the model's own without it")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 as distributed; scikit-learn's digits without it")
     parser.add_argument("--checkpoint", type=Path, help="local folder of a ViT checkpoint; random weights without it")
@@ -342,6 +371,9 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     size = model.size(device, options.dry)
     batch_size = options.batch_size if options.batch_size is not None else size.batch
     steps = options.steps if options.steps is not None else 10 if on_cpu else 50
+    if options.peft and options.dtype not in PEFT_METHODS:
+        raise ValueError(f"peft: expected one of {', '.join(PEFT_METHODS)} as dtype, got {options.dtype}")
+    names = PEFT_METHODS[options.dtype] if options.peft else methods_option(options.methods)
     for name, value in (("batch-size", batch_size), ("accumulation", options.accumulation), ("steps", steps)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected 1 or more")
@@ -355,8 +387,9 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
         accumulation=options.accumulation,
         checkpointing=options.checkpointing,
         steps=math.ceil(EPOCH / batch_size) if options.full else steps,
-        methods=methods_option(options.methods),
-        ranks=ranks_option(options.ranks, model.ranks),
+        lora_dropout=options.lora_dropout,
+        methods=names,
+        ranks=ranks_option(options.ranks, default_ranks(model, names)),
         data=options.data,
         checkpoint=options.checkpoint,
         seed=options.seed,
@@ -368,12 +401,20 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
 
 
 def file_name(settings: Settings) -> str:
-    """A run of its own for each model, device, dtype, mode, accumulation and checkpointing; ViT-B/32 is not named."""
+    """A file of its own for each model, device, dtype, mode and option; ViT-B/32 is not named, a PEFT script is."""
     option = next(option for option, model in models.MODELS.items() if model is settings.model)
     benchmark = "table4" if option == DEFAULT_MODEL else f"table4-{option.replace('/', '-')}"
+    benchmark += "-peft" if settings.methods in PEFT_METHODS.values() else ""
     name = modes.file_name(benchmark, settings.device, settings.dtype, settings.mode, settings.dry)
-    steps = f"-accumulation{settings.accumulation}" if settings.accumulation > 1 else ""
-    return name.replace(".json", f"{steps}{'-checkpointing' if settings.checkpointing else ''}.json")
+    options = f"-accumulation{settings.accumulation}" if settings.accumulation > 1 else ""
+    options += "-checkpointing" if settings.checkpointing else ""
+    options += "".join(
+        f"-{kind}{'+'.join(str(rank) for rank in ranks if rank)}"
+        for kind, ranks in settings.ranks.items()
+        if ranks != default_ranks(settings.model, settings.methods)[kind]
+    )
+    options += f"-dropout{settings.lora_dropout:g}" if settings.lora_dropout else ""
+    return name.replace(".json", f"{options}.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

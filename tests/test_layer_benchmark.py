@@ -149,8 +149,10 @@ def test_the_count_of_trainable_parameters_is_the_layers(method):
 
 
 def test_a_rank_that_is_equal_in_both_ways_is_measured_once():
-    square = shapes.entries_of(Shape(64, 768, 768), Ranks(8, 8), methods.LAYER_METHODS)
-    assert [entry.method for entry in square] == list(methods.LAYER_METHODS)
+    names = methods.measured_in("eager", "fp32", methods.LAYER_METHODS)
+    assert set(methods.LAYER_METHODS) - set(names) == {"autocast_lora"}
+    square = shapes.entries_of(Shape(64, 768, 768), Ranks(8, 8), names)
+    assert [entry.method for entry in square] == names
     assert {entry.pair for entry in square[1:]} == {"both"}
     entries = shapes.entries_of(Shape(64, 3072, 768), Ranks(8, 8), ["frozen", "naive_hydra", "naive_lora", "peft_lora"])
     assert entries == [
@@ -162,6 +164,25 @@ def test_a_rank_that_is_equal_in_both_ways_is_measured_once():
     ]
     assert [entry.names() for entry in entries[2:4]] == [("naive_lora",), ("naive_lora@parameters",)]
     assert square[2].names() == ("naive_lora", "naive_lora@parameters")
+
+
+def test_with_lora_dropout_pefts_layer_and_ours_drop_and_are_proved_without_it(tmp_path):
+    arguments = ["--dtype", "bf16", "--lora-dropout", "0.25", "--dry", "--rounds", "3", "--device", "cpu"]
+    arguments += ["--methods", "naive_lora,ours_lora,peft_lora,autocast_lora", "--out", str(tmp_path)]
+    assert layer.main(arguments) == 0
+    _, rows = timing.read_result(tmp_path / "layer-dry-cpu-bf16-dropout0.25.json", LayerRow)
+    assert {row["dropout"] for row in rows} == {0.25}
+    assert all(row["parity"]["difference"] < 8e-3 for row in rows if not row["method"].startswith("naive"))
+    settings, _ = layer.settings_of(arguments)
+    bench = Bench(settings.shapes[0], settings)
+    for method in ("ours_lora", "peft_lora", "autocast_lora"):
+        made = bench.prepare(Entry(method, Ranks(16, 0), "rank"))
+        dropped, expected = made.passes[0].step(), bench.expected("naive_lora", Ranks(16, 0))
+        with pytest.raises(methods.ParityError):
+            methods.worst_difference(method, "naive_lora", dropped, expected, 8e-3)
+    for options, message in ((["0.1", "--mode", "compile"], "mode eager"), (["1"], "less than 1")):
+        with pytest.raises(ValueError, match=f"lora-dropout.*{message}"):
+            layer.settings_of(["--dry", "--device", "cpu", "--lora-dropout", *options])
 
 
 def contestant(name: str, forward: np.ndarray, backward: np.ndarray) -> Contestant:

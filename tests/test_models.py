@@ -256,6 +256,87 @@ def test_pefts_lora_is_naive_lora_in_a_model_without_adapter_biases():
         table4.settings_of(["--dry", "--device", "cpu", "--methods", "naive_lora,peft_lora"])
 
 
+def test_a_step_with_lora_dropout_is_proved_without_it():
+    """What drops elements of x computes something else than naive: it is compared only where nothing is dropped."""
+    model, base = MODELS["llama"], network_of("llama")
+    same = {"target": model.target, "head": model.head, "seed": 1, "adapter_bias": False, "lora_dropout": 0.25}
+    names = ("naive_lora", "peft_lora", "accelerated_lora")
+    made = {name: Contestant.of(name, methods.build(base, name, model.ranks, **same)) for name in names}
+    methods.start_equal(made)
+    assert [len(contestant.dropouts()) for contestant in made.values()] == [0, 2 * 7, 2 * 7]
+    [batch] = source_of("llama", base).batches(4, 4, seed=3)
+    tolerance = methods.TOLERANCES["fp32"]
+    with methods.without_dropout(made.values()):
+        for contestant in made.values():
+            contestant.step(*batch)
+        assert methods.settle(made, tolerance).keys() == set(names[1:])
+    for contestant in made.values():
+        contestant.step(*batch)
+    for name in names[1:]:
+        assert all(module.training and module.p == 0.25 for module in made[name].dropouts())
+        with pytest.raises(methods.ParityError):
+            methods.compare(made[name], made["naive_lora"], tolerance)
+    assert methods.settle(made, tolerance) == {}
+    equal = made["naive_lora"].trainable()
+    assert all(torch.equal(p, equal[key]) for name in names[1:] for key, p in made[name].trainable().items())
+
+
+def test_pefts_lora_runs_under_autocast_where_it_is_called_so():
+    base, model = network_of("llama").bfloat16(), MODELS["llama"]
+    same = {"target": model.target, "head": model.head, "seed": 1, "adapter_bias": False}
+    [batch] = source_of("llama", base).batches(4, 4, seed=3)
+    seen = {}
+    for name in ("peft_lora", "autocast_lora"):
+        contestant = Contestant.of(name, methods.build(base, name, model.ranks, **same))
+        down = contestant.model.get_submodule("model.layers.0.mlp.up_proj.lora_A.default")
+        down.register_forward_hook(lambda module, args, output, name=name: seen.update({name: output.dtype}))
+        contestant.step(*batch)
+    assert seen == {"peft_lora": torch.float32, "autocast_lora": torch.bfloat16}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_peft_script_with_every_option(wrong, tmp_path, monkeypatch, capsys):
+    build = methods.build
+
+    def build_wrong(base, method, *args, **kwargs):
+        model = build(base, method, *args, **kwargs)
+        if method == "accelerated_lora":
+            adapter = model.get_parameter("model.layers.1.mlp.up_proj.lora_A.default.weight")
+            adapter.register_hook(lambda gradient: 0.5 * gradient)
+        return model
+
+    if wrong:
+        monkeypatch.setattr(methods, "build", build_wrong)
+    arguments = ["--dry", "--model", "llama", "--device", "cpu", "--steps", "2", "--batch-size", "4", "--dtype", "bf16"]
+    arguments += ["--peft", "--lora-dropout", "0.25", "--checkpointing", "--ranks", "lora=8", "--out", str(tmp_path)]
+    assert table4.main(arguments) == wrong
+    if wrong:
+        assert "accelerated_lora: the gradient of model.layers.1.mlp.up_proj.A_down" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+        return
+    path = tmp_path / "table4-llama-peft-dry-cpu-bf16-checkpointing-lora8-dropout0.25.json"
+    _, rows = timing.read_result(path, Table4Row)
+    assert [row["method"] for row in rows] == ["naive_lora", "peft_lora", "autocast_lora", "accelerated_lora"]
+    assert {(row["lora_dropout"], row["checkpointing"], tuple(row["ranks"])) for row in rows} == {(0.25, True, (8, 0))}
+    assert all(row["parity"]["gradient"] < 0.1 for row in rows[1:])
+    assert all(len(row["step_seconds"]) == 2 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lora-dropout", "1", "--peft"], "lora-dropout is 1, expected at least 0 and less than 1"),
+        (["--lora-dropout", "0.1"], "lora-dropout: it is PEFT's"),
+        (["--lora-dropout", "0.1", "--peft", "--mode", "compile"], "lora-dropout: it is PEFT's"),
+        (["--methods", "naive_lora,autocast_lora"], "autocast_lora is autocast to bf16"),
+        (["--peft", "--dtype", "tf32"], "peft: expected one of fp32, bf16"),
+    ],
+)
+def test_options_of_a_peft_script_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        table4.settings_of(["--dry", "--device", "cpu", "--model", "llama", *options])
+
+
 @pytest.mark.parametrize("option", OTHERS)
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_ours_is_naive_in_every_model(option, dtype, tmp_path, capsys):
@@ -309,6 +390,10 @@ def test_every_run_has_a_file_of_its_own_and_the_papers_keeps_its_name():
     assert name("--model", "llama", "--checkpointing") == "table4-llama-cpu-fp32-checkpointing.json"
     assert name("--model", "vit-l/16", "--mode", "compile", "--accumulation", "2", "--checkpointing") == (
         "table4-vit-l-16-cpu-fp32-compile-accumulation2-checkpointing.json"
+    )
+    assert name("--model", "llama", "--peft") == "table4-llama-peft-cpu-fp32.json"
+    assert name("--model", "llama", "--peft", "--ranks", "lora=32", "--lora-dropout", "0.05") == (
+        "table4-llama-peft-cpu-fp32-lora32-dropout0.05.json"
     )
 
 

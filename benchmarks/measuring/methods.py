@@ -1,16 +1,17 @@
 """The methods that benchmarks compare, each built once here, and the proof that ours and naive compute the same.
 
 A method is full_tuning, linear_probing (whole models), frozen (one layer), or an owner and a kind: naive_, ours_,
-compiled_ (naive under torch.compile, in whatever mode), peft_ or accelerated_ (PEFT's, by `peft.accelerate`), followed
-by lora, seqlora or hydra.
+compiled_ (naive under torch.compile, in whatever mode), peft_, autocast_ (PEFT's under autocast to bf16) or
+accelerated_ (PEFT's, by `peft.accelerate`), followed by lora, seqlora or hydra.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,10 +28,11 @@ METHODS = (
     *("ours_lora", "ours_seqlora", "ours_hydra"),
 )
 # What a model without adapter biases is measured with besides, which PEFT has not.
-MODEL_METHODS = (*METHODS, "peft_lora", "accelerated_lora")
+OF_PEFT = ("peft_lora", "autocast_lora", "accelerated_lora")
+MODEL_METHODS = (*METHODS, *OF_PEFT)
 LAYER_METHODS = (
     *("frozen", "naive_hydra", "naive_lora", "naive_seqlora", "ours_hydra", "ours_lora", "ours_seqlora"),
-    *("compiled_hydra", "compiled_lora", "compiled_seqlora", "peft_lora"),
+    *("compiled_hydra", "compiled_lora", "compiled_seqlora", "peft_lora", "autocast_lora"),
 )
 # What every layer is compared with.
 BASELINES = ("frozen", "naive_hydra", "naive_lora")
@@ -63,9 +65,13 @@ FEW_ELEMENTS = 64
 OURS = {"lora": hk.LoRALinear, "seqlora": hk.SeqLoRALinear, "hydra": hk.HydraLinear}
 
 
-def in_mode(mode: str, names: Sequence[str]) -> list[str]:
-    """Those methods that a mode measures: where every layer is compiled, compiled_ would be naive_ once more."""
-    return [name for name in names if not (mode == "compile" and name.startswith("compiled_"))]
+def measured_in(mode: str, dtype: str, names: Sequence[str]) -> list[str]:
+    """Those that a mode and a dtype measure: where every layer is compiled, compiled_ would be naive_ once more, and
+    autocast is for eager steps over bf16.
+    """
+    without = ("compiled_",) if mode == "compile" else ()
+    without += ("autocast_",) if (mode, dtype) != ("eager", "bf16") else ()
+    return [name for name in names if not name.startswith(without)]
 
 
 def widths(kind: str, ranks: Ranks) -> dict[str, int]:
@@ -91,11 +97,12 @@ def build(
     head: str,
     seed: int,
     adapter_bias: bool = True,
+    lora_dropout: float = 0.0,
 ) -> nn.Module:
     """A model of ``method`` with ``base``'s weights, its head a copy of its own, ready to train.
 
     ``target`` is a regular expression that the whole names of the linear layers that get adapters match. All methods
-    but full tuning share ``base``'s frozen Parameters: the same objects, not copies.
+    but full tuning share ``base``'s frozen Parameters: the same objects, not copies. ``lora_dropout`` is PEFT's alone.
     """
     if method not in MODEL_METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(MODEL_METHODS)}")
@@ -117,12 +124,12 @@ def build(
             raise ValueError(f"target is {target!r}, which the name of no module matches")
         for name in names:
             model.set_submodule(name, NAIVE[kind](model.get_submodule(name), ranks[kind], adapter_bias))
-    elif owner in ("peft", "accelerated"):
+    elif method in OF_PEFT:
         # Its import takes seconds, which only a run that measures it should pay.
         from peft import LoraConfig, inject_adapter_in_model
 
         r = ranks[kind].r_a
-        inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=target), model)
+        inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, lora_dropout=lora_dropout, target_modules=target), model)
         model.get_submodule(head).requires_grad_(True)
         for name, parameter in model.named_parameters():
             if ".lora_" in name:  # as get_peft_model makes them
@@ -136,12 +143,20 @@ def build(
 
 
 def build_layer(
-    linear: nn.Linear, method: str, ranks: Ranks, *, seed: int, form: str = "auto", backend: str = "auto"
+    linear: nn.Linear,
+    method: str,
+    ranks: Ranks,
+    *,
+    seed: int,
+    form: str = "auto",
+    backend: str = "auto",
+    lora_dropout: float = 0.0,
 ) -> nn.Module:
     """One layer of ``method`` over ``linear``, which is frozen and shared; its adapters have no biases.
 
     Equal ranks, kind and seed give equal adapters, whoever's layer it is. ``form`` and ``backend`` are for ours. Over a
     low-precision base, PEFT's LoRA and ours have fp32 adapters, as PEFT makes them; all others have the base's dtype.
+    ``lora_dropout`` is theirs alone.
     """
     if method not in LAYER_METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(LAYER_METHODS)}")
@@ -159,14 +174,21 @@ def build_layer(
     if owner == "ours":
         dtype = torch.promote_types(linear.weight.dtype, torch.float32) if kind == "lora" else None
         options = {"form": form, "backend": backend, "adapter_dtype": dtype}
+        options |= {"input_dropout": lora_dropout} if kind == "lora" else {}
         layer = OURS[kind].from_linear(linear, **options, **widths(kind, ranks))
     else:
         # Its import takes seconds, which only a run that measures it should pay.
         from peft import LoraConfig
         from peft.tuners.lora.layer import Linear
 
-        config = LoraConfig(r=ranks.r_a, lora_alpha=ranks.r_a, lora_dropout=0.0)
-        layer = Linear(linear, "default", config=config, r=ranks.r_a, lora_alpha=ranks.r_a)
+        class UnderAutocast(Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                with torch.autocast(x.device.type, torch.bfloat16):
+                    return super().forward(x)
+
+        config = LoraConfig(r=ranks.r_a, lora_alpha=ranks.r_a, lora_dropout=lora_dropout)
+        made = UnderAutocast if owner == "autocast" else Linear
+        layer = made(linear, "default", config=config, r=ranks.r_a, lora_alpha=ranks.r_a)
         for adapter in (layer.lora_A, layer.lora_B):
             adapter.to(torch.promote_types(linear.weight.dtype, torch.float32))
     with torch.no_grad():
@@ -219,6 +241,8 @@ class Contestant:
     optimizer: torch.optim.Optimizer
     # Micro-batches of a step.
     accumulation: int = 1
+    # Whether it runs under autocast to bf16.
+    autocast: bool = False
     loss: Tensor | None = None
 
     @classmethod
@@ -226,7 +250,7 @@ class Contestant:
         """``capturable``: its steps can be captured in a CUDA graph; on a GPU alone."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, capturable=capturable)
-        return cls(method, model, optimizer, accumulation)
+        return cls(method, model, optimizer, accumulation, method.startswith("autocast_"))
 
     def step(self, inputs: Tensor, labels: Tensor) -> None:
         """One step of training: what the table times. The gradients stay until the next one.
@@ -237,7 +261,8 @@ class Contestant:
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
         for part, right in zip(inputs.chunk(self.accumulation), labels.chunk(self.accumulation), strict=True):
-            logits = self.model(**{self.model.main_input_name: part}).logits
+            with torch.autocast(part.device.type, torch.bfloat16, enabled=self.autocast):
+                logits = self.model(**{self.model.main_input_name: part}).logits
             loss = F.cross_entropy(logits.float().flatten(0, -2), right.flatten()) * (len(part) / len(inputs))
             loss.backward()
             losses.append(loss.detach())
@@ -246,6 +271,11 @@ class Contestant:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {our_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def dropouts(self) -> list[nn.Dropout]:
+        """PEFT's of its adapters; the models have no dropout of their own."""
+        named = self.model.named_modules()
+        return [module for name, module in named if ".lora_dropout." in name and isinstance(module, nn.Dropout)]
 
     def held_bytes(self) -> int:
         """Bytes held between steps: the parameters, frozen ones too, and the optimizer's state; no gradients."""
@@ -262,6 +292,19 @@ def copy_state(source: Contestant, target: Contestant) -> None:
             parameter.copy_(original)
             for key, value in source.optimizer.state.get(original, {}).items():
                 target.optimizer.state[parameter][key].copy_(value)
+
+
+@contextlib.contextmanager
+def without_dropout(contestants: Iterable[Contestant]) -> Iterator[None]:
+    """Inside, PEFT's lora_dropout drops nothing, so that a step can be compared with naive's."""
+    modules = [module for contestant in contestants for module in contestant.dropouts()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
 
 
 class ParityError(Exception):
@@ -283,7 +326,7 @@ class Difference(NamedTuple):
 def naive_of(method: str) -> str | None:
     """The naive method that computes the same, None for naive methods and those without one."""
     owner, _, kind = method.partition("_")
-    return f"naive_{kind}" if owner in ("ours", "compiled", "peft", "accelerated") else None
+    return f"naive_{kind}" if owner in ("ours", "compiled", "peft", "autocast", "accelerated") else None
 
 
 def start_equal(contestants: Mapping[str, Contestant]) -> None:
@@ -294,10 +337,14 @@ def start_equal(contestants: Mapping[str, Contestant]) -> None:
 
 
 def settle(contestants: Mapping[str, Contestant], tolerance: Tolerance) -> dict[str, Difference]:
-    """Compares ours with naive after a round and gives ours naive's state, so that the next one starts equal."""
+    """Compares ours with naive after a round and gives ours naive's state, so that the next one starts equal.
+
+    A step that dropped elements of x has nothing to be compared with.
+    """
     differences = {}
     for name, contestant in contestants.items():
-        if partner := naive_of(name):
+        dropped = any(module.training for module in contestant.dropouts())
+        if (partner := naive_of(name)) and not dropped:
             differences[name] = compare(contestant, contestants[partner], tolerance)
     start_equal(contestants)
     return differences

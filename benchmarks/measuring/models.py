@@ -197,10 +197,10 @@ def build(model: Model, size: Size, checkpoint: Path | None = None) -> PreTraine
     )
 
 
-def checkpoint_activations(network: PreTrainedModel) -> None:
+def checkpoint_activations(network: PreTrainedModel, dropout: bool = False) -> None:
     """Keeps of each of the network's layers its input alone, until the backward: transformers' own, in place."""
     # Without dropout there is no state of random numbers to restore, which a CUDA graph could not.
-    network.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    network.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": dropout})
     # Only a reentrant checkpoint needs embeddings that require gradients; frozen ones need none.
     network.disable_input_require_grads()
 

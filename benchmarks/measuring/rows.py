@@ -25,6 +25,8 @@ class Table4Row(TypedDict):
     method: str
     # [r_a, r_b]
     ranks: list[int] | None
+    # PEFT's, of its LoRA, accelerated or not; the other methods of a run drop nothing.
+    lora_dropout: float
     # Trainable parameters without the head's, and the head's.
     trainable: int
     head: int
@@ -47,7 +49,8 @@ class Table4Row(TypedDict):
     held_bytes: int | None
     saved_bytes: int | None
     peak_bytes: int
-    # Ours against naive: the largest differences of all steps, and what was allowed.
+    # Ours against naive: the largest differences of all steps, with lora_dropout of one that dropped nothing, and what
+    # was allowed.
     parity: dict[str, Any] | None
     dry: bool
 
@@ -83,6 +86,7 @@ class LayerRow(TypedDict):
     floor_us: float | None
     runs: int
     calls: int
+    # lora_dropout of PEFT's LoRA and of ours; the other methods of a run drop nothing.
     dropout: float
     # Whether the frozen layer has b0.
     bias: bool
@@ -92,7 +96,7 @@ class LayerRow(TypedDict):
     # Of a step: kept for the backward, and the peak above what was there before it.
     saved_bytes: int | None
     peak_bytes: int | None
-    # The largest difference from the naive layer, and what was allowed.
+    # The largest difference from the naive layer, nothing dropped, and what was allowed.
     parity: dict[str, Any] | None
     unavailable: str | None
     dry: bool

@@ -29,6 +29,7 @@ ALIGNED = 16
 # A step of ours over its rivals: (heading, method, over what). LoRA and SeqLoRA are of Hydra's R where not said else.
 RIVALS = (
     ("our LoRA / PEFT LoRA", "ours_lora", "peft_lora"),
+    ("our LoRA / PEFT LoRA under autocast", "ours_lora", "autocast_lora"),
     ("our LoRA / naive LoRA", "ours_lora", "naive_lora"),
     ("our SeqLoRA / naive SeqLoRA", "ours_seqlora", "naive_seqlora"),
     ("our Hydra / naive Hydra", "ours_hydra", "naive_hydra"),
@@ -48,6 +49,7 @@ COMPILED_RIVALS = (
 OVER_FROZEN = (
     ("naive LoRA", "naive_lora", "frozen"),
     ("PEFT LoRA", "peft_lora", "frozen"),
+    ("PEFT LoRA under autocast", "autocast_lora", "frozen"),
     ("our LoRA", "ours_lora", "frozen"),
     ("naive Hydra", "naive_hydra", "frozen"),
     ("compiled Hydra", "compiled_hydra", "frozen"),
@@ -64,9 +66,11 @@ BARS = (
 
 
 def layer_groups(rows: Sequence[LayerRow]) -> list[list[LayerRow]]:
-    """The rows of each device, dtype and mode; a group more where such a run was repeated, with another backend say."""
+    """The rows of each device, dtype, mode and dropout; a group more where such a run was repeated, say with another
+    backend.
+    """
     same = ("M", "K", "N", "hydra", "r_a", "r_b", "pair", "phase", "method")
-    return groups(rows, by=("device", "dtype", "mode"), same=same)
+    return groups(rows, by=("device", "dtype", "mode", "dropout"), same=same)
 
 
 def layer_steps(rows: Sequence[LayerRow]) -> Iterator[tuple[str, list[dict[str, LayerRow]]]]:
@@ -180,8 +184,9 @@ def handicapped(steps: Sequence[Mapping[str, LayerRow]]) -> list[str]:
 def layer_notes(environment: Environment, rows: Sequence[LayerRow]) -> list[str]:
     """What a reader must know beside the figures: the run, what was proved, what was not measured."""
     row, runs = rows[0], [row["runs"] for row in rows if row["unavailable"] is None]
+    dropped = f"lora_dropout {row['dropout']:g} in PEFT's LoRA and ours alone" if row["dropout"] else "no dropout"
     notes = [
-        f"{environment_note(environment)} {row['dtype']}, {MODES[row['mode']]}, x requires grad, no dropout, no "
+        f"{environment_note(environment)} {row['dtype']}, {MODES[row['mode']]}, x requires grad, {dropped}, no "
         f"adapter biases; {min(runs, default=0)} to {max(runs, default=0)} rounds of all methods in shuffled order, "
         "medians of paired steps (forward and backward), inputs cold in L2. Saved: kept for the backward."
     ]

@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 from benchmarks.measuring.methods import MODEL_METHODS
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment
+from benchmarks.rendering.accelerated import is_script
 from benchmarks.rendering.kernels import Kernels
 from benchmarks.rendering.table4 import MEGA, batch_of, is_papers, table4_markdown
 from benchmarks.rendering.tables import Stored, Table, groups, label, or_dash, svg
@@ -24,10 +25,8 @@ MEMORY = (
 
 
 def runs(stored: Sequence[Stored]) -> Iterator[tuple[Environment, list[Table4Row], Kernels]]:
-    """The rows of each model, dtype, mode, accumulation and checkpointing, with what is said of its kernels;
-    of one repeated, a run more.
-    """
-    by = ("model", "dtype", "mode", "batch", "accumulation", "checkpointing")
+    """The rows of each model, dtype, mode and option, with what is said of its kernels; of one repeated, a run more."""
+    by = ("model", "dtype", "mode", "batch", "accumulation", "checkpointing", "lora_dropout")
     for file in stored:
         for group in groups(file.rows, by=by, same=("method",)):
             yield file.environment, without_sums(group), file.kernels
@@ -61,8 +60,8 @@ def memory_table(found: Sequence[tuple[Environment, list[Table4Row], Kernels]]) 
 
 
 def models_block(stored: Sequence[Stored]) -> str:
-    """The memory of every run; the tables of those that are not the paper's Table 4."""
-    found = list(runs(stored))
+    """The memory of every run; the tables of those that are not the paper's Table 4. Not of PEFT scripts."""
+    found = [run for run in runs(stored) if not is_script(run[1])]
     unknown = any(row[key] is None for _, rows, _ in found for row in rows for key, *_ in MEMORY)
     parts = [
         f"Memory in MB: {' / '.join(name for _, name, _ in MEMORY)}, which is parameters, optimizer state and the most "
@@ -77,7 +76,7 @@ def models_block(stored: Sequence[Stored]) -> str:
 
 def models_chart(stored: Sequence[Stored]) -> str:
     """The memory of every run as SVG, a panel a run; equal rows give equal text."""
-    found = list(runs(stored))
+    found = [run for run in runs(stored) if not is_script(run[1])]
     figure = Figure(figsize=(12, 0.5 + sum(1 + 0.4 * len(rows) for _, rows, _ in found)), layout="constrained")
     heights = [1 + 0.4 * len(rows) for _, rows, _ in found]
     axes_of = figure.subplots(len(found), squeeze=False, height_ratios=heights)[:, 0]

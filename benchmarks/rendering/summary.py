@@ -14,6 +14,8 @@ from benchmarks.rendering.tables import Stored, Table, is_gpu, label
 from benchmarks.rendering.verdicts import SLOWER, marked
 
 HEADINGS = ("step of ours", "time over PEFT's LoRA", "time over plain PyTorch", "peak memory over plain PyTorch")
+# PEFT scripts that have a line: (dtype, rank, lora_dropout, activation checkpointing).
+SCRIPTS = (("bf16", 16, 0.0, False), ("bf16", 16, 0.05, False), ("bf16", 16, 0.05, True), ("fp32", 16, 0.0, False))
 # How the name of a model begins, and the dtypes in which its methods have a line.
 MODELS = (("ViT-B/32", ("fp32",), ("hydra",)),)
 ON = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -59,11 +61,17 @@ def model_lines(table4: Sequence[Stored]) -> Iterator[list[str]]:
 
 def accelerated_lines(table4: Sequence[Stored]) -> Iterator[list[str]]:
     """Whole steps of a PEFT LoRA model that `hydra_kernels.peft.accelerate` has taken."""
-    for _, rows, kernels in runs(table4):
-        by_method = {row["method"]: row for row in rows}
-        names = ("accelerated_lora", "naive_lora", "peft_lora")
-        if by_method.keys() >= set(names):
-            yield model_line(*(by_method[name] for name in names), kernels.remark())
+    names = ("accelerated_lora", "naive_lora", "peft_lora")
+    found = [({row["method"]: row for row in rows}, kernels) for _, rows, kernels in runs(table4)]
+    for wanted in SCRIPTS:
+        for by_method, kernels in found:
+            if by_method.keys() >= set(names) and script_of(by_method["peft_lora"]) == wanted:
+                yield model_line(*(by_method[name] for name in names), kernels.remark())
+                break
+
+
+def script_of(row: Table4Row) -> tuple[str, int, float, bool]:
+    return row["dtype"], sum(row["ranks"] or ()), row["lora_dropout"], row["checkpointing"]
 
 
 def model_line(ours: Table4Row, naive: Table4Row, peft: Table4Row | None, remark: str) -> list[str]:
@@ -80,7 +88,8 @@ def layer_lines(files: Sequence[Stored]) -> Iterator[list[str]]:
     found = [(file, rows) for file in files for rows in layer_groups(file.rows)]
     for device, dtype, mode, sizes in LAYERS:
         wanted = (device, dtype, mode)
-        ran = [run for run in found if (run[1][0]["device"], run[1][0]["dtype"], run[1][0]["mode"]) == wanted]
+        plain = [run for run in found if not run[1][0]["dropout"]]
+        ran = [run for run in plain if (run[1][0]["device"], run[1][0]["dtype"], run[1][0]["mode"]) == wanted]
         for file, rows in ran[:1]:
             _, steps = next(layer_steps(rows))
             made = [step for step in steps if in_size(step, sizes) and {"ours_lora", "naive_lora"} <= step.keys()]

@@ -105,11 +105,12 @@ def data_of(row: Table4Row) -> str:
 
 
 def batch_of(row: Table4Row) -> str:
-    """The batch of a step, and how it was run where not all at once."""
+    """The batch of a step, and the options of the run."""
     parts = [f"batch {row['batch']}"]
     if row["accumulation"] > 1:
         parts[0] += f" in {row['accumulation']} micro-batches"
-    return ", ".join(parts + (["activation checkpointing"] if row["checkpointing"] else []))
+    parts += ["activation checkpointing"] if row["checkpointing"] else []
+    return ", ".join(parts + ([f"lora_dropout {row['lora_dropout']:g}"] if row["lora_dropout"] else []))
 
 
 def table4_markdown(environment: Environment, rows: Sequence[Table4Row], kernels: str = "") -> str:

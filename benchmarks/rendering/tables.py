@@ -19,7 +19,7 @@ from benchmarks.measuring.rows import HostRow, LayerRow, Table4Row
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.kernels import Kernels
 
-OWNERS = {"ours": "our", "peft": "PEFT", "accelerated": "accelerated PEFT"}
+OWNERS = {"ours": "our", "peft": "PEFT", "autocast": "PEFT under autocast", "accelerated": "accelerated PEFT"}
 KINDS = {"lora": "LoRA", "seqlora": "SeqLoRA", "hydra": "Hydra"}
 MODES = {
     "eager": "eager",
@@ -126,7 +126,8 @@ def groups(rows: Sequence[Row], by: Sequence[str], same: Sequence[str]) -> list[
 def what_ran(rows: Sequence[Mapping[str, Any]]) -> str:
     """What tells measured groups of one device apart: dtype, mode, and every backend that ran ours."""
     backends = dict.fromkeys(row["backend"] for row in rows if row.get("backend"))
-    return f"{rows[0]['dtype']}, {rows[0]['mode']}{', ours: ' if backends else ''}{', '.join(backends)}"
+    dropped = f", lora_dropout {rows[0]['dropout']:g}" if rows[0].get("dropout") else ""
+    return f"{rows[0]['dtype']}, {rows[0]['mode']}{dropped}{', ours: ' if backends else ''}{', '.join(backends)}"
 
 
 def headed(made: Iterable[tuple[Environment, Sequence[Mapping[str, Any]], str]]) -> str:
