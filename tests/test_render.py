@@ -296,11 +296,43 @@ def lora_rows(shapes: tuple[Shape, ...], ours: float, peft: float, **changes) ->
     return rows
 
 
+def test_a_peft_script_is_a_line_of_its_own_table_and_in_no_other(place):
+    """By hand: rounds of 1, 2 and 3 seconds; ours takes 0.5, 0.6 and 0.7 of them, and all of those under autocast."""
+    place.mark("measured:table4", "measured:models", "measured:accelerated")
+    of_script = {"model": "Llama-shaped", "ranks": [16, 0], "batch": 4, "steps": 3, "dtype": "bf16", "sequence": 512}
+    proof = {"loss": 1e-5, "gradient": 0.0123, "tensor": "A", "allowed": {"loss": 1e-2, "gradient": 0.2}}
+    taken = {
+        "naive_lora": ([1.0, 1.0, 1.0], 1e6, None),
+        "peft_lora": ([1.0, 2.0, 3.0], 5e6, proof),
+        "autocast_lora": ([0.5, 1.2, 2.1], 4e6, proof),
+        "accelerated_lora": ([0.5, 1.2, 2.1], 3e6, {**proof, "gradient": 0.0456}),
+    }
+    rows = [
+        table4_row(name, step_seconds=steps, peak_bytes=peak, parity=parity, **of_script)
+        for name, (steps, peak, parity) in taken.items()
+    ]
+    dropping = [
+        {**row, "lora_dropout": 0.05, "checkpointing": True} for row in rows if row["method"] != "autocast_lora"
+    ]
+    files = {"table4-llama-peft-cpu-bf16.json": (rows, Table4Row), "table4-cpu.json": (table4_rows(), Table4Row)}
+    assert place({**files, "table4-llama-peft-cpu-bf16-dropout0.05.json": (dropping, Table4Row)}) == 0
+    text = place.page.read_text(encoding="utf-8")
+    before, _, after = text.partition("<!-- measured:accelerated -->")
+    lines = after.splitlines()
+    assert "Llama" not in before
+    figures = "2.000 | 0.600 (0.550 to 0.650) |"
+    assert lines[3:5] == [
+        f"| bf16, r 16, batch 4 | {figures} 1.000 (1.000 to 1.000) | 5 | 4 | 3 |",
+        f"| bf16, r 16, batch 4, activation checkpointing, lora_dropout 0.05 | {figures} - | 5 | - | 3 |",
+    ]
+    assert "largest difference of a gradient is 4.6e-02 (allowed 0.2)" in after
+
+
 def test_the_summary_is_one_small_table_of_the_stored_rows(place):
     """By hand: means of 0.9 and 0.4 are 0.6; the kernels of the GPU's commit are not known."""
     place.mark("measured:summary", "measured:table4", "measured:models", "measured:layer", "measured:gpu")
     cpu = Environment(**{**ENVIRONMENT, "capability": "AVX2", "driver": None})
-    llama = [{**row, "model": "Llama-shaped", "peak_bytes": 2.0} for row in table4_rows()]
+    llama = [{**row, "model": "Llama-shaped", "peak_bytes": 2.0, "ranks": [16, 0]} for row in table4_rows()]
     by_method = {row["method"]: row for row in llama}
     of_peft = [2 * taken for taken in by_method["naive_lora"]["step_seconds"]]
     llama.append({**by_method["naive_lora"], "method": "peft_lora", "step_seconds": of_peft})
@@ -314,7 +346,7 @@ def test_the_summary_is_one_small_table_of_the_stored_rows(place):
     text = place.readme.read_text(encoding="utf-8")
     told = text[text.index("-->") + 4 : text.index("<!-- /measured:summary")].splitlines()
     assert told[2:-2] == [
-        "| Llama-shaped; accelerated PEFT LoRA 4, fp32, batch 1.0 | 0.75 | 1.50 ▲ | 1.50 ▲ |",
+        "| Llama-shaped; accelerated PEFT LoRA 16, fp32, batch 1.0 | 0.75 | 1.50 ▲ | 1.50 ▲ |",
         "| ViT-B/32; Hydra 3+3, fp32, batch 1.0 | - | 0.48 | 1.00 |",
         "| one layer on a CPU, 2 shapes of M >= 256 rows; LoRA 16, fp32, eager | 0.60 | 0.60 | 0.50 |",
         "| one layer on a CPU, 1 shape of M <= 64 rows; LoRA 16, fp32, eager | 0.90 | 1.02 ▲ | 0.50 |",
