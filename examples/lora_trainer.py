@@ -115,7 +115,7 @@ def make_trainer(
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        settings = {"bf16": False, "gradient_checkpointing": False} | settings  # SFTConfig's own are True
+        settings = {"bf16": False, "activation_checkpointing": False} | settings  # SFTConfig's own are True
         data = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
         trainer = SFTTrainer(model, SFTConfig(**common, **settings), **data)
     else:
@@ -179,7 +179,7 @@ def train(model: torch.nn.Module, rows: Rows, tokenizer: PreTrainedTokenizerBase
     if args.quick:
         settings |= {"max_steps": 2}
     if not args.no_checkpointing:
-        settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        settings |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     trainer = make_trainer(model, rows, tokenizer, args, **settings)
     trainer.add_callback(clock)
     trainer.train()
@@ -192,10 +192,14 @@ def answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model.eval()(**batch.to(model.device)).logits[:, -1].float()
 
 
+def share_right(logits: Tensor, desks: list[int]) -> float:
+    return (logits.argmax(-1).cpu() == torch.tensor(desks)).float().mean().item()
+
+
 def same(what: str, ours: Tensor, theirs: Tensor, args: argparse.Namespace) -> bool:
     """Whether two models give the same logits up to the rounding of the base's dtype."""
     difference = ((ours - theirs).norm() / theirs.norm()).item()
-    passed = difference <= (5e-2 if args.dtype == "bfloat16" else 1e-4)
+    passed = difference <= (2e-2 if args.dtype == "bfloat16" else 1e-4)
     print(f"{what}: logits differ by {difference:.1e} of their norm: {'the same' if passed else 'NOT THE SAME'}")
     return passed
 
@@ -213,20 +217,20 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     tokenizer.padding_side = "left"  # the last position is the one after the message
     batch = tokenizer([row["prompt"] for row in test_rows], return_tensors="pt", padding=True, add_special_tokens=False)
-    desks = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"][0] for row in test_rows]
+    desks = [next(token for token in row["labels"] if token >= 0) for row in encode(test_rows, tokenizer)]
 
-    table = Table("run", "loss, first steps", "last steps", "right before", "and after", "s/step (median)", "over PEFT")
+    table = Table("run", "loss", "right answers", "s/step", "over PEFT")
     figure, axes = plt.subplots(layout="constrained")
     passed, models, seconds = True, {}, {}
     for method in ("LoRA of PEFT", "LoRA, accelerated", "Hydra"):
         model = models[method] = make_model(method, base, args)
-        right = [(answers(model, batch).argmax(-1).cpu() == torch.tensor(desks)).float().mean().item()]
+        before = share_right(answers(model, batch), desks)
         losses, steps = train(model, train_rows, tokenizer, args)
-        right.append((answers(model, batch).argmax(-1).cpu() == torch.tensor(desks)).float().mean().item())
+        right = f"{before:.2f} to {share_right(answers(model, batch), desks):.2f}"
         seconds[method] = statistics.median(steps)
-        ends = [f"{statistics.mean(part):.3f}" for part in (losses[:5], losses[-5:])]
+        ends = " to ".join(f"{statistics.mean(part):.2f}" for part in (losses[:5], losses[-5:]))
         ratio = seconds[method] / seconds["LoRA of PEFT"]
-        table.add_row(method, *ends, *(f"{one:.3f}" for one in right), f"{seconds[method]:.3f}", f"{ratio:.2f}")
+        table.add_row(method, ends, right, f"{seconds[method]:.3f}", f"{ratio:.2f}")
         axes.plot(range(1, len(losses) + 1), losses, label=f"{method}: {seconds[method]:.2f} s/step")
 
     lora, hydra = models["LoRA, accelerated"], models["Hydra"]

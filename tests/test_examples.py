@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -52,13 +53,12 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> s
     return {name for name in one if not torch.equal(one[name], other[name])}
 
 
-def spoil(file: Path) -> None:
+def spoil(file: Path, name: str = "A_up", by: float = 0.1) -> None:
     """Moves one number of one up projection in an adapter file."""
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     content = load_file(file)
-    name = next(name for name in content if "A_up" in name)
-    content[name][0, 0] += 0.1
+    content[next(key for key in content if name in key)][0, 0] += by
     save_file(content, file, metadata=metadata)
 
 
@@ -175,6 +175,42 @@ def test_the_text_trainer_notices(options, spoilt, tmp_path, monkeypatch, capsys
     out = capsys.readouterr().out
     assert ("the same bits: False" in out) == (spoilt != "file")
     assert ("the same logits, bit for bit: False" in out) == (spoilt == "file")
+
+
+@SLOW  # and what it must notice runs the same script
+def test_the_lora_script_accelerated_gives_what_pefts_gives(tmp_path):
+    out = run("lora_trainer.py", "--quick", "--out", tmp_path, "--dtype", "float32")
+    assert out.count(": the same\n") == 5
+    for run_of in ("LoRA of PEFT", "LoRA, accelerated", "Hydra"):
+        assert run_of in out
+    quick = tmp_path / "quick"
+    assert (quick / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for folder, rank in (("lora", 16), ("hydra-as-lora", 32)):
+        config = json.loads((quick / folder / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["r"]) == ("LORA", rank)
+        adapters = load_file(quick / folder / "adapter_model.safetensors")
+        assert len(adapters) == 2 * 7  # of one block
+        assert all(t.any() for t in adapters.values())  # all have trained
+    assert json.loads((quick / "lora" / "adapter_config.json").read_text())["lora_dropout"] == 0.05
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("spoilt", ["lora", pytest.param("hydra-as-lora", marks=SLOW)])
+def test_the_lora_script_notices_a_spoilt_file(spoilt, tmp_path, monkeypatch, capsys):
+    module = imported("lora_trainer.py")
+    monkeypatch.setattr(sys, "argv", ["lora_trainer.py", "--quick", "--dtype", "float32", "--out", str(tmp_path)])
+    load = module.PeftModel.from_pretrained
+
+    def load_spoilt(base, folder):
+        if folder.name == spoilt:
+            spoil(folder / "adapter_model.safetensors", "lora_B", 1.0)
+        return load(base, folder)
+
+    monkeypatch.setattr(module.PeftModel, "from_pretrained", load_spoilt)
+    assert module.main() == 1
+    out = capsys.readouterr().out
+    wrong = [line.partition(":")[0] for line in out.splitlines() if line.endswith("NOT THE SAME")]
+    assert [spoilt in line or line == "merged" for line in wrong] == [True, True]
 
 
 def test_the_messages_are_480_different_ones():
