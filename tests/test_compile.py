@@ -5,7 +5,7 @@ Two routes: `aten` is traced through; `native` and the Triton backends, here ove
 
 import json
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -167,7 +167,8 @@ INDUCTOR = pytest.mark.xdist_group("inductor")
         )
         for route in ROUTES
         for options, dynamic in (({}, None), ({"scale_a": 0.7, "scale_b": -1.3}, True), (EVERY_OPTION, True))
-        if not options or route in FIRST
+        # What is made of aten's many operators takes a minute to compile.
+        if not options or (route in FIRST and ("scale_a" not in options or route[0] != "aten"))
     ],
 )
 def test_inductor_equals_eager(backend, form, options, dynamic, tmp_path, monkeypatch):
@@ -197,8 +198,6 @@ def test_under_autocast(backend, form):
 @pytest.mark.parametrize("dropout", ["dropout", "input_dropout"])
 def test_checkpointing_recomputes_with_the_same_mask(backend, form, dropout):
     """A recomputed mask that differs would give dA_up for a bottleneck that the output never saw."""
-    if (backend, dropout) == ("native", "input_dropout"):
-        backend = "auto"  # it has none
     layer = trained(hk.HydraLinear(13, 11, r_a=2, r_b=3, form=form, backend=backend, **{dropout: 0.5}))
 
     def run(x: Tensor) -> Tensor:
@@ -211,7 +210,7 @@ def test_checkpointing_recomputes_with_the_same_mask(backend, form, dropout):
     same(traced, step(layer, layer, rows(7)))
 
 
-DROPPING = [route for route in ROUTES if route[0] != "native"]
+DROPPING = [route for route in ROUTES if route[1] != "effective"]
 
 
 @pytest.mark.parametrize(("backend", "form"), often([*DROPPING[1:], DROPPING[0]]))
@@ -227,8 +226,9 @@ def test_input_dropout_draws_as_in_eager_mode(backend, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [True, None, False])
-@pytest.mark.parametrize(("backend", "form"), DROPPING)
+@pytest.mark.parametrize(
+    ("backend", "form", "dynamic"), [(*route, dynamic) for route, dynamic in zip(DROPPING, cycle((True, None, False)))]
+)
 def test_three_layers_with_input_dropout(backend, form, dynamic):
     """A probability is bound to its value: each is a graph, and where torch learns that it varies, one more."""
     model, graphs = three_layers(backend, form, {"input_dropout": 0.5, "dropout": 0.2, **EVERY_OPTION}), []

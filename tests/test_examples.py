@@ -194,8 +194,9 @@ def test_the_lora_script_accelerated_gives_what_pefts_gives(tmp_path):
     assert json.loads((quick / "lora" / "adapter_config.json").read_text())["lora_dropout"] == 0.05
 
 
+@SLOW
 @PEFT_WARNS
-@pytest.mark.parametrize("spoilt", ["lora", pytest.param("hydra-as-lora", marks=SLOW)])
+@pytest.mark.parametrize("spoilt", ["lora", "hydra-as-lora"])
 def test_the_lora_script_notices_a_spoilt_file(spoilt, tmp_path, monkeypatch, capsys):
     module = imported("lora_trainer.py")
     monkeypatch.setattr(sys, "argv", ["lora_trainer.py", "--quick", "--dtype", "float32", "--out", str(tmp_path)])

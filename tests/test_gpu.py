@@ -63,6 +63,7 @@ def test_one_bad_check_costs_one_line(check, reason, place):
     assert rows[place]["reason"] == reason
 
 
+@pytest.mark.slow  # it waits
 def test_a_check_that_hangs_is_killed_and_costs_one_line():
     start = time.monotonic()
     rows = checks_of(limit=8.0).run({"one": ["a", "hang", "b"], "two": ["c"]}, lambda row: None)

@@ -294,7 +294,7 @@ def test_pefts_lora_runs_under_autocast_where_it_is_called_so():
     assert seen == {"peft_lora": torch.float32, "autocast_lora": torch.bfloat16}
 
 
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("wrong", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_peft_script_with_every_option(wrong, tmp_path, monkeypatch, capsys):
     build = methods.build
 

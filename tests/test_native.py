@@ -49,8 +49,10 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("dtype", "threads"),
+    [(F32, 1), (F32, 2), (F32, 5), (F64, 2), *(pytest.param(F64, n, marks=pytest.mark.slow) for n in (1, 5))],
+)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_kernels(case, form, threads, dtype):
