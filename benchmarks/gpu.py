@@ -60,8 +60,8 @@ DRY_MINUTES = 60.0
 BUILD_LIMIT = 60.0
 # Seconds a check may take; the first of a process starts torch and CUDA as well.
 CHECK_LIMIT = 90.0
-ALL_BUT_COMPILED = ",".join(name for name in methods.LAYER_METHODS if not name.startswith("compiled_"))
-OURS_AND_RIVALS = "frozen,naive_lora,naive_seqlora,naive_hydra,ours_hydra"
+ALL_BUT_COMPILED = tuple(name for name in methods.LAYER_METHODS if not name.startswith("compiled_"))
+OURS_AND_RIVALS = ("frozen", "naive_lora", "naive_seqlora", "naive_hydra", "ours_hydra")
 OURS_ALONE = ("hybrid", "triton", "native")  # each is measured beside what `auto` runs
 PAPERS = models.MODELS[table4.DEFAULT_MODEL]
 
@@ -139,11 +139,12 @@ def measure_llama(settings: Settings) -> Iterator[Part]:
 
 
 def layers(
-    settings: Settings, mode: str, shape: Shape, ranks: Ranks, names: str, backend: str, seconds: float
+    settings: Settings, mode: str, shape: Shape, ranks: Ranks, names: Sequence[str], backend: str, seconds: float
 ) -> list[LayerRow]:
     """One shape of the layer benchmark in bf16, with the floor of each step where the ceilings are known."""
-    arguments = ["--device", settings.device.type, "--dtype", "bf16", "--mode", mode, "--methods", names]
-    arguments += ["--backend", backend, "--time-limit", str(seconds), "--shape", ",".join(map(str, shape))]
+    arguments = ["--device", settings.device.type, "--dtype", "bf16", "--mode", mode]
+    arguments += ["--methods", ",".join(methods.measured_in(mode, "bf16", names)), "--backend", backend]
+    arguments += ["--time-limit", str(seconds), "--shape", ",".join(map(str, shape))]
     arguments += ["--ranks", f"{ranks.r_a}+{ranks.r_b}", *([] if has_bias(shape) else ["--no-bias"])]
     options, _ = layer.settings_of([*arguments, *_dry(settings)])
     rows, rates = layer.run(options, _silent()), _ceilings(settings)
@@ -159,10 +160,9 @@ def measure_headline(settings: Settings) -> Iterator[Part]:
     found = ceilings.measure(settings.device, settings.dry)
     show(140, [ceilings.table(found)])
     yield Part("ceilings", found)
-    everyone = ",".join(methods.LAYER_METHODS)
     tasks = [
         (f"layer {mode} {shape}", partial(layers, settings, mode, shape, GOALS_RANKS, names, "auto", seconds))
-        for mode, names, seconds in (("graph", everyone, 4), ("eager", ALL_BUT_COMPILED, 2))
+        for mode, names, seconds in (("graph", methods.LAYER_METHODS, 4), ("eager", ALL_BUT_COMPILED, 2))
         for shape in (DRY_SHAPES[:1] if settings.dry else HEADLINE)
     ]
     yield from attempts(settings, "layer", tasks)

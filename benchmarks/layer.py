@@ -371,7 +371,7 @@ def pytest_cases() -> list[object]:
     return [
         pytest.param(shape, entry, id=f"{shape}-{entry.names()[0]}")
         for shape in shapes
-        for entry in entries_of(shape, Ranks(8, 8), methods.LAYER_METHODS)
+        for entry in entries_of(shape, Ranks(8, 8), settings_of([])[0].methods)
     ]
 
 

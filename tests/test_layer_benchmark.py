@@ -301,7 +301,7 @@ def test_the_command_stores_every_phase_of_every_method(dry_run):
     wanted = [
         (*shape, *entry.ranks, entry.method, entry.pair, phase)
         for shape in shapes.DRY_SHAPES
-        for entry in shapes.entries_of(shape, Ranks(8, 8), methods.LAYER_METHODS)
+        for entry in shapes.entries_of(shape, Ranks(8, 8), methods.measured_in("eager", "fp32", methods.LAYER_METHODS))
         for phase in layer.PHASES
     ]
     keys = ("M", "K", "N", "r_a", "r_b", "method", "pair", "phase")
@@ -602,7 +602,7 @@ def test_a_mode_is_refused_where_it_cannot_run(tmp_path, capsys):
     with pytest.raises(ValueError, match="mode is 'jit', expected one of eager, compile, graph"):
         dataclasses.replace(settings_of(), mode="jit")
     assert settings_of("--mode", "compile").methods == tuple(
-        name for name in methods.LAYER_METHODS if not name.startswith("compiled_")
+        name for name in methods.LAYER_METHODS if not name.startswith(("compiled_", "autocast_"))
     )
 
 
@@ -630,9 +630,9 @@ def test_bad_options_are_named(arguments, message, tmp_path, capsys):
 @pytest.mark.slow  # pytest-benchmark in a process of its own
 def test_the_cases_run_under_pytest_benchmark_too(tmp_path):
     every = {parameter.id for parameter in layer.pytest_cases()}
-    assert {f"{shape}-{method}" for shape in shapes.CPU_SHAPES for method in methods.LAYER_METHODS} <= every or (
-        torch.cuda.is_available()
-    )
+    assert {
+        f"{shape}-{method}" for shape in shapes.CPU_SHAPES for method in layer.settings_of([])[0].methods
+    } <= every or (torch.cuda.is_available())
     root, stored = Path(layer.__file__).parent.parent, tmp_path / "stored.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/layer.py", "--benchmark-only", "-p", "no:xdist"]
     command += ["-k", "16x3072x768-ours_hydra", f"--benchmark-json={stored}"]
