@@ -14,6 +14,7 @@ from .backend.interface import LOW_PRECISION
 from .checks import DTYPES, check_dropout, check_finite, check_route
 from .functional import hydra_linear
 from .reference import merged_parameters
+from .weights import Packed, plain_value
 
 Device = torch.device | str | int | None
 
@@ -201,7 +202,7 @@ class Adapter(nn.Module):
                 else:
                     parameter.zero_()
 
-    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def adapted(self, x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
         """h [*, N] for x [*, K] over a base layer of weight [N, K] and bias [N] or None (`hydra_linear`)."""
         biases = {name: getattr(self, name) for name in self.BIASES} if self.adapter_bias else {}
         return hydra_linear(
@@ -243,9 +244,9 @@ class Adapter(nn.Module):
     # Not in inference mode, even where the caller is: a later backward must be able to save the merged weight.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def merged_with(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged_with(self, weight: Tensor | Packed, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight [N, K] and the bias [N], or None, of the frozen layer that equals the adapted one (Eq. 11-12)."""
-        return merged_parameters(weight, bias, **operands_of(self))
+        return merged_parameters(plain_value(weight), bias, **operands_of(self))
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .backend import TABLE
 from .backend.interface import ARGUMENTS, FIRST_OPTION, Choice, Operands, joined, split, without_options
 from .private import asks_the_engine, is_batched_for_vectorize
+from .weights import Packed
 
 
 def autocast_is_on(t: Tensor) -> bool:
@@ -49,15 +50,27 @@ class HydraFunction(torch.autograd.Function):
     """``HydraFunction.apply(choice, x, *operands)`` -> h [M, N]: Eq. 9-10 with a hand-written backward.
 
     Arguments have passed the checks of `hydra_linear`, which is what users call: a `Choice`, x [M, K], the fields
-    of `backend.interface.Operands`, of which those with a default may be left out, all or none. The backward may
-    run twice (``retain_graph=True``) but cannot be differentiated: ``create_graph=True`` raises RuntimeError.
+    of `backend.interface.Operands`, of which those with a default may be left out, all or none. A weight may be
+    `Packed`: each pass then makes the dense one anew, and the packed tensors are saved. The backward may run twice
+    (``retain_graph=True``) but cannot be differentiated: ``create_graph=True`` raises RuntimeError.
     """
 
     @staticmethod
     def forward(ctx: Any, choice: Choice, x: Tensor, *operands: Any) -> Tensor:
         needs = frozenset(compress(_ARGUMENTS, ctx.needs_input_grad))
         given = Operands(*operands) if len(operands) > FIRST_OPTION else without_options(*operands)
+        weight: Any = given.weight
+        ctx.packed = None
+        if isinstance(weight, Packed):
+            given = given._replace(weight=weight.dense(x.dtype))
         h, op, saved = TABLE[choice.backend].forward(x, given, needs, choice.plan)
+        if isinstance(weight, Packed):
+            if op.weight is not None:
+                saved, ctx.packed = (
+                    (*saved, *weight.tensors),
+                    (weight._replace(tensors=(), base=None), len(weight.tensors)),
+                )
+            op = op._replace(weight=None)
         # Every argument of this function, and every tensor saved, costs the host time in every step.
         tensors, ctx.numbers = split(op) if len(operands) == len(op) else (op[: len(operands)], None)
         ctx.save_for_backward(*tensors, *saved)
@@ -82,6 +95,10 @@ class HydraFunction(torch.autograd.Function):
         tensors, choice, n = ctx.saved_tensors, ctx.choice, ctx.operands
         op = without_options(*tensors[:n]) if ctx.numbers is None else joined(tensors[:n], ctx.numbers)
         saved = tensors[n:]
+        if ctx.packed is not None:
+            packed, count = ctx.packed
+            op = op._replace(weight=packed._replace(tensors=saved[-count:]).dense(G.dtype))
+            saved = saved[:-count]
         backend, needs = TABLE[choice.backend], _asked_for(ctx) if eager else ctx.needs
         if autocast_is_on(G):
             with torch.autocast(G.device.type, enabled=False):

@@ -11,6 +11,7 @@ from torch import Tensor
 from .backend import NAMES
 from .backend.interface import ARGUMENTS, FORMS, LOW_PRECISION, Operands
 from .sharding import is_sharded
+from .weights import Packed
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts: all but float64
@@ -42,6 +43,8 @@ def _check_mask(
 
 def _check_frozen(x: Any, weight: Any, bias: Any, cast_to: torch.dtype | None) -> tuple[int, int, int]:
     """Checks x, weight and bias; returns M, K, N."""
+    if isinstance(weight, Packed):
+        return _check_beside_packed(x, weight, bias, cast_to)
     for name, t in (("x", x), ("weight", weight)):
         _check_plain(name, t)
     if weight.dim() != 2:
@@ -64,10 +67,29 @@ def _check_frozen(x: Any, weight: Any, bias: Any, cast_to: torch.dtype | None) -
         raise ValueError(f"x: expected on {weight.device}, where weight is, got {x.device}")
     if bias is not None:
         _check_tensor("bias", bias, (N,), dtypes, weight.device)
+    return _rows(x), K, N
+
+
+def _check_beside_packed(x: Any, weight: Packed, bias: Any, cast_to: torch.dtype | None) -> tuple[int, int, int]:
+    """`_check_frozen` over a quantised weight, which has no dtype of its own."""
+    _check_plain("x", x)
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: expected shape [*, {K}] for a weight of shape [{N}, {K}], got {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x: expected on {weight.device}, where weight is, got {x.device}")
+    if bias is not None:
+        _check_tensor("bias", bias, (N,), AUTOCAST_DTYPES if cast_to else (x.dtype,), weight.device)
+    return _rows(x), K, N
+
+
+def _rows(x: Tensor) -> int:
     M = 1
     for size in x.shape[:-1]:
         M *= size
-    return M, K, N
+    return M
 
 
 def _check_branch(

@@ -25,6 +25,7 @@ from .layers import HydraLinear
 from .model import names_containing, plain_name, required_layers
 from .refusals import refuse_meta
 from .sharding import gathered, is_writer
+from .weights import Packed, frozen_of
 
 PREFIX = "base_model.model."  # PEFT's, before the names of the base model
 
@@ -33,7 +34,7 @@ class Adapted(NamedTuple):
     """One adapter of one layer, and the frozen layer that it belongs to."""
 
     adapter: Adapter
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None
 
 
@@ -86,7 +87,9 @@ def to_lora(
     folders = {}
     for name, layers in _adapters(model).items():
         refuse_meta("to_lora", {f"{k}.{n}": p for k, one in layers.items() for n, p in one.adapter.named_parameters()})
-        refuse_meta("to_lora", {f"{key}.weight": one.weight for key, one in layers.items()})
+        refuse_meta(
+            "to_lora", {f"{k}.weight": one.weight for k, one in layers.items() if isinstance(one.weight, Tensor)}
+        )
         others, config = _others(model, name, saved, layers.keys())
         tensors: dict[str, Tensor] = {}
         ranks, changes = {}, {}
@@ -122,10 +125,10 @@ def _adapters(model: nn.Module) -> dict[str, dict[str, Adapted]]:
     for full_name, module in model.named_modules(remove_duplicate=False):
         layer: Any = module
         if isinstance(module, HydraLinear):
-            own = {"default": Adapted(module, module.weight, module.bias)}
+            own = {"default": Adapted(module, *module.frozen())}
         elif isinstance(module, Merging):  # PEFT's Hydra, which this module must not import
             base, kept = layer.base_layer, layer.unmerged_weight
-            weight, b0 = (base.weight, base.bias) if kept is None else (kept, layer.unmerged_bias)
+            weight, b0 = frozen_of(base) if kept is None else (kept, layer.unmerged_bias)
             own = {name: Adapted(adapter, weight, b0) for name, adapter in layer.hydra_adapters.items()}
         else:
             continue
@@ -169,7 +172,7 @@ def _as_lora(one: Adapted) -> Lora:
 
 
 def _whole(t: Any) -> Any:
-    return gathered(t.detach()) if isinstance(t, Tensor) else t
+    return t.value() if isinstance(t, Packed) else gathered(t.detach()) if isinstance(t, Tensor) else t
 
 
 def _others(

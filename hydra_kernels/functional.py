@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from .checks import AUTOCAST_DTYPES, check_call, check_dropout, check_route, ref
 from .choose.choice import choose
 from .choose.machine import here
 from .private import a_transform_is_on, in_a_dual_level, is_exporting
+from .weights import Packed
 
 
 def hydra_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor | None,
     A_down: Tensor | None,
     A_up: Tensor | None,
@@ -53,7 +54,7 @@ def hydra_linear(
 
     Args:
         x: input [*, K], at least one dimension; float64, float32, float16 or bfloat16.
-        weight: W0 [N, K], frozen, of x's dtype outside autocast.
+        weight: W0 [N, K], frozen, of x's dtype outside autocast; or quantised, as `weights.packed` reads it of a layer.
         bias: b0 [N] of weight's dtype, or None; may require grad.
         A_down, A_up: [r_a, K] and [N, r_a], both or neither; weight's dtype, or float32 over a low-precision weight.
         B_down, B_up: [r_b, N] and [N, r_b], likewise.
@@ -83,7 +84,7 @@ def hydra_linear(
     check_dropout("dropout_p", dropout_p)
     check_dropout("input_dropout_p", input_dropout_p)
     op = Operands(
-        weight, bias, A_down, A_up, B_down, B_up,
+        cast(Tensor, weight), bias, A_down, A_up, B_down, B_up,
         A_down_bias, A_up_bias, B_down_bias, B_up_bias, mask, input_mask, None, scale_a, scale_b, 1.0, 0.0,
     )  # fmt: skip
     if not isinstance(x, Tensor) and has_torch_function((x,)):
@@ -99,13 +100,19 @@ def applied(
     """`hydra_linear` of operands that may have a seed of input dropout, or its mask as booleans, already."""
     call = _vouched(x, op, form, backend) or _judged(x, op, form, backend)
     M, K, N, r_a, r_b = call.sizes
-    if op.A_down is None and op.B_down is None:
+    if isinstance(op.weight, Packed):
+        if (op.A_down is None and op.B_down is None) or _generates(M, op, training and dropout_p + input_dropout_p > 0):
+            return _beside_base(x, op, dropout_p, input_dropout_p, training)
+        op = op._replace(weight=op.weight.ready())
+    elif op.A_down is None and op.B_down is None:
         return F.linear(x, op.weight, op.bias)  # type: ignore[arg-type]
     if op.A_down is not None and training and input_dropout_p > 0 and not op.drops_input:
         op = op._replace(input_seed=draw_seed(x.device), input_p=input_dropout_p)
     if call.backend == "reference":
         if op.input_seed is not None:
             op = op._replace(input_mask=kept(op.input_seed, op.input_p, M, K))
+        if isinstance(op.weight, Packed):
+            return _unpacked(x, op, call.cast_to, dropout_p, training)
         return reference.hydra_linear(x, *op[:FIRST_OPTION], **_options(op, dropout_p, training))  # type: ignore[arg-type]
 
     device, drops = x.device, op.mask is None and training and dropout_p > 0
@@ -130,7 +137,35 @@ def applied(
     else:
         with torch.autocast(device.type, enabled=False):
             h = _run(flat.to(call.cast_to), _cast(op, call.cast_to), choice)
+    if isinstance(op.weight, Packed) and op.weight.keeps_dtype:
+        h = h.to(x.dtype)
     return h if x.dim() == 2 else h.view(*x.shape[:-1], N)
+
+
+# Without gradients, up to so many rows run through a quantised layer's own forward, which need not make W0 dense.
+_GENERATION_ROWS = 16
+
+
+def _generates(M: int, op: Operands, drops: bool) -> bool:
+    masked = drops or op.mask is not None or op.drops_input
+    few = is_static(M) and M <= _GENERATION_ROWS and not torch.compiler.is_compiling()
+    return few and not masked and not torch.is_grad_enabled() and cast(Packed, op.weight).own_products
+
+
+def _beside_base(x: Tensor, op: Operands, dropout_p: float, input_dropout_p: float, training: bool) -> Tensor:
+    """h as the base layer's own forward y0, and the branches in plain PyTorch."""
+    weight: Any = op.weight
+    y0 = weight.forward(x)
+    options = _options(op, dropout_p, training) | {"input_dropout_p": input_dropout_p}
+    return reference.with_branches(y0, x, op.A_down, op.A_up, op.B_down, op.B_up, **options)
+
+
+def _unpacked(x: Tensor, op: Operands, cast_to: torch.dtype | None, dropout_p: float, training: bool) -> Tensor:
+    """The naive layer over a quantised weight: autograd then saves the dense one."""
+    weight, dtype = cast(Packed, op.weight), cast_to or x.dtype
+    plain = _cast(op._replace(weight=weight.dense(dtype)), dtype)
+    h = reference.hydra_linear(x.to(dtype), *plain[:FIRST_OPTION], **_options(plain, dropout_p, training))  # type: ignore[arg-type]
+    return h.to(x.dtype) if weight.keeps_dtype else h
 
 
 class Call(NamedTuple):
@@ -146,7 +181,7 @@ class Call(NamedTuple):
 
 def _vouched(x: Tensor, op: Operands, form: str, backend: str) -> Call | None:
     """The fast path: the compiled part checks the whole call at once. None where it cannot judge it."""
-    if torch.compiler.is_compiling() or in_a_dual_level():
+    if torch.compiler.is_compiling() or in_a_dual_level() or isinstance(op.weight, Packed):
         return None
     native = extension.load()
     sizes = None if native is None else native.sizes(x, op)
@@ -158,6 +193,9 @@ def _judged(x: Tensor, op: Operands, form: str, backend: str) -> Call:
     if not torch.compiler.is_compiling():
         refuse_sharded(x, op)
     cast_to = _autocast_dtype(x)
+    if isinstance(op.weight, Packed):
+        # A bias beside it may have any dtype: libraries cast it in their forward.
+        cast_to = op.weight.dtype or cast_to or (x.dtype if x.dtype in AUTOCAST_DTYPES else None)
     sizes, dtype = check_call(x, op, cast_to), cast_to or x.dtype
     follower = _follower((x, *op))
     if follower is None or (op.A_down is None and op.B_down is None):
@@ -180,7 +218,8 @@ def _choice(call: Call, op: Operands, device: torch.device, masked: bool) -> Cho
     (M, K, N, r_a, r_b), dtype = call.sizes, call.dtype
     rows = M if is_static(M) else None
     drops = op.drops_input and op.A_down is not None
-    compiling = call.compiled is None and torch.compiler.is_compiling()
+    # Plain operators, which torch.compile may be left to fuse, would save a dense copy of a quantised W0.
+    compiling = call.compiled is None and torch.compiler.is_compiling() and not isinstance(op.weight, Packed)
     masked = masked or drops
     choice = choose(
         rows, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked, _saves_x(op), compiling, drops
@@ -209,6 +248,8 @@ def _is_scaled(scale: float | Tensor) -> bool:
 
 
 def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
+    if isinstance(op.weight, Packed) and not torch.is_grad_enabled():
+        op = op._replace(weight=op.weight.dense(x.dtype))
     if not torch.is_grad_enabled():
         return TABLE[choice.backend].forward(x, op, frozenset(), choice.plan)[0]
     scaled = _is_scaled(op.scale_a) or _is_scaled(op.scale_b)
@@ -220,10 +261,10 @@ def _run(x: Tensor, op: Operands, choice: Choice) -> Tensor:
 def _cast(op: Operands, dtype: torch.dtype) -> Operands:
     """As autocast casts the operands of F.linear; a boolean mask stays, the adapters are cast where they are used."""
 
-    def cast(t: Tensor | None) -> Tensor | None:
-        return t if t is None or t.dtype == torch.bool else t.to(dtype)
+    def to(t: Tensor | None) -> Tensor | None:
+        return t if t is None or isinstance(t, Packed) or t.dtype == torch.bool else t.to(dtype)
 
-    weight, bias, mask, input_mask = map(cast, (op.weight, op.bias, op.mask, op.input_mask))
+    weight, bias, mask, input_mask = map(to, (op.weight, op.bias, op.mask, op.input_mask))
     return op._replace(weight=weight, bias=bias, mask=mask, input_mask=input_mask)
 
 
@@ -233,7 +274,8 @@ def _options(op: Operands, dropout_p: float, training: bool) -> dict[str, Any]:
     del options["input_seed"], options["mask_scale"], options["input_p"]
     if op.input_p:
         # Not in x's dtype: in low precision all of the branch would be wrong by the rounding of 1/(1-p).
-        wide = torch.promote_types(op.weight.dtype, torch.float32)  # type: ignore[union-attr]
+        of: Any = (op.A_down if op.B_down is None else op.B_down) if isinstance(op.weight, Packed) else op.weight
+        wide = torch.promote_types(of.dtype, torch.float32)
         options["input_mask"] = op.input_mask.to(wide) / (1 - op.input_p)  # type: ignore[union-attr]
     return {**options, "dropout_p": dropout_p, "training": training}
 

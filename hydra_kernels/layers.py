@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Device, Merging, check_count
+from .backend.interface import LOW_PRECISION
 from .checks import check_finite
 from .functional import hydra_linear
-from .private import FakeTensor
 from .reference import drop, low_rank
-from .refusals import refuse_meta
-from .sharding import is_sharded, mesh_dimensions
+from .refusals import check_wrappable, refuse_meta
+from .sharding import mesh_dimensions
+from .weights import Packed, dtype_of, frozen_of, is_quantised, linear_of
 
 Layer = TypeVar("Layer", bound="HydraLinear")
 
@@ -118,13 +120,16 @@ class HydraLinear(Merging, Adapter):
         """An adapted layer around linear's own Parameter objects, which are frozen: weight tying survives.
 
         Args:
-            linear: an ``nn.Linear`` or a subclass that keeps its forward, without hooks or parametrizations.
+            linear: an ``nn.Linear`` or a subclass that keeps its forward, without hooks or parametrizations; or a
+                quantised layer that `hydra_kernels.weights` knows (`QuantisedBase`), whose adapters are float32.
             options: of the constructor, but in_features, out_features, bias, device and dtype.
 
         Raises:
             TypeError, ValueError: for anything else, naming its class; linear is then unchanged.
         """
         check_wrappable(linear)
+        if is_quantised(linear):
+            return _over_quantised(cls, linear, options)
         has_bias, dtype = linear.bias is not None, linear.weight.dtype
         K, N = int(linear.in_features), int(linear.out_features)  # a size may be a 0-dimensional tensor
         layer = cls(K, N, has_bias, device="meta", dtype=dtype, **options)
@@ -155,15 +160,19 @@ class HydraLinear(Merging, Adapter):
         if self.parallel is not None:
             return self.parallel(self, x)
         if not self.adapters_enabled:
-            return hydra_linear(x, self.weight, self.bias, None, None, None, None)
+            return self._y0(x)
         if self.merged_weight is not None:
             self._check_unchanged()
             return hydra_linear(x, self.merged_weight, self.merged_bias, None, None, None, None)
         return self.adapted(x, self.weight, self.bias)
 
+    def frozen(self) -> tuple[Tensor | Packed, Tensor | None]:
+        """W0 [N, K], packed where it is quantised, and b0 [N] or None."""
+        return self.weight, self.bias
+
     def branches(self, x: Tensor) -> Branches:
         """The three summands of h for x [*, K] (Fig. 4), from W0 also while merged; zeros for a branch that is off."""
-        y0 = hydra_linear(x, self.weight, self.bias, None, None, None, None)
+        y0 = self._y0(x)
         parallel = sequential = torch.zeros_like(y0)
         p = self.dropout
         if self.adapters_enabled and self.A_down is not None and self.A_up is not None:
@@ -176,6 +185,9 @@ class HydraLinear(Merging, Adapter):
                 y0, self.B_down, self.B_up, self.B_down_bias, self.B_up_bias, self.scale_b, p, self.training
             )
         return Branches(y0, parallel, sequential)
+
+    def _y0(self, x: Tensor) -> Tensor:
+        return hydra_linear(x, *self.frozen(), None, None, None, None)
 
     def enable_adapters(self) -> None:
         """Undoes `disable_adapters`."""
@@ -206,7 +218,7 @@ class HydraLinear(Merging, Adapter):
                 "merge: the layer is in training mode, where merged adapters would get no gradient; call eval()"
             )
         if not self.merged or self._is_outdated():
-            self.merged_weight, self.merged_bias = self.merged_with(self.weight, self.bias)
+            self.merged_weight, self.merged_bias = self.merged_with(*self.frozen())
             self._note(self)
 
     def unmerge(self) -> None:
@@ -221,12 +233,7 @@ class HydraLinear(Merging, Adapter):
             ValueError: under FSDP2 and tensor parallelism, and where a parameter is on the meta device.
         """
         self._check_whole("to_linear")
-        weight, bias = self.merged_with(self.weight, self.bias)
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias, requires_grad=False)
-        return linear.train(self.training)
+        return linear_of(*self.merged_with(*self.frozen())).train(self.training)
 
     def train(self: Layer, mode: bool = True) -> Layer:
         if mode:
@@ -293,28 +300,76 @@ class SeqLoRALinear(HydraLinear):
         super().__init__(in_features, out_features, bias, r_a=0, r_b=r, scale_a=1.0, scale_b=scale, **options)
 
 
-def check_wrappable(linear: nn.Module) -> None:
-    """Raises unless linear is an ``nn.Linear`` whose computation an adapted layer reproduces."""
-    kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-    if isinstance(linear, HydraLinear):
-        raise TypeError(f"linear: expected an nn.Linear, got {kind}, which is already adapted")
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear: expected an nn.Linear, got {kind}")
-    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise TypeError(f"linear: {kind} belongs to nn.MultiheadAttention, which reads its weight past its forward")
-    if hasattr(linear, "_hf_hook"):
-        raise ValueError(
-            f"linear: {kind} has a hook of accelerate's (device_map), which the adapted layer would lose; call "
-            "accelerate.hooks.remove_hook_from_submodules(model), adapt it, then dispatch_model"
-        )
-    if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
-        raise TypeError(f"linear: {kind} computes something else than nn.Linear in its forward")
-    weight = linear._parameters.get("weight")
-    if not isinstance(weight, nn.Parameter):
-        raise TypeError(f"linear: the weight of {kind} is not a plain Parameter but derived or quantised")
-    # torchao leaves the class nn.Linear and makes the weight a tensor subclass.
-    if not (type(weight.data) in (Tensor, FakeTensor) or is_sharded(weight)):
-        raise TypeError(f"linear: expected plain numbers as the weight of {kind}, got {type(weight.data).__qualname__}")
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(linear, name) for name in hooks):
-        raise ValueError(f"linear: {kind} has hooks, which the adapted layer would lose; remove them first")
+class QuantisedBase(HydraLinear):
+    """What `from_linear` makes of a quantised layer, which stays as it is in ``base_layer``; ``weight`` is its own.
+
+    x may have any floating dtype. The layer computes in the base's ``compute_dtype``, or in x's where that is not set,
+    and h has x's dtype. A merged layer holds a dense weight, and `merge` warns of that.
+    """
+
+    base_layer: nn.Module
+
+    weight: Any = property(lambda self: self.base_layer.weight)
+    bias: Any = property(lambda self: self.base_layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """h [*, N] for x [*, K]."""
+        if not self.adapters_enabled:
+            return self._y0(x)
+        if self.merged_weight is not None:
+            self._check_unchanged()
+            weight, bias = self.merged_weight, self.merged_bias
+            return hydra_linear(x.to(weight.dtype), weight, bias, None, None, None, None).to(x.dtype)
+        return self.adapted(x, *self.frozen())
+
+    def frozen(self) -> tuple[Tensor | Packed, Tensor | None]:
+        base: Any = self._modules["base_layer"]
+        return frozen_of(base)
+
+    def merge(self) -> None:
+        if not self.merged:
+            warnings.warn(
+                f"merge: the base is quantised; a merged layer holds its dense weight in {dtype_of(self.base_layer)}",
+                stacklevel=2,
+            )
+        super().merge()
+
+    def reset_parameters(self) -> None:
+        self.reset_adapters()
+
+
+class QuantisedHydraLinear(QuantisedBase):
+    """`HydraLinear` over a quantised base."""
+
+
+class QuantisedLoRALinear(QuantisedBase, LoRALinear):
+    """`LoRALinear` over a quantised base."""
+
+
+class QuantisedSeqLoRALinear(QuantisedBase, SeqLoRALinear):
+    """`SeqLoRALinear` over a quantised base."""
+
+
+_QUANTISED: dict[type[HydraLinear], type[QuantisedBase]] = {
+    HydraLinear: QuantisedHydraLinear,
+    LoRALinear: QuantisedLoRALinear,
+    SeqLoRALinear: QuantisedSeqLoRALinear,
+}
+
+
+def _over_quantised(cls: type[Layer], linear: nn.Linear, options: dict[str, Any]) -> Layer:
+    if cls not in _QUANTISED:
+        raise TypeError(f"linear: {type(linear).__qualname__} is quantised, over which {cls.__name__} has no layer")
+    dtype = dtype_of(linear)
+    if dtype in LOW_PRECISION:
+        options = {"adapter_dtype": torch.float32} | options
+    layer: Any = _QUANTISED[cls](
+        linear.in_features, linear.out_features, linear.bias is not None, device="meta", dtype=dtype, **options
+    )
+    del layer._parameters["weight"], layer._parameters["bias"]
+    layer.base_layer = linear
+    for name, parameter in layer.adapters().items():
+        setattr(layer, name, nn.Parameter(torch.empty_like(parameter, device=linear.weight.device)))
+    layer.reset_adapters()
+    linear.requires_grad_(False)
+    return layer.train(linear.training)

@@ -16,6 +16,7 @@ from .model import plain_name, required_layers
 from .reference import merged_parameters
 from .refusals import refuse_meta
 from .sharding import gathered
+from .weights import Packed, frozen_of, is_quantised
 
 PREFIX = "base_model.model."  # PEFT's, before the names of the base model
 
@@ -23,7 +24,7 @@ PREFIX = "base_model.model."  # PEFT's, before the names of the base model
 class Source(NamedTuple):
     """What the merged weight and bias of a layer are made of, perhaps sharded."""
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None
     adapters: list[dict[str, Any]]  # operands of each
 
@@ -108,26 +109,28 @@ def _merge(source: Source) -> tuple[Tensor, Tensor | None]:
 
 
 def _whole(t: Any) -> Any:
-    return gathered(t.detach()) if isinstance(t, Tensor) else t
+    return t.value() if isinstance(t, Packed) else gathered(t.detach()) if isinstance(t, Tensor) else t
 
 
 def _source(name: str, module: Any) -> Source | None:
     """What is merged of an adapted layer, None for any other module; ValueError for one that cannot be merged so."""
     if isinstance(module, HydraLinear):
-        return Source(module.weight, module.bias, [operands_of(module)])
+        return Source(*module.frozen(), [operands_of(module)])
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
         return None
     if isinstance(module, Merging):  # PEFT's Hydra, which this module must not import
         return _of_hydra(name, module)
-    if isinstance(module, peft.tuners.lora.Linear):
-        return _of_lora(name, module, peft.tuners.lora.Linear)
+    lora: Any = peft.tuners.lora
+    over_quantised = isinstance(module, lora.LoraLayer) and is_quantised(module.base_layer)
+    if isinstance(module, lora.Linear) or over_quantised:
+        return _of_lora(name, module, lora.Linear)
     raise ValueError(f"model: merged_tensors has no rule for {name!r}, a {type(module).__name__}; merge_and_unload it")
 
 
 def _of_hydra(name: str, layer: Any) -> Source:
     base, merged = layer.base_layer, list(layer.merged_adapters)
-    weight, bias = (layer.unmerged_weight, layer.unmerged_bias) if merged else (base.weight, base.bias)
+    weight, bias = (layer.unmerged_weight, layer.unmerged_bias) if merged else frozen_of(base)
     names = [*merged, *(n for n in layer.active_adapters if n not in merged)]
     adapters = [layer.hydra_adapters[n] for n in names if n in layer.hydra_adapters]
     return _checked(name, Source(weight, bias, [operands_of(a) for a in adapters]))
@@ -137,7 +140,8 @@ def _of_lora(name: str, layer: Any, plain: Any) -> Source:
     """The adapters that PEFT has merged stand in the base layer's weight already."""
     names = [n for n in layer.active_adapters if n in layer.lora_A and n not in layer.merged_adapters]
     variants = [type(layer.lora_variant[n]).__name__ for n in names if n in layer.lora_variant]
-    own = type(layer).get_delta_weight is plain.get_delta_weight and isinstance(layer.base_layer, nn.Linear)
+    same = type(layer).get_delta_weight is plain.get_delta_weight and isinstance(layer.base_layer, nn.Linear)
+    own = same or is_quantised(layer.base_layer)
     if variants or not own:
         what = variants[0] if variants else type(layer).__name__
         raise ValueError(f"model: merged_tensors has no rule for {name!r} ({what}); merge_and_unload it")
@@ -146,7 +150,7 @@ def _of_lora(name: str, layer: Any, plain: Any) -> Source:
         down, up = layer.lora_A[n], layer.lora_B[n]
         operands = dict.fromkeys(Adapter.ADAPTERS) | {"A_down": down.weight, "A_up": up.weight, "A_up_bias": up.bias}
         adapters.append(operands | {"scale_a": layer.scaling[n], "scale_b": 1.0})
-    return _checked(name, Source(layer.base_layer.weight, layer.base_layer.bias, adapters))
+    return _checked(name, Source(*frozen_of(layer.base_layer), adapters))
 
 
 def _checked(name: str, source: Source) -> Source:

@@ -12,9 +12,17 @@ from torch import nn
 
 from .adapter import Adapter
 from .backend.interface import LOW_PRECISION
-from .layers import HydraLinear, LoRALinear, SeqLoRALinear, check_wrappable
-from .refusals import experts_say, experts_without_layers, reads_past_forward, refuse_meta, refuse_wrapped
+from .layers import HydraLinear, LoRALinear, SeqLoRALinear
+from .refusals import (
+    check_wrappable,
+    experts_say,
+    experts_without_layers,
+    reads_past_forward,
+    refuse_meta,
+    refuse_wrapped,
+)
 from .sharding import is_sharded
+from .weights import dtype_of, is_quantised
 
 # Parts of a name that torch's wrappers inside a model add: activation checkpointing, torch.compile.
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
@@ -72,7 +80,7 @@ def inject(
     if experts:
         warnings.warn(f"inject: {experts_say(experts)}", stacklevel=2)
     _warn_of_trained_embeddings(model, {name: modules[name].weight for name in names})
-    _warn_of_low_precision([modules[name].weight for name in names], options)
+    _warn_of_low_precision([modules[name].weight for name in names if not is_quantised(modules[name])], options)
     adapted: dict[int, HydraLinear] = {}
     for name in names:
         linear = modules[name]
@@ -149,7 +157,7 @@ def check_targets(
                 f"{argument}: {name!r} matches, but {type(parent).__name__} reads the layer's weight past its "
                 "forward, so adapters would be ignored there; exclude it"
             )
-    for dtype in {modules[name].weight.dtype for name in names}:
+    for dtype in {dtype_of(modules[name]) for name in names}:
         layer_class(1, 1, device="meta", dtype=dtype, **options)
 
 

@@ -39,7 +39,7 @@ from .backend.philox import draw_seed, kept
 from .choose.choice import choose
 from .choose.machine import here
 from .functional import applied, hydra_linear
-from .layers import HydraLinear
+from .layers import HydraLinear, QuantisedBase
 from .private import at_the_end_of_the_backward, found, in_a_backward
 from .reference import drop, low_rank
 from .sharding import is_sharded, tensors_in
@@ -179,6 +179,8 @@ def _checked(style: str, module: nn.Module, mesh: DeviceMesh, size: str) -> Hydr
         raise TypeError(
             f"{style}: expected an adapted layer, got {type(module).__name__}, which is for torch's own styles"
         )
+    if isinstance(module, QuantisedBase):
+        raise TypeError(f"{style}: the layer's base is quantised, and packed weights cannot be split over processes")
     if mesh.ndim != 1:
         raise ValueError(f"{style}: expected a mesh of one dimension, got {mesh.ndim}; pass mesh['name'] of one")
     if any(is_sharded(p) for p in module.parameters()):

@@ -41,7 +41,35 @@ def hydra_linear(
     Arguments are those of :func:`hydra_kernels.hydra_linear`. ``form`` and ``backend`` are accepted so that the two
     functions can be exchanged; there is one way to compute here, and nothing is validated. Dropout is torch's own.
     """
-    y0 = F.linear(x, weight, bias)
+    return with_branches(
+        F.linear(x, weight, bias), x, A_down, A_up, B_down, B_up,
+        A_down_bias=A_down_bias, A_up_bias=A_up_bias, B_down_bias=B_down_bias, B_up_bias=B_up_bias,
+        scale_a=scale_a, scale_b=scale_b, dropout_p=dropout_p, training=training, mask=mask,
+        input_dropout_p=input_dropout_p, input_mask=input_mask,
+    )  # fmt: skip
+
+
+def with_branches(
+    y0: Tensor,
+    x: Tensor,
+    A_down: Tensor | None,
+    A_up: Tensor | None,
+    B_down: Tensor | None,
+    B_up: Tensor | None,
+    *,
+    A_down_bias: Tensor | None = None,
+    A_up_bias: Tensor | None = None,
+    B_down_bias: Tensor | None = None,
+    B_up_bias: Tensor | None = None,
+    scale_a: float | Tensor = 1.0,
+    scale_b: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    mask: Tensor | None = None,
+    input_dropout_p: float = 0.0,
+    input_mask: Tensor | None = None,
+) -> Tensor:
+    """h [*, N]: the frozen layer's y0 [*, N] for x [*, K], and both branches; arguments as for `hydra_linear`."""
     h = y0
     r_a = 0
     if A_down is not None and A_up is not None:

@@ -11,6 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .private import FakeTensor
+from .sharding import is_sharded
+from .weights import SERVED, packed
 
 # Their fast paths hand the weights of their nn.Linear children to fused operators.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -80,6 +83,35 @@ def reads_past_forward(parent: nn.Module, child: str) -> bool:
     names = [name for c in type(parent).__mro__ for name in (c.__name__, f"{c.__module__}.{c.__qualname__}")]
     known = [name for name in names if child in READS_WEIGHTS_OF.get(name, ())]
     return any(name not in READS_WEIGHTS_IF or READS_WEIGHTS_IF[name](parent) for name in known)
+
+
+def check_wrappable(linear: nn.Module) -> None:
+    """Raises unless linear is an ``nn.Linear``, or quantised, whose computation an adapted layer reproduces."""
+    kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+    if isinstance(linear, Adapter):
+        raise TypeError(f"linear: expected an nn.Linear, got {kind}, which is already adapted")
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected an nn.Linear, got {kind}; {SERVED}")
+    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(f"linear: {kind} belongs to nn.MultiheadAttention, which reads its weight past its forward")
+    if hasattr(linear, "_hf_hook"):
+        raise ValueError(
+            f"linear: {kind} has a hook of accelerate's (device_map), which the adapted layer would lose; call "
+            "accelerate.hooks.remove_hook_from_submodules(model), adapt it, then dispatch_model"
+        )
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(linear, name) for name in hooks):
+        raise ValueError(f"linear: {kind} has hooks, which the adapted layer would lose; remove them first")
+    if packed(linear) is not None:
+        return
+    if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
+        raise TypeError(f"linear: {kind} computes something else than nn.Linear in its forward; {SERVED}")
+    weight = linear._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"linear: the weight of {kind} is not a plain Parameter but derived or quantised; {SERVED}")
+    # torchao leaves the class nn.Linear and makes the weight a tensor subclass.
+    if not (type(weight.data) in (Tensor, FakeTensor) or is_sharded(weight)):
+        raise TypeError(f"linear: expected plain numbers as the weight of {kind}, got {type(weight.data).__qualname__}")
 
 
 def refuse_wrapped(model: nn.Module, instead: str) -> None:

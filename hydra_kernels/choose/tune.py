@@ -24,7 +24,8 @@ from ..autograd import computed_in
 from ..backend import TABLE
 from ..backend.interface import LIBRARIES, Choice, Operands
 from ..functional import hydra_linear
-from ..layers import HydraLinear
+from ..layers import HydraLinear, QuantisedBase
+from ..weights import dtype_of
 from . import accuracy, machine
 
 Shape = tuple[int, int, int, int, int]
@@ -107,6 +108,10 @@ def tune(
     return found
 
 
+def _dtype(layer: HydraLinear) -> torch.dtype:
+    return dtype_of(layer.base_layer) if isinstance(layer, QuantisedBase) else computed_in(layer.weight)
+
+
 def line_of(tuned: Tuned) -> str:
     times = ", ".join(f"{name} {us:.1f} us" for name, us in sorted(tuned.us.items(), key=lambda item: item[1]))
     failed = "".join(f"; {name} FAILED: {why}" for name, why in tuned.failed.items())
@@ -130,7 +135,7 @@ def _jobs(
         jobs = [
             (
                 (M, layer.in_features, layer.out_features, layer.r_a, layer.r_b),
-                dtype or computed_in(layer.weight),
+                dtype or _dtype(layer),
                 layer.weight.device,
             )
             for layer in layers

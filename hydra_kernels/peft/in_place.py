@@ -14,40 +14,42 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from ..adapter import one_branch
 from ..autograd import autocast_is_on
 from ..backend.interface import LOW_PRECISION
-from ..checks import DTYPES
+from ..checks import AUTOCAST_DTYPES, DTYPES
 from ..functional import hydra_linear
 from ..sharding import is_sharded
+from ..weights import Packed, frozen_of, is_quantised, packed
 
 ACCELERATED = "accelerated"
 
 
-# "Linear" in the name: by that PEFT's "all-linear" tells tuner layers that a further adapter can join.
-class AcceleratedLinear(lora.Linear):
-    """PEFT's ``lora.Linear``; where its forward is the plain formula of LoRA, one call of `hydra_linear` computes it.
+class Accelerated:
+    """Before a class of PEFT's: where its forward is the plain formula of LoRA, one call of `hydra_linear` computes it.
 
-    `accelerate` makes this the class of layers that PEFT has made. Where hooks, other classes of submodules or a
+    `accelerate` makes such a class that of the layers that PEFT has made. Where hooks, other classes of submodules or a
     variant of LoRA ask for more, PEFT's own forward runs, with one warning for each reason.
     """
 
     reasons_said: set[str]  # shared by the layers of a model
+    dequantises_int8: bool
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """h [*, N] for x [*, K], as PEFT's forward."""
         names = _serving(self)
         if not names:  # the base layer alone, after PEFT has unmerged what it must
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         reason = _arguments(args, kwargs) or _altered(self, names) or _dropout(self, names)
         if reason is None:
             call = _call(self, names)
             reason = _unfit(call) or _input(self, call, x)
         if reason is not None:
             _say(self, reason)
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if len(call.branches) == 1:
             down, up, down_bias, up_bias, scale = call.branches[0]
         else:
@@ -56,6 +58,25 @@ class AcceleratedLinear(lora.Linear):
             x, call.weight, call.bias, down, up, None, None,
             A_down_bias=down_bias, A_up_bias=up_bias, scale_a=scale, input_dropout_p=_drops(self, names[0]),
         )  # fmt: skip
+
+
+# "Linear" in the names: by that PEFT's "all-linear" tells tuner layers that a further adapter can join.
+class AcceleratedLinear(Accelerated, lora.Linear):
+    """PEFT's ``lora.Linear``, accelerated."""
+
+
+class AcceleratedTorchaoLinear(Accelerated, TorchaoLoraLinear):
+    """PEFT's LoRA over torchao's weights, accelerated."""
+
+
+def _accelerated(kind: type) -> type | None:
+    """The class that `accelerate` gives layers of a class of PEFT's; None where it has none."""
+    if kind.__module__ == "peft.tuners.lora.bnb":
+        from . import in_place_bnb
+
+        return in_place_bnb.ACCELERATED.get(kind)
+    known: dict[type, type] = {lora.Linear: AcceleratedLinear, TorchaoLoraLinear: AcceleratedTorchaoLinear}
+    return known.get(kind)
 
 
 @dataclass
@@ -84,7 +105,7 @@ class Report:
         return "\n".join([f"{'layer':<{width}}  forward", *rows, total])
 
 
-def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+def accelerate(model: nn.Module, *, strict: bool = False, int8: str = "keep") -> Report:
     """Makes the LoRA layers of a model that PEFT made run on this package's kernels from now on.
 
     No parameter is moved, renamed, copied or cast, and every call of PEFT's and transformers' works as before: saving,
@@ -95,15 +116,19 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         model: a PeftModel, a model with ``add_adapter`` or ``inject_adapter_in_model`` behind it, or any module with
             LoRA layers of PEFT in it. Call before DDP, FSDP or torch.compile wrap it.
         strict: whether to raise where a layer would not be accelerated; nothing is changed then.
+        int8: of LoRA over bitsandbytes' 8-bit layers: "keep" for PEFT's forward, whose products round x to 8 bits on a
+            GPU (LLM.int8); "dequantise" for products of x as it is with the dequantised weight.
 
     Returns:
         The report, as `report` makes it.
 
     Raises:
-        ValueError: where the model has no LoRA layer of PEFT's; where ``strict`` finds a layer that keeps PEFT's
-            forward, naming the reasons.
+        ValueError: for another int8; where the model has no LoRA layer of PEFT's; where ``strict`` finds a layer that
+            keeps PEFT's forward, naming the reasons.
     """
-    found = _report(model, after=True)
+    if int8 not in ("keep", "dequantise"):
+        raise ValueError(f"int8: expected 'keep' or 'dequantise', got {int8!r}")
+    found = _report(model, int8 == "dequantise")
     kept = {name: said for name, said in found.layers.items() if said != ACCELERATED}
     if strict and kept:
         shown = "; ".join(f"{name}: {said}" for name, said in list(kept.items())[:5])
@@ -111,8 +136,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     said: set[str] = set()
     for _, layer in _layers(model):
         if _unsuited(layer) is None:
-            layer.__class__ = AcceleratedLinear if type(layer) is lora.Linear else type(layer)
-            layer.reasons_said = said
+            layer.__class__ = _accelerated(type(layer)) or type(layer)
+            layer.reasons_said, layer.dequantises_int8 = said, int8 == "dequantise"
     for reason in dict.fromkeys(kept.values()):
         said.add(reason)
         warnings.warn(_words(reason), stacklevel=2)
@@ -125,7 +150,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: where the model has no LoRA layer of PEFT's.
     """
-    return _report(model, after=False)
+    return _report(model)
 
 
 def undo(model: nn.Module) -> None:
@@ -135,32 +160,32 @@ def undo(model: nn.Module) -> None:
         ValueError: for a layer that ``fully_shard`` has given a class of its own. The model is then unchanged.
     """
     layers: list[tuple[str, Any]]
-    layers = [(name, layer) for name, layer in _layers(model) if isinstance(layer, AcceleratedLinear)]
+    layers = [(name, layer) for name, layer in _layers(model) if isinstance(layer, Accelerated)]
     for name, layer in layers:
-        if type(layer) is not AcceleratedLinear:
+        if type(layer).__bases__[0] is not Accelerated:
             raise ValueError(
                 f"model: expected {name!r} to be an AcceleratedLinear, got {_name(layer)}; undo before fully_shard"
             )
     for _, layer in layers:
-        layer.__class__ = lora.Linear
-        del layer.reasons_said
+        layer.__class__ = type(layer).__bases__[1]
+        del layer.reasons_said, layer.dequantises_int8
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
-def _report(model: nn.Module, after: bool) -> Report:
-    """The report; of a layer that is not accelerated yet as it will be ``after`` accelerate."""
+def _report(model: nn.Module, int8: bool | None = None) -> Report:
+    """The report; as it will be after accelerate where ``int8`` says whether 8-bit weights are dequantised then."""
     found: dict[str, str] = {}
     # FSDP2 makes whole tensors of its DTensors before a forward.
     gathers = any(c.__name__ == "FSDPModule" for module in model.modules() for c in type(module).__mro__)
     for name, layer in _layers(model):
         names = [n for n in layer.active_adapters if n in layer.lora_A]
         reason = _unsuited(layer)
-        if reason is None and not after and not isinstance(layer, AcceleratedLinear):
+        if reason is None and int8 is None and not isinstance(layer, Accelerated):
             reason = "accelerate was not called since PEFT made the layer"
-        reason = reason or _altered(layer, names) or _dropout(layer, names, training=True)
+        reason = reason or _altered(layer, names, int8) or _dropout(layer, names, training=True)
         reason = reason or _unfit(_call(layer, names), gathers)
         found[name] = ACCELERATED if reason is None else reason
     if not found:
@@ -168,7 +193,7 @@ def _report(model: nn.Module, after: bool) -> Report:
     return Report(model, found)
 
 
-def _say(layer: AcceleratedLinear, reason: str) -> None:
+def _say(layer: Accelerated, reason: str) -> None:
     if not torch.compiler.is_compiling() and reason not in layer.reasons_said:
         layer.reasons_said.add(reason)
         warnings.warn(_words(reason), stacklevel=5)
@@ -178,19 +203,19 @@ def _words(reason: str) -> str:
     return f"accelerate: PEFT's own, slower forward runs where this holds: {reason}"
 
 
-def _serving(layer: AcceleratedLinear) -> list[str]:
+def _serving(layer: Any) -> list[str]:
     """The adapters that the next forward adds to the base layer's output."""
     if layer._disable_adapters or layer.merged_adapters:
         return []
     # Not layer.lora_A: what is found through Module.__getattr__ costs host time in every forward.
-    adapters: Any = layer._modules["lora_A"]._modules  # type: ignore[union-attr]
+    adapters: Any = layer._modules["lora_A"]._modules
     return [name for name in layer.active_adapters if name in adapters]
 
 
 class Call(NamedTuple):
     """The tensors that a forward reads, beside x."""
 
-    weight: Tensor
+    weight: Any  # a Tensor, or Packed
     bias: Tensor | None
     branches: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any]]  # down, up, their biases, the scale
 
@@ -202,7 +227,9 @@ def _call(layer: Any, names: Sequence[str]) -> Call:
     for name in names:
         (down, down_bias), (up, up_bias) = _tensors(downs[name]), _tensors(ups[name])
         branches.append((down, up, down_bias, up_bias, scaling[name]))
-    return Call(*_tensors(modules["base_layer"]), branches)
+    base = modules["base_layer"]
+    weight, bias = frozen_of(base) if is_quantised(base) else _tensors(base)
+    return Call(weight, bias, branches)
 
 
 def _tensors(linear: Any) -> tuple[Any, Any]:
@@ -218,22 +245,26 @@ def _tensors(linear: Any) -> tuple[Any, Any]:
 
 def _unsuited(layer: Any) -> str | None:
     """Why no call of a layer can be served, whatever state it is in. Such a layer keeps its class."""
-    if not isinstance(layer, AcceleratedLinear) and type(layer) is not lora.Linear:
+    if not isinstance(layer, Accelerated) and _accelerated(type(layer)) is None:
         return f"the layer's class is {_name(layer)}, not PEFT's lora.Linear"
     if "forward" in layer.__dict__:
         return "the layer has a forward of its own, as offload and device_map give it"
     if isinstance(layer.base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "base_layer belongs to nn.MultiheadAttention, which reads its weight past the forward"
-    if layer.is_target_conv_1d_layer:
+    if getattr(layer, "is_target_conv_1d_layer", False):
         return "base_layer's class is Conv1D, not nn.Linear"
     return None
 
 
-def _altered(layer: Any, names: Sequence[str]) -> str | None:
+def _altered(layer: Any, names: Sequence[str], int8: bool | None = None) -> str | None:
     """Why a call of the submodules would do more, or something else, than the formula of LoRA."""
     modules = layer._modules
     base = modules["base_layer"]
-    if type(base) is not nn.Linear and getattr(type(base), "forward", None) is not nn.Linear.forward:
+    if is_quantised(base):
+        reason = _unpackable(base, layer.dequantises_int8 if int8 is None else int8)
+        if reason is not None:
+            return reason
+    elif type(base) is not nn.Linear and getattr(type(base), "forward", None) is not nn.Linear.forward:
         return f"base_layer's class is {_name(base)}, not nn.Linear"
     reason = _around("base_layer", base)
     downs, ups, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
@@ -249,6 +280,17 @@ def _altered(layer: Any, names: Sequence[str]) -> str | None:
     return reason
 
 
+def _unpackable(base: Any, int8: bool) -> str | None:
+    """Why the quantised weight of a base layer is not one that `hydra_linear` takes."""
+    try:
+        found = packed(base)
+    except (TypeError, ValueError) as error:
+        return str(error).replace("linear: ", "base_layer: ")
+    if found is not None and found.format == "8bit" and not int8:
+        return "base_layer is 8-bit: its own products round x on a GPU; accelerate(model, int8='dequantise') serves it"
+    return None
+
+
 def _around(part: str, module: nn.Module) -> str | None:
     """Why a call of the module would do more than its class says."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -261,17 +303,21 @@ def _around(part: str, module: nn.Module) -> str | None:
 def _unfit(call: Call, gathers: bool = False) -> str | None:
     """Why the tensors are not ones that `hydra_linear` takes; DTensors are where FSDP2 ``gathers`` them first."""
     weight = call.weight
-    if weight.requires_grad:
-        return "the base layer's weight trains"
-    if not (gathers or _is_plain(weight)):
-        return "the base layer's weight is a DTensor"
-    if weight.dtype not in DTYPES:
-        return f"the base layer's weight is {weight.dtype}"
+    dtype = None if isinstance(weight, Packed) else weight.dtype
+    if dtype is not None:
+        if weight.requires_grad:
+            return "the base layer's weight trains"
+        if not (gathers or _is_plain(weight)):
+            return "the base layer's weight is a DTensor"
+        if dtype not in DTYPES:
+            return f"the base layer's weight is {dtype}"
     for down, up, _, _, scale in call.branches:
         if not (gathers or (_is_plain(down) and _is_plain(up))):
             return "the adapter's weights are DTensors"
-        if down.dtype != weight.dtype and not (down.dtype == torch.float32 and weight.dtype in LOW_PRECISION):
-            return f"the adapter is {down.dtype} over a base layer in {weight.dtype}"
+        if dtype is None and down.dtype not in AUTOCAST_DTYPES:
+            return f"the adapter is {down.dtype} over a quantised base layer"
+        if dtype not in (None, down.dtype) and not (down.dtype == torch.float32 and dtype in LOW_PRECISION):
+            return f"the adapter is {down.dtype} over a base layer in {dtype}"
         if up.dtype != down.dtype:
             return f"lora_A is {down.dtype}, lora_B {up.dtype}"
         if isinstance(scale, Tensor):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -20,6 +20,7 @@ from ..functional import hydra_linear
 from ..reference import drop, low_rank, merged_parameters
 from ..refusals import refuse_meta
 from ..sharding import is_sharded
+from ..weights import dtype_of, frozen_of, is_quantised, linear_of, plain_value
 
 
 # "Linear": by that PEFT's "all-linear" tells tuner layers that a further adapter can join.
@@ -27,7 +28,8 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
     """An ``nn.Linear`` with named Hydra adapters (`hydra_kernels.adapter.Adapter`) in ``hydra_adapters``.
 
     Args:
-        base_layer: the ``nn.Linear`` [N, K]; PEFT freezes it.
+        base_layer: the ``nn.Linear`` [N, K], or a quantised layer that `hydra_kernels.weights` knows; PEFT freezes it.
+            A quantised one is merged by putting a dense ``nn.Linear`` in its place, and itself into ``packed_layer``.
         adapter_name, options, inference_mode: of the first adapter, see `add_adapter`.
     """
 
@@ -36,6 +38,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
     base_layer: nn.Linear
     unmerged_weight: Tensor | None = None
     unmerged_bias: Tensor | None = None
+    packed_layer: nn.Module | None
     HELD = ("unmerged_weight", "unmerged_bias")  # move with the module, so unmerging works after a `.to()`
 
     def __init__(
@@ -45,6 +48,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         self.base_layer = base_layer
         # A size may be a 0-dimensional tensor.
         self.in_features, self.out_features = int(base_layer.in_features), int(base_layer.out_features)
+        self.register_module("packed_layer", None)
         self.hydra_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -56,7 +60,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
 
         It trains if it is active and not for inference.
         """
-        device, dtype = self.base_layer.weight.device, self.base_layer.weight.dtype
+        device, dtype = self.base_layer.weight.device, dtype_of(self.base_layer)
         wide = torch.float32 if dtype in LOW_PRECISION else None
         adapter = Adapter(
             self.in_features, self.out_features, adapter_dtype=wide, device=device, dtype=dtype, **options
@@ -83,7 +87,8 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
             raise ValueError(
                 "base_layer: accelerate offloads it, and its weight is read here; dispatch without offload"
             )
-        weight, bias = base.weight, base.bias  # not in _parameters in the replicas that nn.DataParallel makes
+        # Not in _parameters in the replicas that nn.DataParallel makes.
+        weight, bias = frozen_of(base) if is_quantised(base) else (base.weight, base.bias)
         if len(active) == 1:
             return active[0].adapted(x, weight, bias)
         routes = sorted({(adapter.form, adapter.backend) for adapter in active})
@@ -130,12 +135,21 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
             return
         base, merged = self.base_layer, [*self.merged_adapters, *names]
         weight, bias = self._merged_parameters(merged, safe_merge)
-        if not self.merged:
-            self.unmerged_weight = base.weight.data
-            self.unmerged_bias = None if base.bias is None else base.bias.data
-        base.weight.data = weight
-        if bias is not None:
-            base.bias.data = bias
+        if is_quantised(base) or self.packed_layer is not None:
+            if self.packed_layer is None:
+                warnings.warn(
+                    f"merge: the base is quantised; a merged layer holds its dense weight in {weight.dtype}",
+                    stacklevel=2,
+                )
+                self.packed_layer = base
+            self.base_layer = base = linear_of(weight, bias).train(self.training)
+        else:
+            if not self.merged:
+                self.unmerged_weight = base.weight.data
+                self.unmerged_bias = None if base.bias is None else base.bias.data
+            base.weight.data = weight
+            if bias is not None:
+                base.bias.data = bias
         self.merged_adapters = merged
         self._note(base, *self._named(merged))
 
@@ -144,6 +158,8 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self.packed_layer is not None:
+            self.base_layer, self.packed_layer = cast(nn.Linear, self.packed_layer), None
         if self.unmerged_weight is not None:
             self.base_layer.weight.data = self.unmerged_weight
         if self.unmerged_bias is not None:
@@ -159,6 +175,8 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         names = [*self.merged_adapters, *check_adapters_to_merge(self, adapter_names)] if merge else []
         if self._named(names):
             weight, bias = self._merged_parameters(names, safe_merge)
+            if is_quantised(base) or self.packed_layer is not None:
+                return linear_of(weight, bias).train(self.training)
             base.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None:
                 base.bias = nn.Parameter(bias, requires_grad=False)
@@ -188,11 +206,10 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
                 "merge: the layer's parameters are spread over processes; save the adapter and merge it in an "
                 "unsharded model"
             )
-        weight: Tensor = self.base_layer.weight
-        bias: Tensor | None = self.base_layer.bias
+        weight, bias = frozen_of(self.packed_layer or self.base_layer)
         if self.unmerged_weight is not None:
             weight, bias = self.unmerged_weight, self.unmerged_bias
-        merged = merged_parameters(weight, bias, **_joined(self._named(names)))
+        merged = merged_parameters(plain_value(weight), bias, **_joined(self._named(names)))
         if merged[1] is not None and bias is None:
             raise ValueError("merge: expected a base layer with a bias, to add the adapters' biases to, got none")
         if safe and not all(part is None or bool(part.isfinite().all()) for part in merged):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..model import INJECT_FIRST, check_targets, near_names
 from ..refusals import experts_say, experts_without_layers, refuse_wrapped
+from ..weights import dtype_of
 from .config import HydraConfig, matches
 from .layer import HydraLinearLayer
 from .translate import PAIR
@@ -108,7 +109,7 @@ class HydraModel(BaseTuner):
         # A layer makes float32 adapters over a low-precision base, whichever way they are added.
         for layer in (m for m in self.model.modules() if isinstance(m, HydraLinearLayer)):
             if not autocast_adapter_dtype and adapter_name in layer.hydra_adapters:
-                layer.hydra_adapters[adapter_name].to(layer.base_layer.weight.dtype)
+                layer.hydra_adapters[adapter_name].to(dtype_of(layer.base_layer))
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

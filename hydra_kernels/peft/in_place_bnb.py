@@ -1,0 +1,25 @@
+"""accelerate's classes over bitsandbytes' layers, apart: PEFT's module of theirs imports bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import bnb
+
+from .in_place import Accelerated
+
+_bnb: Any = bnb  # its classes stand behind a condition
+
+
+class AcceleratedLinear4bit(Accelerated, _bnb.Linear4bit):
+    """PEFT's LoRA over bitsandbytes' 4-bit layers, accelerated."""
+
+
+class AcceleratedLinear8bitLt(Accelerated, _bnb.Linear8bitLt):
+    """PEFT's LoRA over bitsandbytes' 8-bit layers, accelerated where `accelerate` is told ``int8="dequantise"``."""
+
+
+ACCELERATED: dict[type, type] = {
+    _bnb.Linear4bit: AcceleratedLinear4bit,
+    _bnb.Linear8bitLt: AcceleratedLinear8bitLt,
+}

@@ -1,0 +1,277 @@
+"""Quantised W0: the one place that knows the formats of other libraries.
+
+A quantised W0 [N, K] is dequantised once in the forward and once in the backward of a layer, and only its packed
+tensors are saved between them. All formulas hold with W0 := `Packed.dense`. A further format is one function from a
+layer to its `Packed` in `READERS`, and one from packed tensors to the dense weight in `DENSE`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Packed(NamedTuple):
+    """A quantised W0 as a call of `hydra_linear` takes it.
+
+    ``tensors`` are saved for the backward, plain and detached; with ``numbers`` they tell the dense weight. ``dtype``
+    is the one in which the layer computes, whatever x has; None for x's own. ``original`` is the weight's before it was
+    quantised, as far as the library has kept it. ``base`` is the layer itself.
+    """
+
+    format: str  # a key of DENSE
+    shape: tuple[int, int]  # N, K
+    device: torch.device
+    tensors: tuple[Tensor, ...]
+    numbers: tuple[Any, ...]
+    dtype: torch.dtype | None
+    original: torch.dtype
+    base: nn.Module | None
+    own_products: bool  # whether the base's forward is x W0^T with that very W0, for any x
+    keeps_dtype: bool = True  # h has x's dtype also under autocast, as with bitsandbytes
+
+    def ready(self) -> Packed:
+        """With tensors that `dense` can read, after a forward of the base that has laid them out for itself."""
+        return self if self.tensors else _unpacked_four_bits(self.base)
+
+    def value(self) -> Tensor:
+        """W0 [N, K] as dense copies of the layer hold it, in its compute dtype or its original one."""
+        return self.ready().dense(self.dtype or self.original)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base's own forward, which may not need W0 dense. It leaves its bias and compute dtype as they were."""
+        base: Any = self.base
+        state = copy.copy(getattr(base.weight, "quant_state", None))
+        kept = {name: base.__dict__[name] for name in ("compute_dtype", "compute_type_is_set") if name in base.__dict__}
+        bias = None if base.bias is None else base.bias.data
+        try:
+            y0: Tensor = base(x)
+        finally:
+            base.__dict__ |= kept
+            if bias is not None and base.bias.dtype != bias.dtype:
+                base.bias.data = bias
+            if self.tensors and _is_repacked(getattr(base.weight, "quant_state", None)):
+                base.state_before_repacking = state  # the repacked one has rounded it
+        return y0
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W0 [N, K] in a dtype, a new tensor."""
+        # The libraries have no float64.
+        made = DENSE[self.format](self, torch.float32 if dtype == torch.float64 else dtype)
+        return made.to(dtype)
+
+
+def packed(layer: nn.Module) -> Packed | None:
+    """The quantised weight of a linear layer; None where it is not quantised.
+
+    Raises:
+        TypeError: for a layer whose weight is quantised in a way that is not served, naming it; ValueError for one
+            that waits for its quantisation.
+    """
+    reader = _reader(layer)
+    return None if reader is None else reader(layer)
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether `packed` knows the layer's kind."""
+    return _reader(layer) is not None
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """The dtype of a base layer's weight; if it is quantised the compute dtype, else that of what it was made of."""
+    found = packed(layer)
+    weight: Any = layer.weight
+    return weight.dtype if found is None else found.dtype or found.original
+
+
+def frozen_of(layer: Any) -> tuple[Any, Tensor | None]:
+    """Weight, `Packed` where it is quantised, and bias of a base layer."""
+    return packed(layer) or layer.weight, layer.bias
+
+
+def plain_value(weight: Tensor | Packed) -> Tensor:
+    """A weight [N, K] as it is, or dequantised."""
+    return weight.value() if isinstance(weight, Packed) else weight
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen ``nn.Linear`` of these very tensors."""
+    N, K = weight.shape
+    linear = nn.Linear(K, N, bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+# --- bitsandbytes, 4 bits: NF4 and FP4, with and without double quantisation ------------------------------------------
+
+
+def _four_bits(layer: Any) -> Packed:
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None) or layer.quant_state  # FSDP loses the weight's own
+    if state is None:
+        raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
+    tensors: tuple[Tensor, ...] = _plain(weight), state.absmax
+    numbers: tuple[Any, ...] = state.blocksize, state.quant_type
+    if _is_repacked(state):
+        tensors = ()
+    elif state.nested:
+        tensors += state.state2.absmax, state.state2.code, state.offset
+        numbers += (state.state2.blocksize,)
+    # Before the first forward fixes it for good, the layer computes in x's dtype.
+    dtype = layer.compute_dtype if layer.compute_type_is_set else None
+    original = getattr(state, "original_dtype", state.dtype)
+    # On a CPU with AVX512-BF16 its eval forward fails for other K.
+    own = weight.device.type != "cpu" or layer.in_features % state.blocksize == 0
+    return Packed("4bit", tuple(state.shape), weight.device, tensors, numbers, dtype, original, layer, own)
+
+
+def _unpacked_four_bits(layer: Any) -> Packed:
+    """After undoing the layout that an eval forward on a CPU with AVX512-BF16 leaves, which nothing else can read."""
+    import bitsandbytes
+
+    weight = layer.weight
+    weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+    state = layer.__dict__.pop("state_before_repacking", state)
+    state.to(weight.device)
+    weight.quant_state = layer.quant_state = state
+    return _four_bits(layer)
+
+
+def _is_repacked(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _dense_four_bits(w: Packed, dtype: torch.dtype) -> Tensor:
+    ops: Any = torch.ops.bitsandbytes
+    data, absmax = w.tensors[:2]
+    if len(w.tensors) > 2:
+        absmax_of_absmax, code, offset = w.tensors[2:]
+        absmax = ops.dequantize_blockwise(absmax, absmax_of_absmax, code, w.numbers[2], torch.float32) + offset
+    dense: Tensor = ops.dequantize_4bit(data, absmax, w.numbers[0], w.numbers[1], w.shape, dtype)
+    return dense
+
+
+# --- bitsandbytes, 8 bits, as weights: without LLM.int8's rounding of activations -------------------------------------
+
+
+def _eight_bits(layer: Any) -> Packed:
+    weight, state = layer.weight, layer.state
+    if state.has_fp16_weights:
+        raise TypeError(f"linear: {_kind(layer)} trains its weight; pass has_fp16_weights=False to freeze and pack it")
+    scales = state.SCB if state.SCB is not None else weight.SCB
+    if scales is None or weight.dtype != torch.int8:
+        raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
+    # The library quantises from float16 and keeps no other dtype.
+    original = torch.get_default_dtype() if layer.bias is None else layer.bias.dtype
+    return Packed(
+        "8bit", tuple(weight.shape), weight.device, (_plain(weight), scales), (), None, original, layer, False
+    )
+
+
+def _dense_eight_bits(w: Packed, dtype: torch.dtype) -> Tensor:
+    data, scales = w.tensors
+    return _scaled(data, scales[:, None] * (1 / 127), None, dtype)
+
+
+# --- torchao, int8 weights --------------------------------------------------------------------------------------------
+
+
+def _of_torchao(layer: Any) -> Packed:
+    weight = layer.weight
+    kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
+    if type(weight).__name__ != "Int8Tensor":
+        raise TypeError(f"linear: of torchao's weights Int8Tensor alone is served, got {kind}; {SERVED}")
+    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
+        raise TypeError(f"linear: {kind} quantises the activations too; weight-only int8 is served")
+    tensors = (weight.qdata, weight.scale, *(() if weight.zero_point is None else (weight.zero_point,)))
+    return Packed(
+        "int8",
+        tuple(weight.shape),
+        weight.device,
+        tensors,
+        tuple(weight.block_size),
+        None,
+        weight.dtype,
+        layer,
+        True,
+        False,
+    )
+
+
+def _dense_of_torchao(w: Packed, dtype: torch.dtype) -> Tensor:
+    (data, scale, *rest), (rows, columns) = w.tensors, w.numbers
+    # Blocks of [rows, columns] of W0 share a scale and a zero point.
+    blocks = data.view(scale.shape[0], rows, scale.shape[1], columns)
+    zero_point = rest[0][:, None, :, None] if rest else None
+    return _scaled(blocks, scale[:, None, :, None], zero_point, dtype).view(w.shape)
+
+
+# --- what formats share -----------------------------------------------------------------------------------------------
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """The packed numbers alone: a later change of ``weight.data`` does not reach what a graph has saved of them."""
+    # torch.compile cannot follow as_subclass, and lets nobody change the weight between its graphs.
+    return weight if torch.compiler.is_compiling() else weight.detach().as_subclass(Tensor)
+
+
+def _scaled(data: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(data - zero_point) * scale, computed in float32 and rounded once, for scales that broadcast over data."""
+    if dtype == torch.float32 or data.device.type != "cpu" or torch.compiler.is_compiling():
+        values = data if zero_point is None else data.to(torch.float32) - zero_point
+        return (values * scale).to(dtype)
+    out = torch.empty(data.shape, dtype=dtype, device=data.device)
+    # Part by part: on a CPU all of it in float32 would stand beside the result.
+    for part, few, s, z in zip(
+        out.split(_PART), data.split(_PART), scale.split(_PART), _parts(zero_point, scale), strict=True
+    ):
+        part.copy_(few * s if z is None else (few.to(torch.float32) - z) * s)
+    return out
+
+
+_PART = 64  # rows
+
+
+def _parts(t: Tensor | None, like: Tensor) -> list[Tensor | None]:
+    return [None] * math.ceil(len(like) / _PART) if t is None else list(t.split(_PART))
+
+
+# --- the table of formats ---------------------------------------------------------------------------------------------
+
+SERVED = (
+    "quantised layers that are served: bitsandbytes' Linear4bit and Linear8bitLt, torchao's int8 weight-only; another "
+    "format is two functions in hydra_kernels/weights.py"
+)
+# By class, so that no library is imported here.
+READERS: dict[str, Callable[[Any], Packed]] = {
+    "bitsandbytes.nn.modules.Linear4bit": _four_bits,
+    "bitsandbytes.nn.modules.Linear8bitLt": _eight_bits,
+}
+DENSE: dict[str, Callable[[Packed, torch.dtype], Tensor]] = {
+    "4bit": _dense_four_bits,
+    "8bit": _dense_eight_bits,
+    "int8": _dense_of_torchao,
+}
+
+
+def _reader(layer: nn.Module) -> Callable[[Any], Packed] | None:
+    if type(layer) is nn.Linear:
+        weight = layer._parameters.get("weight")
+        if type(weight) is nn.Parameter:
+            return None
+        return _of_torchao if type(weight).__module__.partition(".")[0] == "torchao" else None
+    for c in type(layer).__mro__:
+        if c.__module__ == "bitsandbytes.nn.modules" and (reader := READERS.get(f"{c.__module__}.{c.__qualname__}")):
+            return reader
+    return None
+
+
+def _kind(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
