@@ -44,11 +44,13 @@ class Packed(NamedTuple):
         return self.ready().dense(self.dtype or self.original)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base's own forward, which may not need W0 dense. It leaves its bias and compute dtype as they were."""
+        """The base's own forward, which may not need W0 dense. It leaves its bias and its settings as they were."""
         base: Any = self.base
         state = copy.copy(getattr(base.weight, "quant_state", None))
-        kept = {name: base.__dict__[name] for name in ("compute_dtype", "compute_type_is_set") if name in base.__dict__}
+        kept = {name: base.__dict__[name] for name in _SETTINGS if name in base.__dict__}
         bias = None if base.bias is None else base.bias.data
+        if state is not None and (self.shape[0] % 32 or self.shape[1] % state.blocksize):
+            base.support_avx512bf16_for_cpu = False  # its layout for that has no such sizes
         try:
             y0: Tensor = base(x)
         finally:
@@ -64,6 +66,10 @@ class Packed(NamedTuple):
         # The libraries have no float64.
         made = DENSE[self.format](self, torch.float32 if dtype == torch.float64 else dtype)
         return made.to(dtype)
+
+
+# What a forward of bitsandbytes' layers changes for good, or we for one of them.
+_SETTINGS = ("compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
 
 
 def packed(layer: nn.Module) -> Packed | None:
@@ -127,9 +133,7 @@ def _four_bits(layer: Any) -> Packed:
     # Before the first forward fixes it for good, the layer computes in x's dtype.
     dtype = layer.compute_dtype if layer.compute_type_is_set else None
     original = getattr(state, "original_dtype", state.dtype)
-    # On a CPU with AVX512-BF16 its eval forward fails for other K.
-    own = weight.device.type != "cpu" or layer.in_features % state.blocksize == 0
-    return Packed("4bit", tuple(state.shape), weight.device, tensors, numbers, dtype, original, layer, own)
+    return Packed("4bit", tuple(state.shape), weight.device, tensors, numbers, dtype, original, layer, True)
 
 
 def _unpacked_four_bits(layer: Any) -> Packed:
@@ -224,7 +228,7 @@ def _plain(weight: Tensor) -> Tensor:
 
 def _scaled(data: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(data - zero_point) * scale, computed in float32 and rounded once, for scales that broadcast over data."""
-    if dtype == torch.float32 or data.device.type != "cpu" or torch.compiler.is_compiling():
+    if data.device.type != "cpu" or torch.compiler.is_compiling():
         values = data if zero_point is None else data.to(torch.float32) - zero_point
         return (values * scale).to(dtype)
     out = torch.empty(data.shape, dtype=dtype, device=data.device)

@@ -47,8 +47,10 @@ def test_lora_and_seqlora_equal_the_oracle(side, learnable):
 
 
 def test_the_signature_is_hydra_linears():
-    ours, naive = inspect.signature(hk.hydra_linear), inspect.signature(reference.hydra_linear)
-    assert ours.parameters == naive.parameters
+    def parameters(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert parameters(hk.hydra_linear) == parameters(reference.hydra_linear)
 
 
 def test_it_imports_nothing_of_the_package():
