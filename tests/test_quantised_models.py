@@ -1,7 +1,6 @@
 """Adapters over quantised bases by every door: inject, PEFT's configurations, accelerate, transformers, processes."""
 
 import copy
-import json
 import warnings
 
 import pytest
@@ -19,6 +18,7 @@ from hydra_kernels.peft import HydraConfig, accelerate, from_lora, report, undo 
 from .distributed import quantised as distributed  # noqa: E402
 from .oracle import errors  # noqa: E402
 from .quantised import KINDS, TARGETS, Net, randomised, weight_of  # noqa: E402
+from .test_backends import slow_if  # noqa: E402
 from .test_quantised import of_ours, same, step  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -171,6 +171,7 @@ def test_pefts_verbs_over_hydra(kind, tmp_path):
     assert type(plain.one) is type(Net(kind).one)
 
 
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed but")
 @pytest.mark.parametrize("kind", ["nf4-twice", "int8"])
 def test_files_between_lora_and_hydra(kind, tmp_path):
     """A QLoRA checkpoint goes on as Hydra, and a Hydra is served as LoRA, over the same quantised base."""
@@ -182,7 +183,9 @@ def test_files_between_lora_and_hydra(kind, tmp_path):
         for name, p in ours.named_parameters():
             if "B_up" in name:
                 p.normal_(0, 0.1)
-    hk.convert.to_lora(ours, tmp_path / "served", bias="lora" if kind != "int8" else "refuse") if kind != "int8" else None
+    hk.convert.to_lora(
+        ours, tmp_path / "served", bias="lora" if kind != "int8" else "refuse"
+    ) if kind != "int8" else None
     if kind != "int8":  # PEFT stores no lora_bias over torchao
         served = peft.PeftModel.from_pretrained(Net(kind), tmp_path / "served").eval()
         torch.testing.assert_close(served(x), ours(x), rtol=1e-4, atol=1e-5)
@@ -202,8 +205,14 @@ def test_adapter_files(tmp_path):
     assert other.load_state_dict(state, strict=False).missing_keys == []
 
 
-@pytest.mark.parametrize("backend", ["auto", "aten", "native"])
-@pytest.mark.parametrize("kind", ["nf4-twice", "8bit", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        pytest.param(kind, backend, marks=slow_if((kind, backend) not in (("nf4-twice", "auto"), ("int8", "aten"))))
+        for kind in ("nf4-twice", "8bit", "int8")
+        for backend in ("auto", "aten", "native")
+    ],
+)
 def test_compiled(kind, backend):
     torch.compiler.reset()
     model, x = of_ours(kind, backend=backend), torch.randn(2, 20, 64)
@@ -237,8 +246,14 @@ def quantisation(kind):
     )
 
 
-@pytest.mark.parametrize("door", ["accelerate", "HydraConfig", "inject"])
-@pytest.mark.parametrize("kind", ["nf4", "8bit", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "door"),
+    [
+        pytest.param(kind, door, marks=slow_if(i != j))
+        for i, kind in enumerate(("nf4", "8bit", "int8"))
+        for j, door in enumerate(("accelerate", "HydraConfig", "inject"))
+    ],
+)
 @pytest.mark.filterwarnings("ignore")  # of transformers and torchao at loading
 def test_a_model_of_transformers_loaded_quantised(tmp_path, kind, door):
     tiny_llama(tmp_path, BF16)
@@ -271,7 +286,7 @@ def test_a_model_of_transformers_loaded_quantised(tmp_path, kind, door):
     assert made.shape == (2, 7)
 
 
-@pytest.mark.parametrize("kind", ["nf4-twice", "8bit", "int8"])
+@pytest.mark.parametrize("kind", ["nf4-twice", *(pytest.param(k, marks=pytest.mark.slow) for k in ("8bit", "int8"))])
 def test_ddp_equals_one_process(groups, kind):
     alone = distributed.gradients(kind)
     for got in groups.run(2, distributed.with_ddp, kind):
@@ -289,6 +304,6 @@ def test_fsdp2_equals_one_process(groups):
 
 
 def test_tensor_parallelism_is_refused(groups):
-    assert groups.run(2, distributed.with_tensor_parallelism)[0].startswith("ColumnWise: the layer's base is quantised")
-
-
+    assert groups.run(2, distributed.with_tensor_parallelism)[0].startswith(
+        "ColwiseHydra: the layer's base is quantised"
+    )

@@ -1,0 +1,67 @@
+"""A model of quantised layers with Hydra adapters, trained for one step on one process or on two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import hydra_kernels as hk
+from hydra_kernels.parallel import ColwiseHydra
+from tests.oracle import Tensors
+from tests.quantised import TARGETS, Net, quantised, randomised
+
+
+def _model(kind: str) -> Any:
+    model = Net(kind)
+    hk.inject(model, TARGETS, r_a=2, r_b=3)
+    hk.mark_only_adapters_trainable(model)
+    return randomised(model)
+
+
+def _batch() -> torch.Tensor:
+    return torch.randn(4, 10, 64, generator=torch.Generator().manual_seed(5))
+
+
+def _found(model: nn.Module, h: torch.Tensor) -> Tensors:
+    h.square().mean().backward()
+    grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
+
+
+def gradients(kind: str) -> Tensors:
+    model = _model(kind)
+    return _found(model, model(_batch()))
+
+
+def _mine() -> torch.Tensor:
+    return _batch().chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def with_ddp(kind: str) -> Tensors:
+    # DDP's first broadcast cannot view torchao's tensors.
+    model = DistributedDataParallel(_model(kind), init_sync=kind != "int8")
+    return _found(model, model(_mine()))
+
+
+def with_fsdp2(kind: str) -> Tensors:
+    """Every adapted layer a unit, then the model."""
+    model = _model(kind)
+    for unit in (model.one, model.two, model.three, model):
+        fully_shard(unit)
+    return _found(model, model(_mine()))
+
+
+def with_tensor_parallelism() -> str:
+    """What a style says of a quantised layer."""
+    layer = hk.HydraLinear.from_linear(quantised(nn.Linear(64, 64), "nf4"), r_a=2, r_b=2)
+    try:
+        parallelize_module(layer, init_device_mesh("cpu", (2,)), ColwiseHydra())
+    except TypeError as error:
+        return str(error)
+    return "nothing was raised"
