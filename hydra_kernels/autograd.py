@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backend import TABLE
 from .backend.interface import ARGUMENTS, FIRST_OPTION, Choice, Operands, joined, split, without_options
+from .backend.operators import dense_in_backward
 from .private import asks_the_engine, is_batched_for_vectorize
 from .weights import Packed
 
@@ -97,7 +98,7 @@ class HydraFunction(torch.autograd.Function):
         saved = tensors[n:]
         if ctx.packed is not None:
             packed, count = ctx.packed
-            op = op._replace(weight=packed._replace(tensors=saved[-count:]).dense(G.dtype))
+            op = op._replace(weight=dense_in_backward(packed._replace(tensors=saved[-count:]), G))
             saved = saved[:-count]
         backend, needs = TABLE[choice.backend], _asked_for(ctx) if eager else ctx.needs
         if autocast_is_on(G):

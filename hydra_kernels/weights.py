@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class Packed(NamedTuple):
     shape: tuple[int, int]  # N, K
     device: torch.device
     tensors: tuple[Tensor, ...]
-    numbers: tuple[Any, ...]
+    numbers: tuple[int, ...]
     dtype: torch.dtype | None
     original: torch.dtype
     base: nn.Module | None
@@ -63,9 +63,16 @@ class Packed(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W0 [N, K] in a dtype, a new tensor."""
-        # The libraries have no float64.
-        made = DENSE[self.format](self, torch.float32 if dtype == torch.float64 else dtype)
-        return made.to(dtype)
+        return dense(self.format, self.shape, self.tensors, self.numbers, dtype)
+
+
+def dense(
+    format: str, shape: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """`Packed.dense` of what it keeps."""
+    # The libraries have no float64.
+    made = DENSE[format](format, shape, tensors, numbers, torch.float32 if dtype == torch.float64 else dtype)
+    return made.to(dtype)
 
 
 # What a forward of bitsandbytes' layers changes for good, or we for one of them.
@@ -124,7 +131,7 @@ def _four_bits(layer: Any) -> Packed:
     if state is None:
         raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
     tensors: tuple[Tensor, ...] = _plain(weight), state.absmax
-    numbers: tuple[Any, ...] = state.blocksize, state.quant_type
+    numbers: tuple[int, ...] = (state.blocksize,)
     if _is_repacked(state):
         tensors = ()
     elif state.nested:
@@ -133,7 +140,7 @@ def _four_bits(layer: Any) -> Packed:
     # Before the first forward fixes it for good, the layer computes in x's dtype.
     dtype = layer.compute_dtype if layer.compute_type_is_set else None
     original = getattr(state, "original_dtype", state.dtype)
-    return Packed("4bit", tuple(state.shape), weight.device, tensors, numbers, dtype, original, layer, True)
+    return Packed(state.quant_type, tuple(state.shape), weight.device, tensors, numbers, dtype, original, layer, True)
 
 
 def _unpacked_four_bits(layer: Any) -> Packed:
@@ -152,14 +159,16 @@ def _is_repacked(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def _dense_four_bits(w: Packed, dtype: torch.dtype) -> Tensor:
+def _dense_four_bits(
+    quant_type: str, shape: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
+) -> Tensor:
     ops: Any = torch.ops.bitsandbytes
-    data, absmax = w.tensors[:2]
-    if len(w.tensors) > 2:
-        absmax_of_absmax, code, offset = w.tensors[2:]
-        absmax = ops.dequantize_blockwise(absmax, absmax_of_absmax, code, w.numbers[2], torch.float32) + offset
-    dense: Tensor = ops.dequantize_4bit(data, absmax, w.numbers[0], w.numbers[1], w.shape, dtype)
-    return dense
+    data, absmax = tensors[:2]
+    if len(tensors) > 2:
+        absmax_of_absmax, code, offset = tensors[2:]
+        absmax = ops.dequantize_blockwise(absmax, absmax_of_absmax, code, numbers[1], torch.float32) + offset
+    made: Tensor = ops.dequantize_4bit(data, absmax, numbers[0], quant_type, shape, dtype)
+    return made
 
 
 # --- bitsandbytes, 8 bits, as weights: without LLM.int8's rounding of activations -------------------------------------
@@ -179,8 +188,10 @@ def _eight_bits(layer: Any) -> Packed:
     )
 
 
-def _dense_eight_bits(w: Packed, dtype: torch.dtype) -> Tensor:
-    data, scales = w.tensors
+def _dense_eight_bits(
+    _: str, shape: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    data, scales = tensors
     return _scaled(data, scales[:, None] * (1 / 127), None, dtype)
 
 
@@ -209,12 +220,14 @@ def _of_torchao(layer: Any) -> Packed:
     )
 
 
-def _dense_of_torchao(w: Packed, dtype: torch.dtype) -> Tensor:
-    (data, scale, *rest), (rows, columns) = w.tensors, w.numbers
+def _dense_of_torchao(
+    _: str, shape: Sequence[int], tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    (data, scale, *rest), (rows, columns) = tensors, numbers
     # Blocks of [rows, columns] of W0 share a scale and a zero point.
     blocks = data.view(scale.shape[0], rows, scale.shape[1], columns)
     zero_point = rest[0][:, None, :, None] if rest else None
-    return _scaled(blocks, scale[:, None, :, None], zero_point, dtype).view(w.shape)
+    return _scaled(blocks, scale[:, None, :, None], zero_point, dtype).view(shape)
 
 
 # --- what formats share -----------------------------------------------------------------------------------------------
@@ -258,8 +271,9 @@ READERS: dict[str, Callable[[Any], Packed]] = {
     "bitsandbytes.nn.modules.Linear4bit": _four_bits,
     "bitsandbytes.nn.modules.Linear8bitLt": _eight_bits,
 }
-DENSE: dict[str, Callable[[Packed, torch.dtype], Tensor]] = {
-    "4bit": _dense_four_bits,
+DENSE: dict[str, Callable[[str, Sequence[int], Sequence[Tensor], Sequence[int], torch.dtype], Tensor]] = {
+    "nf4": _dense_four_bits,
+    "fp4": _dense_four_bits,
     "8bit": _dense_eight_bits,
     "int8": _dense_of_torchao,
 }

@@ -19,7 +19,7 @@ from .distributed import quantised as distributed  # noqa: E402
 from .oracle import errors  # noqa: E402
 from .quantised import KINDS, TARGETS, Net, randomised, weight_of  # noqa: E402
 from .test_backends import slow_if  # noqa: E402
-from .test_quantised import of_ours, same, step  # noqa: E402
+from .test_quantised import of_ours, same, saved_by, step  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
 LOADED = {"8bit": "is_loaded_in_8bit", "int8": "nothing"}
@@ -214,15 +214,29 @@ def test_adapter_files(tmp_path):
     ],
 )
 def test_compiled(kind, backend):
+    """In one graph, with the same gradients, and no dense weight kept from the forward for the backward."""
     torch.compiler.reset()
     model, x = of_ours(kind, backend=backend), torch.randn(2, 20, 64)
     expected = step(model, x)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled.zero_grad, got = model.zero_grad, None
+    compiled = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    compiled.zero_grad = model.zero_grad
     got = step(compiled, x)
     for name, value in expected.items():
-        name = name if name == "h" else f"_orig_mod.{name}"
-        assert errors(got[name], value.double())[0] < 5e-6, name
+        name_of = name if name == "h" else f"_orig_mod.{name}"
+        assert errors(got[name_of], value.double())[0] < 5e-6, name
+    eager, traced = (sum(saved_by(lambda m=m: m(x))[1].values()) for m in (model, compiled))
+    assert traced <= eager + 64 * 1024, "a dense weight is kept"
+
+
+@pytest.mark.slow
+def test_inductor():
+    torch.compiler.reset()
+    model, x = of_ours("nf4-twice"), torch.randn(2, 20, 64)
+    expected = step(model, x)
+    compiled = torch.compile(model, fullgraph=True)
+    compiled.zero_grad = model.zero_grad
+    got = step(compiled, x)
+    assert all(errors(got[n if n == "h" else f"_orig_mod.{n}"], v.double())[0] < 5e-6 for n, v in expected.items())
 
 
 def tiny_llama(tmp_path, dtype):

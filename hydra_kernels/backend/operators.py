@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ..private import count_dispatch_modes, dispatch_modes
+from ..weights import Packed, dense
 from .flops import backward_flops, forward_flops
 from .interface import ARGUMENTS, FROM_Z, Backend, Operands, Saved, form_of, joined, read_backwards, split
 
+_PACKED = "Tensor[] tensors, str format, int[] shape, int[] numbers"
 _CALL = "Tensor?[] tensors, float[] numbers, str needs, str backend, str plan"  # `split` makes the first two
 _BACKENDS: dict[str, Backend] = {}  # filled by `Untraceable`, read by the operators' bodies
 
@@ -103,6 +105,17 @@ def add_(out: Tensor, v: Tensor) -> Tensor:
     return out + v if torch.compiler.is_compiling() or _a_mode_is_on() else out.add_(v)
 
 
+def dense_in_backward(weight: Packed, G: Tensor) -> Tensor:
+    """W0 [N, K] of a quantised weight for a backward from G, whose dtype it has."""
+    if not torch.compiler.is_compiling():
+        return weight.dense(G.dtype)
+    # It takes G, for else torch.compile would keep the forward's dense weight for the backward.
+    made: Tensor = torch.ops.hydra_kernels.dense(
+        G, list(weight.tensors), weight.format, list(weight.shape), list(weight.numbers)
+    )
+    return made
+
+
 def _are_saved(form: str, op: Operands, needs: Set[str]) -> tuple[bool, bool, bool]:
     """Which of its three saved tensors a form leaves: x, Z, D; kept: x, Z, y0; effective: x, D, d."""
     from_Z, A_down, B_down = not needs.isdisjoint(FROM_Z), "A_down" in needs, "B_down" in needs
@@ -173,11 +186,16 @@ def _accumulate_(out: Tensor, left: Tensor, right: Tensor) -> None:
     out.addmm_(left, right)
 
 
+def _dense(G: Tensor, tensors: list[Tensor], format: str, shape: list[int], numbers: list[int]) -> Tensor:
+    return dense(format, shape, tensors, numbers, G.dtype)
+
+
 # Not torch.library.custom_op, whose wrapper costs the host 13 us a call: one of these costs 2.
 _LIBRARY = torch.library.Library("hydra_kernels", "DEF")
 for _name, _schema, _body, _fake in (
     ("accumulate_", "(Tensor(a!) out, Tensor left, Tensor right) -> ()", _accumulate_, lambda out, left, right: None),
     ("forward", f"(Tensor x, {_CALL}) -> Tensor[]", _forward, _fake_forward),
+    ("dense", f"(Tensor G, {_PACKED}) -> Tensor", _dense, lambda G, tensors, format, shape, _: G.new_empty(shape)),
     ("backward", f"(Tensor G, Tensor?[] saved, {_CALL}) -> Tensor[]", _backward, _fake_backward),
 ):
     _LIBRARY.define(_name + _schema)
