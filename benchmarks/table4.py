@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from benchmarks.measuring import methods, models, modes, timing
+from benchmarks.measuring import bases, methods, models, modes, timing
 from benchmarks.measuring.methods import Contestant, Difference, Ranks
 from benchmarks.measuring.models import Model, Size
 from benchmarks.measuring.rows import Table4Row
@@ -45,9 +45,14 @@ PEFT_METHODS = {
     "fp32": ("naive_lora", "peft_lora", "accelerated_lora"),
     "bf16": ("naive_lora", "peft_lora", "autocast_lora", "accelerated_lora"),
 }
+# Over a quantised base: QLoRA of PEFT's, the same accelerated, and Hydra.
+QUANTISED_METHODS = ("naive_lora", "naive_hydra", "ours_hydra", "peft_lora", "accelerated_lora")
 PEFT_RANKS = {"lora": Ranks(16, 0)}
+QUANTISED_RANKS = {"lora": Ranks(16, 0), "hydra": Ranks(8, 8)}
 # Rounds before the counted ones: in the first the saved bytes are counted, in the second the peak is measured.
 UNCOUNTED_ROUNDS = 2
+# Tokens that are generated over a quantised base, one at a time.
+TOKENS = 50
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Settings:
     # Micro-batches of a step, and whether activations are recomputed in the backward instead of kept.
     accumulation: int
     checkpointing: bool
+    # What the frozen weights of the adapted layers are quantised to.
+    base: str
     # PEFT's, of its LoRA, accelerated or not.
     lora_dropout: float
     steps: int
@@ -84,6 +91,8 @@ class Settings:
             raise ValueError(f"lora-dropout is {self.lora_dropout:g}, expected at least 0 and less than 1")
         if self.lora_dropout and (self.mode != "eager" or "peft_lora" not in self.methods):
             raise ValueError("lora-dropout: it is PEFT's, so it needs peft_lora among the methods, and mode eager")
+        if self.base != "none" and not {"full_tuning"}.isdisjoint(self.methods):
+            raise ValueError(f"methods: full_tuning trains all weights, which base {self.base} has quantised")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, expected a divisor of the batch, {self.batch_size}")
         if self.mode != "eager" and self.full and EPOCH % self.batch_size:
@@ -99,6 +108,7 @@ class Measured:
 
     samples: list[int] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    tokens: dict[str, list[float]] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
@@ -184,6 +194,21 @@ def measure(
     return measured
 
 
+def generate(contestants: Mapping[str, Contestant], token: Tensor, settings: Settings) -> dict[str, list[float]]:
+    """Seconds of a forward of one token without gradients, of every method in turn, in a new order each time."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    players = {name: contestant.model.eval() for name, contestant in contestants.items()}
+    with torch.no_grad():
+        for number, order in enumerate(timing.shuffled_rounds(list(players), TOKENS + 1, settings.seed)):
+            for name in order:
+                taken = timing.seconds(partial(players[name], token), settings.device)
+                if number:  # the first lays out weights
+                    found[name].append(round(taken, 6))
+    for model in players.values():
+        model.train()
+    return found
+
+
 def rows_of(
     measured: Measured, contestants: Mapping[str, Contestant], data: str, settings: Settings
 ) -> list[Table4Row]:
@@ -224,6 +249,7 @@ def rows_of(
                 mode=settings.mode,
                 method=name,
                 ranks=list(settings.ranks[kind]) if kind in settings.ranks else None,
+                base=settings.base,
                 lora_dropout=settings.lora_dropout,
                 trainable=sum(parameter.numel() for parameter in parameters.values()) - head,
                 head=head,
@@ -234,6 +260,7 @@ def rows_of(
                 paper_sec_per_epoch=paper,
                 steps=len(seconds),
                 step_seconds=[round(taken, 6) for taken in seconds],
+                token_seconds=measured.tokens.get(name),
                 ratio=ratio and ratio.median,
                 ratio_q1=ratio and ratio.q1,
                 ratio_q3=ratio and ratio.q3,
@@ -260,6 +287,7 @@ def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
     torch.manual_seed(settings.seed)
     model = settings.model
     base = models.build(model, settings.size, settings.checkpoint).to(settings.device, dtype)
+    bases.quantise(base, settings.base, model.target, dtype)
     source = models.source(base, settings.size, settings.data, settings.device, dtype)
     if settings.checkpointing:
         models.checkpoint_activations(base, dropout=settings.lora_dropout > 0)
@@ -296,6 +324,9 @@ def contest(settings: Settings, progress: Progress) -> list[Table4Row]:
     uncounted = source.batches(size, (UNCOUNTED_ROUNDS + (settings.lora_dropout > 0)) * size, settings.seed + 1)
     batches = itertools.chain(uncounted, source.batches(size, counted, settings.seed))
     measured = measure(contestants, batches, settings, progress)
+    if settings.base != "none":
+        [(tokens, _)] = source.batches(1, 1, settings.seed + 3)
+        measured.tokens = generate(contestants, tokens[:, :1], settings)
     return rows_of(measured, contestants, source.name, settings)
 
 
@@ -316,6 +347,8 @@ def ranks_option(text: str | None, default: Mapping[str, Ranks]) -> dict[str, Ra
 
 def default_ranks(model: Model, names: Sequence[str]) -> Mapping[str, Ranks]:
     """The model's own; of a PEFT script, PEFT's."""
+    if names == QUANTISED_METHODS:
+        return {**model.ranks, **QUANTISED_RANKS}
     return {**model.ranks, **PEFT_RANKS} if names in PEFT_METHODS.values() else model.ranks
 
 
@@ -348,6 +381,9 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--steps", type=int, help="counted rounds: 50 on a GPU, 10 on a CPU")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--methods", default=",".join(methods.METHODS), help=f"also {', '.join(methods.OF_PEFT)}")
+    parser.add_argument(
+        "--base", choices=bases.BASES, default="none", help="quantise the frozen weights: nf4 or int8 of bitsandbytes"
+    )
     chosen.add_argument("--peft", action="store_true", help="PEFT's LoRA 16, and the same accelerated")
     parser.add_argument("--lora-dropout", type=float, default=0.0, help=f"of {', '.join(methods.OF_PEFT)}")
     parser.add_argument("--ranks", help="hydra=A+B,lora=R,seqlora=R, or some of them; the model's own without it")
@@ -374,6 +410,10 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     if options.peft and options.dtype not in PEFT_METHODS:
         raise ValueError(f"peft: expected one of {', '.join(PEFT_METHODS)} as dtype, got {options.dtype}")
     names = PEFT_METHODS[options.dtype] if options.peft else methods_option(options.methods)
+    if options.base != "none":
+        if model.adapter_bias or options.peft or options.methods != ",".join(methods.METHODS):
+            raise ValueError(f"base: {options.base} has methods of its own, for models without adapter biases")
+        names = QUANTISED_METHODS
     for name, value in (("batch-size", batch_size), ("accumulation", options.accumulation), ("steps", steps)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected 1 or more")
@@ -387,6 +427,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
         accumulation=options.accumulation,
         checkpointing=options.checkpointing,
         steps=math.ceil(EPOCH / batch_size) if options.full else steps,
+        base=options.base,
         lora_dropout=options.lora_dropout,
         methods=names,
         ranks=ranks_option(options.ranks, default_ranks(model, names)),
@@ -404,6 +445,7 @@ def file_name(settings: Settings) -> str:
     """A file of its own for each model, device, dtype, mode and option; ViT-B/32 is not named, a PEFT script is."""
     option = next(option for option, model in models.MODELS.items() if model is settings.model)
     benchmark = "table4" if option == DEFAULT_MODEL else f"table4-{option.replace('/', '-')}"
+    benchmark += f"-{settings.base}" if settings.base != "none" else ""
     benchmark += "-peft" if settings.methods in PEFT_METHODS.values() else ""
     name = modes.file_name(benchmark, settings.device, settings.dtype, settings.mode, settings.dry)
     options = f"-accumulation{settings.accumulation}" if settings.accumulation > 1 else ""

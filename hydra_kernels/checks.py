@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backend import NAMES
 from .backend.interface import ARGUMENTS, FORMS, LOW_PRECISION, Operands
@@ -148,8 +148,13 @@ def _check_tensor(
         raise ValueError(f"{name}: expected on {device}, got {t.device}")
 
 
+_NO_DTENSORS = {Tensor, nn.Parameter, type(None), float, int, Packed}
+
+
 def refuse_sharded(x: Tensor, op: Operands) -> None:
     """Raises TypeError where an operand is a DTensor."""
+    if all(type(t) in _NO_DTENSORS for t in (x, *op)):
+        return
     for name, t in zip(ARGUMENTS, (x, *op), strict=True):
         if is_sharded(t):
             raise TypeError(

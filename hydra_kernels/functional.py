@@ -154,10 +154,15 @@ def _generates(M: int, op: Operands, drops: bool) -> bool:
 
 def _beside_base(x: Tensor, op: Operands, dropout_p: float, input_dropout_p: float, training: bool) -> Tensor:
     """h as the base layer's own forward y0, and the branches in plain PyTorch."""
-    weight: Any = op.weight
-    y0 = weight.forward(x)
+    y0 = cast(Packed, op.weight).forward(x)
+    down = op.B_down if op.A_down is None else op.A_down
+    if down is None:
+        return y0
+    # In the adapters' dtype: of few rows a product in low precision takes a CPU longer, and casts of them besides.
+    x_wide, y0_wide = x.to(down.dtype), y0.to(down.dtype)
     options = _options(op, dropout_p, training) | {"input_dropout_p": input_dropout_p}
-    return reference.with_branches(y0, x, op.A_down, op.A_up, op.B_down, op.B_up, **options)
+    h = reference.with_branches(y0_wide, x_wide, op.A_down, op.A_up, op.B_down, op.B_up, **options)
+    return h.to(y0.dtype)
 
 
 def _unpacked(x: Tensor, op: Operands, cast_to: torch.dtype | None, dropout_p: float, training: bool) -> Tensor:

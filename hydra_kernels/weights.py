@@ -1,8 +1,8 @@
 """Quantised W0: the one place that knows the formats of other libraries.
 
 A quantised W0 [N, K] is dequantised once in the forward and once in the backward of a layer, and only its packed
-tensors are saved between them. All formulas hold with W0 := `Packed.dense`. A further format is one function from a
-layer to its `Packed` in `READERS`, and one from packed tensors to the dense weight in `DENSE`.
+tensors are saved between them. All formulas hold with W0 := `Packed.dense`. A further format is three functions: from a
+layer to its `Packed` in `READERS`; from it to its tensors, and from these to the dense weight, in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from torch import Tensor, nn
 class Packed(NamedTuple):
     """A quantised W0 as a call of `hydra_linear` takes it.
 
-    ``tensors`` are saved for the backward, plain and detached; with ``numbers`` they tell the dense weight. ``dtype``
-    is the one in which the layer computes, whatever x has; None for x's own. ``original`` is the weight's before it was
-    quantised, as far as the library has kept it. ``base`` is the layer itself.
+    ``dtype`` is the one in which the layer computes, whatever x has; None for x's own. ``original`` is the weight's
+    before it was quantised, as far as the library has kept it. ``base`` is the layer itself. With ``numbers`` the
+    ``tensors``, which `ready` looks up, tell the dense weight; they are saved for the backward, plain and detached.
     """
 
-    format: str  # a key of DENSE
+    format: str  # a key of FORMATS
     shape: tuple[int, int]  # N, K
     device: torch.device
-    tensors: tuple[Tensor, ...]
-    numbers: tuple[int, ...]
     dtype: torch.dtype | None
     original: torch.dtype
     base: nn.Module | None
-    own_products: bool  # whether the base's forward is x W0^T with that very W0, for any x
+    own_products: bool = True  # whether the base's forward is x W0^T with that very W0, for any x
     keeps_dtype: bool = True  # h has x's dtype also under autocast, as with bitsandbytes
+    tensors: tuple[Tensor, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     def ready(self) -> Packed:
-        """With tensors that `dense` can read, after a forward of the base that has laid them out for itself."""
-        return self if self.tensors else _unpacked_four_bits(self.base)
+        """With its tensors. Where a forward of the base has laid them out for itself, this undoes it."""
+        tensors, numbers = FORMATS[self.format].contents(self.base)
+        return self._replace(tensors=tensors, numbers=numbers)
 
     def value(self) -> Tensor:
         """W0 [N, K] as dense copies of the layer hold it, in its compute dtype or its original one."""
@@ -46,7 +47,8 @@ class Packed(NamedTuple):
     def forward(self, x: Tensor) -> Tensor:
         """The base's own forward, which may not need W0 dense. It leaves its bias and its settings as they were."""
         base: Any = self.base
-        state = copy.copy(getattr(base.weight, "quant_state", None))
+        state = getattr(base.weight, "quant_state", None)
+        state = None if _is_repacked(state) else copy.copy(state)
         kept = {name: base.__dict__[name] for name in _SETTINGS if name in base.__dict__}
         bias = None if base.bias is None else base.bias.data
         if state is not None and (self.shape[0] % 32 or self.shape[1] % state.blocksize):
@@ -54,10 +56,10 @@ class Packed(NamedTuple):
         try:
             y0: Tensor = base(x)
         finally:
-            base.__dict__ |= kept
+            base.__dict__.update(kept)
             if bias is not None and base.bias.dtype != bias.dtype:
                 base.bias.data = bias
-            if self.tensors and _is_repacked(getattr(base.weight, "quant_state", None)):
+            if state is not None and _is_repacked(base.weight.quant_state):
                 base.state_before_repacking = state  # the repacked one has rounded it
         return y0
 
@@ -71,7 +73,7 @@ def dense(
 ) -> Tensor:
     """`Packed.dense` of what it keeps."""
     # The libraries have no float64.
-    made = DENSE[format](format, shape, tensors, numbers, torch.float32 if dtype == torch.float64 else dtype)
+    made = FORMATS[format].dense(format, shape, tensors, numbers, torch.float32 if dtype == torch.float64 else dtype)
     return made.to(dtype)
 
 
@@ -127,32 +129,39 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _four_bits(layer: Any) -> Packed:
     weight = layer.weight
-    state = getattr(weight, "quant_state", None) or layer.quant_state  # FSDP loses the weight's own
+    state = _state_of(layer)
     if state is None:
         raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
-    tensors: tuple[Tensor, ...] = _plain(weight), state.absmax
-    numbers: tuple[int, ...] = (state.blocksize,)
-    if _is_repacked(state):
-        tensors = ()
-    elif state.nested:
-        tensors += state.state2.absmax, state.state2.code, state.offset
-        numbers += (state.state2.blocksize,)
     # Before the first forward fixes it for good, the layer computes in x's dtype.
     dtype = layer.compute_dtype if layer.compute_type_is_set else None
     original = getattr(state, "original_dtype", state.dtype)
-    return Packed(state.quant_type, tuple(state.shape), weight.device, tensors, numbers, dtype, original, layer, True)
+    return Packed(state.quant_type, tuple(state.shape), weight.device, dtype, original, layer)
 
 
-def _unpacked_four_bits(layer: Any) -> Packed:
-    """After undoing the layout that an eval forward on a CPU with AVX512-BF16 leaves, which nothing else can read."""
+def _contents_of_four_bits(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    state = _state_of(layer)
+    if _is_repacked(state):
+        state = _unpacked(layer, state)
+    tensors, numbers = (_plain(layer.weight), state.absmax), (state.blocksize,)
+    if state.nested:
+        return (*tensors, state.state2.absmax, state.state2.code, state.offset), (*numbers, state.state2.blocksize)
+    return tensors, numbers
+
+
+def _state_of(layer: Any) -> Any:
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state  # FSDP loses the weight's own
+
+
+def _unpacked(layer: Any, state: Any) -> Any:
+    """Undoes the layout that an eval forward on a CPU with AVX512-BF16 leaves, which nothing else can read."""
     import bitsandbytes
 
     weight = layer.weight
-    weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+    weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
     state = layer.__dict__.pop("state_before_repacking", state)
     state.to(weight.device)
     weight.quant_state = layer.quant_state = state
-    return _four_bits(layer)
+    return state
 
 
 def _is_repacked(state: Any) -> bool:
@@ -178,14 +187,16 @@ def _eight_bits(layer: Any) -> Packed:
     weight, state = layer.weight, layer.state
     if state.has_fp16_weights:
         raise TypeError(f"linear: {_kind(layer)} trains its weight; pass has_fp16_weights=False to freeze and pack it")
-    scales = state.SCB if state.SCB is not None else weight.SCB
-    if scales is None or weight.dtype != torch.int8:
+    if (state.SCB is None and weight.SCB is None) or weight.dtype != torch.int8:
         raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
     # The library quantises from float16 and keeps no other dtype.
     original = torch.get_default_dtype() if layer.bias is None else layer.bias.dtype
-    return Packed(
-        "8bit", tuple(weight.shape), weight.device, (_plain(weight), scales), (), None, original, layer, False
-    )
+    return Packed("8bit", tuple(weight.shape), weight.device, None, original, layer, own_products=False)
+
+
+def _contents_of_eight_bits(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
+    return (_plain(layer.weight), scales), ()
 
 
 def _dense_eight_bits(
@@ -205,19 +216,13 @@ def _of_torchao(layer: Any) -> Packed:
         raise TypeError(f"linear: of torchao's weights Int8Tensor alone is served, got {kind}; {SERVED}")
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
         raise TypeError(f"linear: {kind} quantises the activations too; weight-only int8 is served")
-    tensors = (weight.qdata, weight.scale, *(() if weight.zero_point is None else (weight.zero_point,)))
-    return Packed(
-        "int8",
-        tuple(weight.shape),
-        weight.device,
-        tensors,
-        tuple(weight.block_size),
-        None,
-        weight.dtype,
-        layer,
-        True,
-        False,
-    )
+    return Packed("int8", tuple(weight.shape), weight.device, None, weight.dtype, layer, keeps_dtype=False)
+
+
+def _contents_of_torchao(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    weight = layer.weight
+    zero_point = () if weight.zero_point is None else (weight.zero_point,)
+    return (weight.qdata, weight.scale, *zero_point), tuple(weight.block_size)
 
 
 def _dense_of_torchao(
@@ -264,18 +269,25 @@ def _parts(t: Tensor | None, like: Tensor) -> list[Tensor | None]:
 
 SERVED = (
     "quantised layers that are served: bitsandbytes' Linear4bit and Linear8bitLt, torchao's int8 weight-only; another "
-    "format is two functions in hydra_kernels/weights.py"
+    "format is three functions in hydra_kernels/weights.py"
 )
 # By class, so that no library is imported here.
 READERS: dict[str, Callable[[Any], Packed]] = {
     "bitsandbytes.nn.modules.Linear4bit": _four_bits,
     "bitsandbytes.nn.modules.Linear8bitLt": _eight_bits,
 }
-DENSE: dict[str, Callable[[str, Sequence[int], Sequence[Tensor], Sequence[int], torch.dtype], Tensor]] = {
-    "nf4": _dense_four_bits,
-    "fp4": _dense_four_bits,
-    "8bit": _dense_eight_bits,
-    "int8": _dense_of_torchao,
+
+
+class Format(NamedTuple):
+    contents: Callable[[Any], tuple[tuple[Tensor, ...], tuple[int, ...]]]
+    dense: Callable[[str, Sequence[int], Sequence[Tensor], Sequence[int], torch.dtype], Tensor]
+
+
+FORMATS = {
+    "nf4": Format(_contents_of_four_bits, _dense_four_bits),
+    "fp4": Format(_contents_of_four_bits, _dense_four_bits),
+    "8bit": Format(_contents_of_eight_bits, _dense_eight_bits),
+    "int8": Format(_contents_of_torchao, _dense_of_torchao),
 }
 
 

@@ -109,7 +109,7 @@ def test_the_dense_weight_is_the_librarys(kind, dtype):
     """Bit for bit, also where a blocksize does not divide K."""
     for K, N in ((128, 96), (100, 36), (68, 4)):
         layer = quantised(nn.Linear(K, N, bias=False), kind)
-        ours, theirs = weights.packed(layer).dense(dtype), weight_of(layer, dtype)
+        ours, theirs = weights.packed(layer).ready().dense(dtype), weight_of(layer, dtype)
         assert ours.dtype == dtype
         if kind == "8bit":  # read out of a product
             torch.testing.assert_close(ours, theirs, rtol=torch.finfo(dtype).eps, atol=2e-3 if dtype == F16 else 1e-7)
@@ -138,9 +138,9 @@ def test_what_is_saved_is_x_the_bottleneck_and_the_packed_weight(kind, backend, 
     layer = hk.HydraLinear.from_linear(quantised(nn.Linear(K, N), kind), r_a=2, r_b=3, form=form, backend=backend)
     x = torch.randn(M, K, requires_grad=True)
     _, kept = saved_by(lambda: layer(x))
-    own = {t.untyped_storage().data_ptr() for t in weights.packed(layer.base_layer).tensors}
+    own = {t.untyped_storage().data_ptr() for t in weights.packed(layer.base_layer).ready().tensors}
     own |= {p.untyped_storage().data_ptr() for p in layer.adapters().values()}
-    assert weights.packed(layer.base_layer).tensors[0].untyped_storage().data_ptr() in kept  # not a copy
+    assert weights.packed(layer.base_layer).ready().tensors[0].untyped_storage().data_ptr() in kept  # not a copy
     beside = sum(size for address, size in kept.items() if address not in own)
     y0 = M * N if form == "auto" else 0  # the kept form's
     assert beside <= 4 * (M * K + y0 + M * R + 2 * R * (K + N)) + 64
@@ -314,7 +314,7 @@ def test_refusals():
         def forward(self, x):
             return x
 
-    with pytest.raises(TypeError, match=r"another format is two functions in hydra_kernels/weights.py"):
+    with pytest.raises(TypeError, match=r"another format is three functions in hydra_kernels/weights.py"):
         hk.HydraLinear.from_linear(Other(8, 8))
 
     class Own(hk.HydraLinear):

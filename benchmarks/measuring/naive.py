@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hydra_kernels as hk
+from hydra_kernels.weights import dtype_of, is_quantised
 
 
 class Ranks(NamedTuple):
@@ -23,10 +25,14 @@ class Naive(nn.Module):
 
     def __init__(self, linear: nn.Linear, ranks: Ranks, adapter_bias: bool = True) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        out_features, in_features = linear.weight.shape
+        self.base: nn.Module | None = None
+        if is_quantised(linear):
+            self.base = linear
+        else:
+            self.weight, self.bias = linear.weight, linear.bias
+        out_features, in_features = linear.out_features, linear.in_features
+        options = {"dtype": dtype_of(linear), "device": linear.weight.device}
         for branch, rank, fan_in in (("A", ranks.r_a, in_features), ("B", ranks.r_b, out_features)):
-            new = linear.weight.new_zeros
             for name, shape in (
                 (f"{branch}_down", (rank, fan_in)),
                 (f"{branch}_up", (out_features, rank)),
@@ -34,7 +40,7 @@ class Naive(nn.Module):
                 (f"{branch}_up_bias", (out_features,)),
             ):
                 present = rank and (adapter_bias or not name.endswith("bias"))
-                self.register_parameter(name, nn.Parameter(new(shape)) if present else None)
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape, **options)) if present else None)
             if rank:
                 nn.init.normal_(self.get_parameter(f"{branch}_down"), std=1 / math.sqrt(fan_in))
 
@@ -48,10 +54,10 @@ class Frozen(Naive):
 
 class NaiveHydra(Naive):
     def forward(self, x: Tensor) -> Tensor:
-        return hk.reference.hydra_linear(
+        y0 = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
+        return hk.reference.with_branches(
+            y0,
             x,
-            self.weight,
-            self.bias,
             self.A_down,
             self.A_up,
             self.B_down,

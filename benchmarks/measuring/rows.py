@@ -25,6 +25,8 @@ class Table4Row(TypedDict):
     method: str
     # [r_a, r_b]
     ranks: list[int] | None
+    # What holds the frozen weights of the adapted layers: "none" for themselves, or a quantisation of `bases`.
+    base: str
     # PEFT's, of its LoRA, accelerated or not; the other methods of a run drop nothing.
     lora_dropout: float
     # Trainable parameters without the head's, and the head's.
@@ -40,6 +42,8 @@ class Table4Row(TypedDict):
     # Counted steps, and the seconds of each.
     steps: int
     step_seconds: list[float]
+    # Of one token without gradients, each sample; None where it was not measured.
+    token_seconds: list[float] | None
     # Median and quartiles over the paired steps.
     ratio: float | None
     ratio_q1: float | None

@@ -23,7 +23,7 @@ from ..backend.interface import LOW_PRECISION
 from ..checks import AUTOCAST_DTYPES, DTYPES
 from ..functional import hydra_linear
 from ..sharding import is_sharded
-from ..weights import Packed, frozen_of, is_quantised, packed
+from ..weights import Packed, is_quantised, packed
 
 ACCELERATED = "accelerated"
 
@@ -185,8 +185,8 @@ def _report(model: nn.Module, int8: bool | None = None) -> Report:
         reason = _unsuited(layer)
         if reason is None and int8 is None and not isinstance(layer, Accelerated):
             reason = "accelerate was not called since PEFT made the layer"
-        reason = reason or _altered(layer, names, int8) or _dropout(layer, names, training=True)
-        reason = reason or _unfit(_call(layer, names), gathers)
+        reason = reason or _altered(layer, names) or _dropout(layer, names, training=True)
+        reason = reason or _unfit(_call(layer, names, int8), gathers)
         found[name] = ACCELERATED if reason is None else reason
     if not found:
         raise ValueError("model: it has no LoRA layer of PEFT's; call get_peft_model or add_adapter first")
@@ -215,12 +215,12 @@ def _serving(layer: Any) -> list[str]:
 class Call(NamedTuple):
     """The tensors that a forward reads, beside x."""
 
-    weight: Any  # a Tensor, or Packed
+    weight: Any  # a Tensor, Packed, or why a quantised one cannot be packed
     bias: Tensor | None
     branches: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any]]  # down, up, their biases, the scale
 
 
-def _call(layer: Any, names: Sequence[str]) -> Call:
+def _call(layer: Any, names: Sequence[str], int8: bool | None = None) -> Call:
     modules = layer._modules
     downs, ups, scaling = modules["lora_A"]._modules, modules["lora_B"]._modules, layer.scaling
     branches = []
@@ -228,8 +228,9 @@ def _call(layer: Any, names: Sequence[str]) -> Call:
         (down, down_bias), (up, up_bias) = _tensors(downs[name]), _tensors(ups[name])
         branches.append((down, up, down_bias, up_bias, scaling[name]))
     base = modules["base_layer"]
-    weight, bias = frozen_of(base) if is_quantised(base) else _tensors(base)
-    return Call(weight, bias, branches)
+    if is_quantised(base):
+        return Call(_packed_or_why(base, layer.dequantises_int8 if int8 is None else int8), base.bias, branches)
+    return Call(*_tensors(base), branches)
 
 
 def _tensors(linear: Any) -> tuple[Any, Any]:
@@ -238,6 +239,17 @@ def _tensors(linear: Any) -> tuple[Any, Any]:
     if "weight" in own and "bias" in own:
         return own["weight"], own["bias"]
     return linear.weight, linear.bias  # parametrized, or a replica that nn.DataParallel made
+
+
+def _packed_or_why(base: Any, int8: bool) -> Packed | str | None:
+    """A quantised weight, or why it is not one that `hydra_linear` takes."""
+    try:
+        found = packed(base)
+    except (TypeError, ValueError) as error:
+        return str(error).replace("linear: ", "base_layer: ")
+    if found is not None and found.format == "8bit" and not int8:
+        return "base_layer is 8-bit: its own products round x on a GPU; accelerate(model, int8='dequantise') serves it"
+    return found
 
 
 # --- why PEFT's forward runs ------------------------------------------------------------------------------------------
@@ -256,15 +268,12 @@ def _unsuited(layer: Any) -> str | None:
     return None
 
 
-def _altered(layer: Any, names: Sequence[str], int8: bool | None = None) -> str | None:
+def _altered(layer: Any, names: Sequence[str]) -> str | None:
     """Why a call of the submodules would do more, or something else, than the formula of LoRA."""
     modules = layer._modules
     base = modules["base_layer"]
-    if is_quantised(base):
-        reason = _unpackable(base, layer.dequantises_int8 if int8 is None else int8)
-        if reason is not None:
-            return reason
-    elif type(base) is not nn.Linear and getattr(type(base), "forward", None) is not nn.Linear.forward:
+    own = type(base) is nn.Linear or getattr(type(base), "forward", None) is nn.Linear.forward or is_quantised(base)
+    if not own:
         return f"base_layer's class is {_name(base)}, not nn.Linear"
     reason = _around("base_layer", base)
     downs, ups, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
@@ -280,17 +289,6 @@ def _altered(layer: Any, names: Sequence[str], int8: bool | None = None) -> str 
     return reason
 
 
-def _unpackable(base: Any, int8: bool) -> str | None:
-    """Why the quantised weight of a base layer is not one that `hydra_linear` takes."""
-    try:
-        found = packed(base)
-    except (TypeError, ValueError) as error:
-        return str(error).replace("linear: ", "base_layer: ")
-    if found is not None and found.format == "8bit" and not int8:
-        return "base_layer is 8-bit: its own products round x on a GPU; accelerate(model, int8='dequantise') serves it"
-    return None
-
-
 def _around(part: str, module: nn.Module) -> str | None:
     """Why a call of the module would do more than its class says."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -303,6 +301,8 @@ def _around(part: str, module: nn.Module) -> str | None:
 def _unfit(call: Call, gathers: bool = False) -> str | None:
     """Why the tensors are not ones that `hydra_linear` takes; DTensors are where FSDP2 ``gathers`` them first."""
     weight = call.weight
+    if isinstance(weight, str):
+        return weight
     dtype = None if isinstance(weight, Packed) else weight.dtype
     if dtype is not None:
         if weight.requires_grad:
