@@ -40,6 +40,7 @@ from benchmarks.rendering.host import host_block
 from benchmarks.rendering.layer import layer_block, layer_chart
 from benchmarks.rendering.learn import claim_block, learn_block, learn_chart
 from benchmarks.rendering.models import models_block, models_chart
+from benchmarks.rendering.quantised import quantised_block
 from benchmarks.rendering.roofline import roofline_block
 from benchmarks.rendering.rounding import rounding_block, rounding_chart
 from benchmarks.rendering.subspaces import subspace_block, subspace_chart
@@ -82,8 +83,16 @@ class Digest(NamedTuple):
 
 BLOCKS = (
     Block("measured:table4", "table4", Table4Row, table4_block, table4_chart, rows=is_papers),
-    Block("measured:models", "table4", Table4Row, models_block, overview=models_chart),
+    Block(
+        "measured:models",
+        "table4",
+        Table4Row,
+        models_block,
+        overview=models_chart,
+        rows=lambda row: row["base"] == "none",
+    ),
     Block("measured:accelerated", "table4-llama-peft", Table4Row, accelerated_block),
+    Block("measured:quantised", "table4-", Table4Row, quantised_block, rows=lambda row: row["base"] != "none"),
     Block("measured:layer", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cpu"),
     Block("measured:gpu", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cuda"),
     Block("measured:host", "host", HostRow, host_block),
@@ -100,7 +109,7 @@ BLOCKS = (
 STEPS = ("measured:models", "measured:layer", "measured:gpu")
 DIGESTS = (
     Digest("measured:summary", README, STEPS, summary),
-    Digest("measured:goals", GOALS, (*STEPS, "measured:host"), goals_block),
+    Digest("measured:goals", GOALS, (*STEPS, "measured:host", "measured:quantised"), goals_block),
 )
 
 

@@ -46,7 +46,10 @@ PEFT_METHODS = {
     "bf16": ("naive_lora", "peft_lora", "autocast_lora", "accelerated_lora"),
 }
 # Over a quantised base: QLoRA of PEFT's, the same accelerated, and Hydra.
-QUANTISED_METHODS = ("naive_lora", "naive_hydra", "ours_hydra", "peft_lora", "accelerated_lora")
+QUANTISED_METHODS = {
+    "fp32": ("naive_lora", "naive_hydra", "ours_hydra", "peft_lora", "accelerated_lora"),
+    "bf16": ("naive_lora", "naive_hydra", "ours_hydra", "peft_lora", "autocast_lora", "accelerated_lora"),
+}
 PEFT_RANKS = {"lora": Ranks(16, 0)}
 QUANTISED_RANKS = {"lora": Ranks(16, 0), "hydra": Ranks(8, 8)}
 # Rounds before the counted ones: in the first the saved bytes are counted, in the second the peak is measured.
@@ -201,7 +204,8 @@ def generate(contestants: Mapping[str, Contestant], token: Tensor, settings: Set
     with torch.no_grad():
         for number, order in enumerate(timing.shuffled_rounds(list(players), TOKENS + 1, settings.seed)):
             for name in order:
-                taken = timing.seconds(partial(players[name], token), settings.device)
+                with torch.autocast(settings.device.type, torch.bfloat16, enabled=contestants[name].autocast):
+                    taken = timing.seconds(partial(players[name], token), settings.device)
                 if number:  # the first lays out weights
                     found[name].append(round(taken, 6))
     for model in players.values():
@@ -347,7 +351,7 @@ def ranks_option(text: str | None, default: Mapping[str, Ranks]) -> dict[str, Ra
 
 def default_ranks(model: Model, names: Sequence[str]) -> Mapping[str, Ranks]:
     """The model's own; of a PEFT script, PEFT's."""
-    if names == QUANTISED_METHODS:
+    if names in QUANTISED_METHODS.values():
         return {**model.ranks, **QUANTISED_RANKS}
     return {**model.ranks, **PEFT_RANKS} if names in PEFT_METHODS.values() else model.ranks
 
@@ -413,7 +417,9 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     if options.base != "none":
         if model.adapter_bias or options.peft or options.methods != ",".join(methods.METHODS):
             raise ValueError(f"base: {options.base} has methods of its own, for models without adapter biases")
-        names = QUANTISED_METHODS
+        if options.dtype not in QUANTISED_METHODS:
+            raise ValueError(f"base: expected one of {', '.join(QUANTISED_METHODS)} as dtype, got {options.dtype}")
+        names = QUANTISED_METHODS[options.dtype]
     for name, value in (("batch-size", batch_size), ("accumulation", options.accumulation), ("steps", steps)):
         if value < 1:
             raise ValueError(f"{name} is {value}, expected 1 or more")

@@ -88,7 +88,7 @@ def layer_rows(shapes: tuple[Shape, ...] = (FC2,), ours: float = 0.5, **changes)
 def table4_row(method: str, **changes) -> Table4Row:
     values = dict.fromkeys(Table4Row.__annotations__, 1.0)
     values |= {"model": "ViT-B/32", "weights": "random", "data": "digits", "dtype": "fp32", "mode": "eager"}
-    values |= {"accumulation": 1, "checkpointing": False, "sequence": None, "lora_dropout": 0.0}
+    values |= {"accumulation": 1, "checkpointing": False, "sequence": None, "base": "none", "lora_dropout": 0.0}
     values |= {"method": method, "ranks": None, "projected": False, "step_seconds": [1.0, 2.0], "parity": None}
     return Table4Row(**{**values, "dry": False, **changes})
 

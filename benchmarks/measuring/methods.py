@@ -114,7 +114,7 @@ def build(
     torch.manual_seed(seed)
     owner, _, kind = method.partition("_")
     if owner == "ours":
-        dtype = model.get_submodule(head).weight.dtype  # as the naive adapters have it
+        dtype = next(model.get_submodule(head).parameters()).dtype  # as the naive adapters have it
         options = {"adapter_bias": adapter_bias, "adapter_dtype": dtype, **widths(kind, ranks[kind])}
         hk.inject(model, target, method=kind, **options)
         hk.mark_only_adapters_trainable(model, keep=(head,))

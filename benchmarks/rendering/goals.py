@@ -18,6 +18,9 @@ from benchmarks.rendering.verdicts import with_quartiles
 TABLE4_CPU = {"fp32": {"naive_lora": 0.98, "naive_seqlora": 0.98}, "bf16": {"naive_lora": 0.95, "naive_seqlora": 0.95}}
 # A PEFT LoRA script's whole step, accelerated, over PEFT's own, by dtype and whether it has lora_dropout.
 ACCELERATED_CPU = {("fp32", False): 0.88, ("bf16", False): 0.72, ("bf16", True): 0.55}
+# Accelerated over PEFT's LoRA on the same NF4 base: peak memory by whether activations are recomputed, a step's time, a
+# token's.
+NF4_CPU = {"peak": {False: 0.90, True: 1.00}, "step": 0.95, "token": 1.00}
 TABLE4_GPU = {"naive_lora": 0.95, "naive_seqlora": 0.97}
 # What our geometric means should be at most on a CPU, by (dtype, mode, backend) and (method, sizes, over what).
 # DROPPING: of a run with lora_dropout.
@@ -89,6 +92,8 @@ def goal_tables(goals: Sequence[Goal]) -> list[Table]:
 
 def table4_goals(environment: Environment, rows: Sequence[Table4Row]) -> list[Goal]:
     """Our Hydra's paired steps over those of naive LoRA and naive SeqLoRA, where both ran."""
+    if rows[0]["base"] != "none":
+        return list(quantised_goals(rows))
     by_method, goals = {row["method"]: row for row in rows}, []
     dtype = rows[0]["dtype"]
     limits = TABLE4_GPU if is_gpu(environment) else TABLE4_CPU.get(dtype, {})
@@ -103,6 +108,20 @@ def table4_goals(environment: Environment, rows: Sequence[Table4Row]) -> list[Go
         ratio = timing.paired_ratios(ours["step_seconds"], rival["step_seconds"])
         goals.append(Goal(f"{label(ours)} over {label(rival)}", ratio.median, limit, with_quartiles(ratio)))
     return goals
+
+
+def quantised_goals(rows: Sequence[Table4Row]) -> Iterator[Goal]:
+    by_method = {row["method"]: row for row in rows}
+    ours, rival = by_method.get("accelerated_lora"), by_method.get("peft_lora")
+    if ours is None or rival is None or ours["base"] != "nf4":
+        return
+    over = f"{label(ours)} over {label(rival)}"
+    step = timing.paired_ratios(ours["step_seconds"], rival["step_seconds"])
+    yield Goal(f"{over}, a step", step.median, NF4_CPU["step"], with_quartiles(step))
+    yield Goal(f"{over}, peak", ours["peak_bytes"] / rival["peak_bytes"], NF4_CPU["peak"][ours["checkpointing"]])
+    if ours["token_seconds"] is not None and rival["token_seconds"] is not None:
+        token = timing.paired_ratios(ours["token_seconds"], rival["token_seconds"])
+        yield Goal(f"{over}, a token", token.median, NF4_CPU["token"], with_quartiles(token))
 
 
 def layer_goals(rows: Sequence[LayerRow]) -> list[Goal]:
@@ -168,9 +187,15 @@ def host_goals(rows: Sequence[HostRow]) -> list[Goal]:
     return goals
 
 
-def goals_block(table4: Sequence[Stored], cpu: Sequence[Stored], gpu: Sequence[Stored], host: Sequence[Stored]) -> str:
+def goals_block(
+    table4: Sequence[Stored],
+    cpu: Sequence[Stored],
+    gpu: Sequence[Stored],
+    host: Sequence[Stored],
+    quantised: Sequence[Stored],
+) -> str:
     """One table: every run that has goals, a line a goal."""
-    found = [(title(of, rows[0]), kernels, table4_goals(of, rows)) for of, rows, kernels in runs(table4)]
+    found = [(title(of, rows[0]), kernels, table4_goals(of, rows)) for of, rows, kernels in runs([*table4, *quantised])]
     for file in (*cpu, *gpu):
         for rows in layer_groups(file.rows):
             ran = f"layer, {what_ran(rows)}; {file.environment['device']}"

@@ -41,7 +41,8 @@ def without_sums(rows: list[Table4Row]) -> list[Table4Row]:
 
 
 def title(environment: Environment, row: Table4Row) -> str:
-    return f"{row['model']}, {row['dtype']}, {row['mode']}, {batch_of(row)}; {environment['device']}"
+    base = "" if row["base"] == "none" else f", {row['base']} base"
+    return f"{row['model']}{base}, {row['dtype']}, {row['mode']}, {batch_of(row)}; {environment['device']}"
 
 
 def memory_table(found: Sequence[tuple[Environment, list[Table4Row], Kernels]]) -> Table:
