@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # A number that varies, under torch.compile: a product keeps it open, a tensor filled with it does not.
 #
-# Expected: once a Python float has changed, torch.compile makes it an input of the graph ("automatic dynamic"), so ten
-#   values need two graphs, whatever the function does with the number.
+# Expected: once a Python float has changed, torch.compile makes it an input of the graph ("automatic dynamic"), so
+#   ten values need two graphs, whatever the function does with the number.
 # Versions: torch 2.13.0, CPU, Python 3.11.
-# Behaviour: so it is for `x * scale`. For `torch.full((), scale) * x`, and for x.new_full, every value is compiled anew,
-#   until the limit of recompilations ends compilation (fullgraph: an error). The pass that turns open numbers into
-#   tensors knows arithmetic alone; where any other operator takes the number, the number is bound to its value.
-# Seen: "product 2, filled 10" graphs for ten values.
+# Behaviour: so it is for `x * scale`. For `torch.full((), scale) * x`, and for x.new_full, every value is compiled
+#   anew, until the limit of recompilations ends compilation (fullgraph: an error). The pass that turns open numbers
+#   into tensors knows arithmetic alone; where any other operator takes the number, it is bound to its value.
+# Seen (2026-11-30): "product 2, filled 10" graphs for ten values.
 # For our users: a constant scale reaches our custom operators as `ones * scale`, so that a schedule of scales compiles
 #   twice and no more (tests/test_recompile.py).
 set -euo pipefail

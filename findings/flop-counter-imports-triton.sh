@@ -5,7 +5,7 @@
 #   imported pays next to nothing.
 # Versions: torch 2.13.0 with Triton 3.6.0, CPU, Python 3.11.
 # Behaviour: where Triton is installed, importing the module imports all of Triton, compiler bindings included.
-# Seen: "triton after torch: False, after flop_counter: True".
+# Seen (2026-11-30): "triton after torch: False, after flop_counter: True".
 # For our users: the package hands its formulas to the counters that look on, at the call, and its import stays free of
 #   Triton (hydra_kernels/backend/operators.py).
 set -euo pipefail

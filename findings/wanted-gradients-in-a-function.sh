@@ -6,7 +6,7 @@
 # Versions: torch 2.13.0, CPU, Python 3.11.
 # Behaviour: it stays what the forward saw, (True, True). The gradient of b is computed and thrown away. In C++,
 #   AutogradContext::needs_input_grad answers for the backward that runs.
-# Seen: "forward (True, True), backward for a alone (True, True)".
+# Seen (2026-11-30): "forward (True, True), backward for a alone (True, True)".
 # For our users: our backwards ask the engine which of their inputs it will go on to, so torch.autograd.grad(h, [A_up])
 #   multiplies for A_up alone (tests/test_saved.py).
 set -euo pipefail
