@@ -216,6 +216,8 @@ def minor(version: str) -> str:
 def test_the_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == hk.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert f"## {hk.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     pins = dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     # The versions that the pages call tested are those that the tests ran with.
@@ -284,6 +286,16 @@ def test_the_gpu_pages_summary_is_of_the_stored_results():
     ):
         assert figures in " ".join(summary.split())
     assert all(made["naive_lora@parameters"]["r_a"] == 11 for made in steps[:2])
+
+
+def test_the_workflow_runs_what_a_change_must_pass_and_both_ends_of_torch():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
+    commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run", "make test TORCH=${{ matrix.torch }}"]
+    makefile = (ROOT / "Makefile").read_text()
+    (torches,) = [job["strategy"]["matrix"]["torch"] for job in jobs if "strategy" in job]
+    assert sorted(torches) == sorted(re.findall(r"^CHANGES_(\w+) :=", makefile, re.MULTILINE))
+    assert all(job["timeout-minutes"] <= 60 for job in jobs)
 
 
 def test_the_bug_template_asks_for_the_report():
