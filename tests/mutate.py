@@ -31,6 +31,7 @@ import tomllib
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("hydra_kernels", "csrc", "tests", "benchmarks", "setup.py", "pyproject.toml", "Makefile", "constraints.txt")
+SOURCES += ("MANIFEST.in", "LICENSE")
 TIMEOUT = 3600  # seconds a run of tests may take without a defect
 TESTS_FAILED = 1  # pytest's exit status; 2 and more mean that no test ran
 # What the tests import beside the mutated sources: once, in the process that all runs are forked from.

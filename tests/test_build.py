@@ -446,6 +446,18 @@ def test_setup_py_builds_in_place_and_wheels(mini, mode, wheel):
     assert len(beside) == (1 if mode == "none" else 2)
 
 
+def test_the_sdist_has_all_that_a_build_needs_and_no_half_of_the_tests(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    environment = {**os.environ, "HYDRA_BUILD": "none"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    listed = set((tmp_path / "hydra_kernels.egg-info" / "SOURCES.txt").read_text().splitlines())
+    needed = {path for path in ROOT.glob("csrc/**/*") if path.is_file() and path.suffix != ".md"}
+    package = ROOT / "hydra_kernels"
+    needed |= {*package.glob("**/*.py"), *package.glob("*/*.json"), package / "py.typed"}
+    assert {path.relative_to(ROOT).as_posix() for path in needed} <= listed
+    assert not [name for name in listed if name.startswith("tests/") or "_native." in name]
+
+
 def test_the_package_loads_nothing_before_it_is_needed():
     code = "import sys, hydra_kernels; assert 'hydra_kernels._native' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
