@@ -9,8 +9,8 @@
 #   an optimizer holds it unaware.
 # Seen (2026-11-30): "float32 first: exact True, bias float32; bfloat16 first: exact False, bias bfloat16", where exact
 #   means an error below 1e-5 of the output, against float64 over the same 4-bit weight.
-# For our users: inject refuses 4-bit layers, and accelerate leaves them to PEFT's forward and says so. Set
-#   compute_dtype (transformers: bnb_4bit_compute_dtype) whenever a 4-bit layer is made.
+# For our users: under our adapters, and under hydra_kernels.peft.accelerate, a training step computes in the dtype of
+#   each input, and the layer's bias and settings stay as they were (hydra_kernels/weights.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

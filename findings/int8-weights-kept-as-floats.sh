@@ -9,8 +9,8 @@
 #   So a training step holds int8 and float32 weights together, one and a quarter of the float model.
 # Seen (2026-11-30), in bytes over those of the float weights: "model 0.25, and waiting for the backward 1.0; float
 #   model 1.0, 0.0".
-# For our users: inject refuses torchao's weights; under hydra_kernels.peft.accelerate such layers keep PEFT's forward,
-#   and its report says so. Measure a quantised base in a training step, not by the size of the model.
+# For our users: our layers, and PEFT's LoRA under hydra_kernels.peft.accelerate, keep the int8 weights for the backward
+#   and make floats of one layer at a time (hydra_kernels/weights.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
