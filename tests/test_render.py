@@ -633,7 +633,7 @@ def test_nothing_predicted_comes_under_a_measured_marker(place, predicted, capsy
     for marker, other in (("measured:roofline", "measured:layer"), ("predicted:layer", "predicted:roofline")):
         place.mark(marker, other)
         assert place(files) == 2
-        kinds = ("table4", "models", "accelerated", "layer", "gpu", "host", "claim")
+        kinds = ("table4", "models", "accelerated", "quantised", "layer", "gpu", "host", "claim")
         known = ", ".join([*(f"measured:{kind}" for kind in kinds), "predicted:roofline"])
         assert f"docs/results.md has markers for {marker}, expected {known}" in capsys.readouterr().err
 
