@@ -23,13 +23,14 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
@@ -58,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=messages, help="a CSV file with the columns text and label")
     parser.add_argument("--out", type=Path, default=Path("out/lora_trainer"), help="for all files, the stand-in's too")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the frozen base")
+    parser.add_argument("--four-bits", action="store_true", help="QLoRA: the base in bitsandbytes' NF4")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--alpha", type=int, default=32)
     parser.add_argument("--dropout", type=float, default=0.05, help="lora_dropout")
@@ -154,8 +156,21 @@ def train_stand_in(folder: Path, rows: Rows, args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_base(folder: Path, args: argparse.Namespace) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype), local_files_only=True)
+def make_base(folder: Path, args: argparse.Namespace, four_bits: bool = False) -> PreTrainedModel:
+    dtype, options = getattr(torch, args.dtype), {}
+    if four_bits:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    if not four_bits:
+        return model
+    for module in model.modules():
+        # Else, on a CPU with AVX512-BF16, bitsandbytes 0.50 repacks weights in evaluation, and then PEFT's own LoRA
+        # trains without the gradients of x, in silence. Ours does not mind.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # all other weights in float32
 
 
 def make_model(method: str, base: Path, args: argparse.Namespace) -> torch.nn.Module:
@@ -166,7 +181,7 @@ def make_model(method: str, base: Path, args: argparse.Namespace) -> torch.nn.Mo
     )
     if method == "Hydra":
         config = HydraConfig.from_lora_config(config, r_b=args.r)
-    model = get_peft_model(make_base(base, args), config)
+    model = get_peft_model(make_base(base, args, args.four_bits), config)
     if method == "LoRA, accelerated":
         accelerate(model)  # the one line
     return model
@@ -204,6 +219,15 @@ def same(what: str, ours: Tensor, theirs: Tensor, args: argparse.Namespace) -> b
     return passed
 
 
+def merged(model: Any, base: Path, args: argparse.Namespace) -> PreTrainedModel:
+    """A plain model. PEFT itself would round what it merges to 4 bits again, which loses most of an adapter."""
+    if not args.four_bits:
+        return model.merge_and_unload()
+    plain = make_base(base, args)
+    plain.load_state_dict(dict(hk.merged_tensors(model)))
+    return plain
+
+
 def main() -> int:
     args = arguments()
     matplotlib.use("Agg")  # files only
@@ -238,15 +262,15 @@ def main() -> int:
     lora.save_pretrained(folder)
     undo(lora)
     passed &= same("accelerated, and as PEFT runs it", ours, answers(lora, batch), args)
-    loaded = PeftModel.from_pretrained(make_base(base, args), folder)
+    loaded = PeftModel.from_pretrained(make_base(base, args, args.four_bits), folder)
     passed &= same(f"{folder}, loaded by PEFT", ours, answers(loaded, batch), args)
-    passed &= same("merged", ours, answers(loaded.merge_and_unload(), batch), args)
+    passed &= same("merged", ours, answers(merged(loaded, base, args), batch), args)
 
     ours, folder = answers(hydra, batch), args.out / "hydra-as-lora"
     hk.convert.to_lora(hydra, folder)
-    loaded = PeftModel.from_pretrained(make_base(base, args), folder)
+    loaded = PeftModel.from_pretrained(make_base(base, args, args.four_bits), folder)
     passed &= same(f"{folder}, the Hydra as a LoRA, loaded by PEFT", ours, answers(loaded, batch), args)
-    passed &= same("merged", ours, answers(loaded.merge_and_unload(), batch), args)
+    passed &= same("merged", ours, answers(merged(loaded, base, args), batch), args)
 
     print("under TRL's SFTTrainer" if TRL else "under transformers' Trainer")
     Console().print(table)

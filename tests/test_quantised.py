@@ -212,6 +212,19 @@ def test_training_is_the_same_before_and_after_generation(kind):
         assert torch.equal(model(x[:, :3]), few)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_between_a_forward_and_its_backward(kind):
+    model, x = of_ours(kind), torch.randn(2, 20, 64)
+    expected = step(model, x)
+    model.zero_grad()
+    h = model(x)
+    model.eval()
+    with torch.no_grad():
+        model(x[:, :3])
+    h.square().mean().backward()
+    same({"h": h.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, expected)
+
+
 def test_a_base_layer_that_ran_in_eval_itself_trains():
     model, x = of_ours("nf4-twice"), torch.randn(2, 20, 64)
     before = step(model, x)
