@@ -69,7 +69,12 @@ def with_branches(
     input_dropout_p: float = 0.0,
     input_mask: Tensor | None = None,
 ) -> Tensor:
-    """h [*, N]: the frozen layer's y0 [*, N] for x [*, K], and both branches; arguments as for `hydra_linear`."""
+    """h [*, N] from ``y0`` [*, N], which the frozen layer makes of ``x`` [*, K], and both branches.
+
+    The other arguments are those of :func:`hydra_kernels.hydra_linear`: ``A_down``, ``A_up``, ``B_down``, ``B_up``,
+    their biases ``A_down_bias``, ``A_up_bias``, ``B_down_bias``, ``B_up_bias``, ``scale_a``, ``scale_b``,
+    ``dropout_p``, ``training``, ``mask``, ``input_dropout_p`` and ``input_mask``.
+    """
     h = y0
     r_a = 0
     if A_down is not None and A_up is not None:

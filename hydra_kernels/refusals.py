@@ -5,6 +5,7 @@ Most would give no error: the adapters would train nothing, or what is merged wo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -85,13 +86,18 @@ def reads_past_forward(parent: nn.Module, child: str) -> bool:
     return any(name not in READS_WEIGHTS_IF or READS_WEIGHTS_IF[name](parent) for name in known)
 
 
+_QUANTISES = re.compile(r"quant|gptq|awq|hqq|aqlm|eetq|fp8|[48]bit", re.IGNORECASE)
+
+
 def check_wrappable(linear: nn.Module) -> None:
     """Raises unless linear is an ``nn.Linear``, or quantised, whose computation an adapted layer reproduces."""
     kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
     if isinstance(linear, Adapter):
         raise TypeError(f"linear: expected an nn.Linear, got {kind}, which is already adapted")
     if not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear: expected an nn.Linear, got {kind}; {SERVED}")
+        # What quantises elsewhere has such a name; of an embedding that would say nothing.
+        instead = f"; {SERVED}" if _QUANTISES.search(kind) else ""
+        raise TypeError(f"linear: expected an nn.Linear, got {kind}{instead}")
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise TypeError(f"linear: {kind} belongs to nn.MultiheadAttention, which reads its weight past its forward")
     if hasattr(linear, "_hf_hook"):

@@ -330,6 +330,12 @@ def test_refusals():
     with pytest.raises(TypeError, match=r"another format is three functions in hydra_kernels/weights.py"):
         hk.HydraLinear.from_linear(Other(8, 8))
 
+    class GPTQLinear(nn.Module):
+        pass
+
+    with pytest.raises(TypeError, match=r"expected an nn.Linear, got .*GPTQLinear; quantised layers that are served: "):
+        hk.HydraLinear.from_linear(GPTQLinear())
+
     class Own(hk.HydraLinear):
         pass
 
@@ -341,3 +347,17 @@ def test_refusals():
     with pytest.raises(TypeError, match="x: expected one of"):
         layer(torch.ones(3, 64, dtype=torch.int64))
     assert isinstance(layer, QuantisedBase)
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(0.004, -0.03, 0.05), (0.02, -0.03, 0.1), (0.1, 0.7, 0.95)])
+def test_rounding_to_four_bits_again_loses_an_update(share, least, most):
+    """Why nothing is merged back into 4 bits: how much of U D is left, along U D."""
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 512, bias=False)
+    nn.init.normal_(linear.weight, std=0.02)
+    W0 = weight_of(quantised(linear, "nf4-twice"))
+    update = torch.randn(512, 16) @ torch.randn(16, 512)
+    update *= share * W0.std() / update.std()
+    linear.weight.data.copy_(W0 + update)
+    left = weight_of(quantised(linear, "nf4-twice")) - W0
+    assert least < (left * update).sum() / update.square().sum() < most
