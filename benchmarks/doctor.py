@@ -7,6 +7,7 @@ of JSON a check. The rule is `hydra_kernels.choose.accuracy`: at most twice the 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ from typing import Any
 import numpy
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 import hydra_kernels as hk
 from benchmarks.device.compilation import tell_compilations
@@ -40,6 +41,8 @@ from benchmarks.device.doctor_kernels import (
     prepare,
     slack_of,
 )
+from benchmarks.measuring import bases
+from hydra_kernels import weights
 from hydra_kernels.backend import TABLE
 from hydra_kernels.backend.interface import FORMS
 from hydra_kernels.kernels import configs
@@ -101,6 +104,25 @@ def backend_check(backend: str, form: Format, case: Case, draws: int, way: str =
     prepare(form)
     operands_of = (drawn(case, form, seed) for seed in range(draws))
     return judge([against_oracle(ours(case, backend, t, G, way), form, case, t, G) for t, G in operands_of])
+
+
+def quantised_base(base: str, form: Format, case: Case) -> Finding:
+    """Over bitsandbytes' weight, which its own dequantisation gives the oracle."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return Finding("skip", reason="bitsandbytes is not installed")
+    prepare(form)
+    t, G = drawn(case, form)
+    linear = nn.Linear(case.K, case.N, bias=False, dtype=form.base, device=device())
+    linear.weight.data.copy_(t.pop("weight"))
+    layer: Any = bases.quantised(linear, base, form.base)
+    from bitsandbytes.functional import dequantize_4bit
+
+    t_dense = dequantize_4bit(layer.weight, layer.weight.quant_state)
+    packed = weights.packed(layer)
+    got = differentiate(
+        lambda t: call(hk.hydra_linear, case, {**t, "weight": packed}), t, G, wanted({**t, "weight": t_dense})
+    )
+    return judge([against_oracle(got, form, case, {**t, "weight": t_dense}, G)])
 
 
 def same_bits(backend: str, form: Format, case: Case) -> Finding:
@@ -310,6 +332,10 @@ def groups(dry: bool) -> dict[str, dict[str, Check]]:
             wide, elements = (64, 2**12) if dry else (4096, 2**31)
             for name, K, N in (("x", wide, 32), ("h", 32, wide)):
                 use[f"int64 offsets in {name}"] = partial(int64_offsets, backend, FORMATS["bf16"], K, N, elements)
+    # In a group that is there: a process more would cost more than these.
+    base_case = DRY[0] if dry else Case((512,), 1024, 768, 8, 8)
+    over_4_bits = {f"4-bit base {f}": partial(quantised_base, "nf4", FORMATS[f], base_case) for f in ("bf16", "fp32")}
+    found["aten" if dry else "aten in use"] |= over_4_bits
     kernel_formats = ("bf16", "fp32") if dry else ("bf16", "fp16", "fp32", "tf32")
     for kernel, check in KERNELS.items():
         ranks = REAL[-1] if kernel.startswith("gemm") else MANY_RANKS

@@ -113,14 +113,15 @@ def all_jobs() -> Mapping[str, Job]:
     )
 
 
-def measure_table4(settings: Settings, file: str, model: str, runs: Sequence[tuple[str, str]], names: str) -> (
+def measure_table4(settings: Settings, file: str, model: str, runs: Sequence[tuple[str, str, str]], names: str) -> (
     Iterator[Part]
 ):  # fmt: skip
-    """Table 4 of a model in each (dtype, mode): what is left of the time goes to those that have not run."""
+    """Table 4 of a model in each (dtype, mode, base): what is left of the time goes to those that have not run."""
 
-    def measured(place: int, dtype: str, mode: str) -> Sequence[Table4Row]:
+    def measured(place: int, dtype: str, mode: str, base: str) -> Sequence[Table4Row]:
         arguments = ["--model", model, "--device", settings.device.type, "--dtype", dtype, "--mode", mode]
-        arguments += ["--methods", names, *_dry(settings)]
+        arguments += ["--methods", names] if base == "none" else ["--base", base]
+        arguments += _dry(settings)
         arguments += ["--batch-size", "2", "--steps", "1"] if settings.dry else ["--steps", "20"]
         # Half of its share is for building the models, their graphs and the uncounted rounds.
         arguments += ["--time-limit", str(settings.left() / (len(runs) - place) / 2)]
@@ -128,14 +129,18 @@ def measure_table4(settings: Settings, file: str, model: str, runs: Sequence[tup
         return table4.run(options, _silent())
 
     tasks = [
-        (f"{file} {dtype} {mode}", partial(measured, place, dtype, mode)) for place, (dtype, mode) in enumerate(runs)
+        (f"{file} {dtype} {mode} {base}", partial(measured, place, dtype, mode, base))
+        for place, (dtype, mode, base) in enumerate(runs)
     ]
     yield from attempts(settings, file, tasks)
 
 
 def measure_llama(settings: Settings) -> Iterator[Part]:
     names = methods.MODEL_METHODS if importlib.util.find_spec("peft") else methods.METHODS
-    yield from measure_table4(settings, "table4-llama", "llama", [("bf16", "eager")], ",".join(names))
+    # A 4-bit base is PEFT's beside ours.
+    has_both = importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("peft")
+    runs = [("bf16", "eager", base) for base in ("none", *(["nf4"] if has_both else []))]
+    yield from measure_table4(settings, "table4-llama", "llama", runs, ",".join(names))
 
 
 def layers(
@@ -245,7 +250,7 @@ def _silent() -> Progress:
     return Progress(console=Console(quiet=True))
 
 
-PAPERS_RUNS = tuple(itertools.product(("bf16", "tf32"), ("graph", "eager")))
+PAPERS_RUNS = tuple(itertools.product(("bf16", "tf32"), ("graph", "eager"), ("none",)))
 # In the order of what counts. Their limits, compiling on 16 cores and the build with them, end within MINUTES.
 STAGES = (
     Stage("doctor", partial(check, quick=True), {"doctor-quick": CheckRow}, quick_jobs, 38),

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from benchmarks.measuring import bases, methods, models, modes, timing
+from benchmarks.measuring.bases import QUANTISED_RANKS
 from benchmarks.measuring.methods import Contestant, Difference, Ranks
 from benchmarks.measuring.models import Model, Size
 from benchmarks.measuring.rows import Table4Row
@@ -51,7 +52,6 @@ QUANTISED_METHODS = {
     "bf16": ("naive_lora", "naive_hydra", "ours_hydra", "peft_lora", "autocast_lora", "accelerated_lora"),
 }
 PEFT_RANKS = {"lora": Ranks(16, 0)}
-QUANTISED_RANKS = {"lora": Ranks(16, 0), "hydra": Ranks(8, 8)}
 # Rounds before the counted ones: in the first the saved bytes are counted, in the second the peak is measured.
 UNCOUNTED_ROUNDS = 2
 # Tokens that are generated over a quantised base, one at a time.

@@ -208,7 +208,7 @@ def test_adapter_files(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [
-        pytest.param(kind, backend, marks=slow_if((kind, backend) not in (("nf4-twice", "auto"), ("int8", "aten"))))
+        pytest.param(kind, backend, marks=slow_if((kind, backend) not in (("nf4-twice", "auto"),)))
         for kind in ("nf4-twice", "8bit", "int8")
         for backend in ("auto", "aten", "native")
     ],

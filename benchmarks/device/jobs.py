@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.device.compilation import Job, Rival, Step, planned
 from benchmarks.measuring import models
+from benchmarks.measuring.bases import QUANTISED_RANKS
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.shapes import (
     GOALS_RANKS,
@@ -47,7 +48,8 @@ def llama_jobs() -> Mapping[str, Job]:
     hidden, wide = config["hidden_size"], config["intermediate_size"]
     few = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
     sizes = ((hidden, hidden), (hidden, few), (hidden, wide), (wide, hidden))
-    cases = [Case((rows,), K, N, *ranks, bias=False) for K, N in sizes for ranks in LLAMA.ranks.values()]
+    pairs = (*LLAMA.ranks.values(), *QUANTISED_RANKS.values())
+    cases = [Case((rows,), K, N, *ranks, bias=False) for K, N in sizes for ranks in pairs]
     return jobs_of(Step(case, "bf16", fused=False) for case in cases)
 
 
