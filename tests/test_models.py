@@ -337,6 +337,43 @@ def test_options_of_a_peft_script_that_cannot_be(options, message):
         table4.settings_of(["--dry", "--device", "cpu", "--model", "llama", *options])
 
 
+@pytest.mark.parametrize("base", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_run_over_a_quantised_base(base, tmp_path, capsys):
+    """Every step is held against a layer written by hand over the same packed weights; then tokens are timed."""
+    pytest.importorskip("bitsandbytes")
+    arguments = ["--dry", "--device", "cpu", "--model", "llama", "--base", base, "--dtype", "fp32", "--steps", "1"]
+    assert table4.main([*arguments, "--batch-size", "2", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    _, rows = timing.read_result(tmp_path / f"table4-llama-{base}-dry-cpu-fp32.json", Table4Row)
+    assert [row["method"] for row in rows] == list(table4.QUANTISED_METHODS["fp32"])
+    assert all(row["base"] == base and len(row["token_seconds"]) == table4.TOKENS for row in rows)
+    assert all(row["parity"]["gradient"] < 2e-5 for row in rows if not row["method"].startswith("naive"))
+    by_method = {row["method"]: row for row in rows}
+    dense = (
+        models.MODELS["llama"].dry.config["hidden_size"] * 4 * models.MODELS["llama"].dry.config["intermediate_size"]
+    )
+    plain = models.build(models.MODELS["llama"], models.MODELS["llama"].dry)
+    assert by_method["accelerated_lora"]["held_bytes"] < timing.tensor_bytes(plain.parameters()) + 3 * dense
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--model", "vit-b/32", "--base", "nf4"],
+            "base: nf4 has methods of its own, for models without adapter biases",
+        ),
+        (["--model", "llama", "--base", "nf4", "--peft"], "base: nf4 has methods of its own"),
+        (
+            ["--model", "llama", "--base", "int8", "--dtype", "tf32"],
+            "base: expected one of fp32, bf16 as dtype, got tf32",
+        ),
+    ],
+)
+def test_options_of_a_quantised_base_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        table4.settings_of(["--dry", "--device", "cpu", *options])
+
+
 @pytest.mark.parametrize("option", OTHERS)
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_ours_is_naive_in_every_model(option, dtype, tmp_path, capsys):

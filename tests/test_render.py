@@ -756,3 +756,31 @@ def test_a_block_stands_in_the_page_that_it_names(place, monkeypatch, capsys):
         assert place({}) == 2
         assert expected in capsys.readouterr().err
         wrong.write_text(right, encoding="utf-8")
+
+
+def test_quantised_bases_have_a_table_of_their_own(place):
+    """By hand: ours takes 0.5 of PEFT's steps and 2 of its tokens, and no line of another table."""
+    place.mark("measured:quantised", "measured:models", "measured:goals")
+    of_base = {"model": "Llama-shaped", "ranks": [16, 0], "batch": 4, "dtype": "bf16", "sequence": 512, "base": "nf4"}
+    proof = {"loss": 1e-5, "gradient": 0.0123, "tensor": "A", "allowed": {"loss": 1e-2, "gradient": 0.2}}
+    taken = {"naive_lora": (1.0, 1.0, 1e6), "peft_lora": (2.0, 1.0, 5e6), "accelerated_lora": (1.0, 2.0, 4e6)}
+    rows = [
+        table4_row(
+            name, step_seconds=[s, 2 * s, 3 * s], token_seconds=[t, t, t], peak_bytes=peak, parity=proof, **of_base
+        )
+        for name, (s, t, peak) in taken.items()
+    ]
+    plain = [{**row, "base": "none", "method": row["method"].replace("accelerated", "ours")} for row in rows]
+    files = {"table4-llama-nf4-cpu-bf16.json": (rows, Table4Row), "table4-llama-cpu-bf16.json": (plain, Table4Row)}
+    assert place(files) == 0
+    text = place.page.read_text(encoding="utf-8")
+    block = text.partition("<!-- measured:quantised -->")[2].partition("<!-- /measured:quantised -->")[0]
+    assert [line for line in block.splitlines() if line.startswith("| nf4")] == [
+        "| nf4, bf16, batch 4 | PEFT LoRA 16 | 4.000 | - | - | 5 | - |",
+        "| nf4, bf16, batch 4 | accelerated PEFT LoRA 16 | 2.000 | 0.500 (0.500 to 0.500) | - | 4 | "
+        "2.000 ▲ (2.000 to 2.000) |",
+    ]
+    assert "nf4" not in text.replace(block, "")
+    goals_of = [[goal.what, round(goal.figure, 3), goal.limit] for goal in goals.table4_goals({"device": "cpu"}, rows)]
+    over = "accelerated PEFT LoRA 16 over PEFT LoRA 16"
+    assert goals_of == [[f"{over}, a step", 0.5, 0.95], [f"{over}, peak", 0.8, 0.9], [f"{over}, a token", 2.0, 1.0]]

@@ -44,4 +44,7 @@ def quantised(plain: nn.Linear, base: str, dtype: torch.dtype) -> nn.Linear:
         layer = bnb.nn.Linear8bitLt(K, N, bias, has_fp16_weights=False)
         layer.weight = bnb.nn.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False)
     layer.bias = plain.bias
-    return layer.to(plain.weight.device)  # which quantises
+    layer = layer.to(plain.weight.device)  # which quantises
+    if base == "int8":
+        layer.init_8bit_state()  # else the first of the models that share this weight takes its scales away
+    return layer
