@@ -347,12 +347,6 @@ def test_a_run_over_a_quantised_base(base, tmp_path, capsys):
     assert [row["method"] for row in rows] == list(table4.QUANTISED_METHODS["fp32"])
     assert all(row["base"] == base and len(row["token_seconds"]) == table4.TOKENS for row in rows)
     assert all(row["parity"]["gradient"] < 2e-5 for row in rows if not row["method"].startswith("naive"))
-    by_method = {row["method"]: row for row in rows}
-    dense = (
-        models.MODELS["llama"].dry.config["hidden_size"] * 4 * models.MODELS["llama"].dry.config["intermediate_size"]
-    )
-    plain = models.build(models.MODELS["llama"], models.MODELS["llama"].dry)
-    assert by_method["accelerated_lora"]["held_bytes"] < timing.tensor_bytes(plain.parameters()) + 3 * dense
 
 
 @pytest.mark.parametrize(
