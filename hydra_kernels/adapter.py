@@ -26,7 +26,9 @@ class Merging(nn.Module):
     through the buffers of two models side by side (``AveragedModel``) would fail.
     """
 
-    HELD: tuple[str, str]
+    HELD: tuple[str, ...]
+    merged_weight: Tensor | None = None
+    merged_bias: Tensor | None = None
     # The Parameters that the merged weight is made of, and how often each had been written in place.
     merged_from: tuple[tuple[Tensor, int], ...] = ()
 
@@ -46,6 +48,11 @@ class Merging(nn.Module):
 
     def _is_outdated(self) -> bool:
         return any(p._version != version for p, version in self.merged_from)
+
+    def _by_merged(self, x: Tensor) -> Tensor:
+        """h [*, N] of the dense weight that a merged layer over a quantised base has, in x's dtype."""
+        weight: Any = self.merged_weight
+        return hydra_linear(x.to(weight.dtype), weight, self.merged_bias, None, None, None, None).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

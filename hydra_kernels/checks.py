@@ -80,6 +80,8 @@ def _check_beside_packed(x: Any, weight: Packed, bias: Any, cast_to: torch.dtype
         raise TypeError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x: expected on {weight.device}, where weight is, got {x.device}")
+    if weight.base is not None and weight.base.weight.requires_grad:
+        raise ValueError("weight: it requires grad, but W0 is frozen; call weight.requires_grad_(False)")
     if bias is not None:
         _check_tensor("bias", bias, (N,), AUTOCAST_DTYPES if cast_to else (x.dtype,), weight.device)
     return _rows(x), K, N

@@ -24,7 +24,7 @@ from .checkpoint import targets_of, write_whole
 from .layers import HydraLinear
 from .model import names_containing, plain_name, required_layers
 from .refusals import refuse_meta
-from .sharding import gathered, is_writer
+from .sharding import is_writer, whole
 from .weights import Packed, frozen_of
 
 PREFIX = "base_model.model."  # PEFT's, before the names of the base model
@@ -147,10 +147,10 @@ def _adapters(model: nn.Module) -> dict[str, dict[str, Adapted]]:
 @torch.no_grad()
 def _as_lora(one: Adapted) -> Lora:
     a = one.adapter
-    parts: dict[str, Any] = {name: _whole(getattr(a, name)) for name in Adapter.ADAPTERS}
+    parts: dict[str, Any] = {name: whole(getattr(a, name)) for name in Adapter.ADAPTERS}
     dtype = torch.promote_types(next(a.parameters()).dtype, torch.float32)
     parts = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in parts.items()}
-    bias = None if one.bias is None else _whole(one.bias).to(dtype)
+    bias = None if one.bias is None else whole(one.bias).to(dtype)
     downs, ups, changes = [], [], []
     for side in "AB":
         down, up = parts[f"{side}_down"], parts[f"{side}_up"]
@@ -160,7 +160,7 @@ def _as_lora(one: Adapted) -> Lora:
         offset = parts[f"{side}_down_bias"]
         if side == "B":
             offset = offset if bias is None else down @ bias if offset is None else down @ bias + offset
-            down = down @ _whole(one.weight).to(dtype)
+            down = down @ whole(one.weight).to(dtype)
         downs.append(down)
         ups.append(scaled)
         changes += [] if offset is None else [scaled @ offset]
@@ -169,10 +169,6 @@ def _as_lora(one: Adapted) -> Lora:
     change = sum(changes[1:], changes[0]) if changes else None
     down, up = torch.cat(downs), torch.cat(ups, 1)
     return Lora(_on_cpu(down), _on_cpu(up), None if change is None else _on_cpu(change))
-
-
-def _whole(t: Any) -> Any:
-    return t.value() if isinstance(t, Packed) else gathered(t.detach()) if isinstance(t, Tensor) else t
 
 
 def _others(
@@ -226,7 +222,7 @@ def _trained_beside(
 
 
 def _on_cpu(t: Tensor) -> Tensor:
-    return _whole(t).to("cpu").contiguous()
+    return whole(t).to("cpu").contiguous()
 
 
 def _patterns(ranks: dict[str, int], names: list[str]) -> dict[str, Any]:

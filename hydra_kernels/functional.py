@@ -74,7 +74,7 @@ def hydra_linear(
             operators alone: torch.func's transforms, forward-mode differentiation, torch.jit.trace, torch.export.
 
     Returns:
-        h [*, N] in x's dtype, or in autocast's where that is on.
+        h [*, N] in x's dtype, or in autocast's where that is on; over a quantised weight always in x's.
 
     Raises:
         ValueError, TypeError: naming the argument, before any computation.
@@ -101,7 +101,9 @@ def applied(
     call = _vouched(x, op, form, backend) or _judged(x, op, form, backend)
     M, K, N, r_a, r_b = call.sizes
     if isinstance(op.weight, Packed):
-        if (op.A_down is None and op.B_down is None) or _generates(M, op, training and dropout_p + input_dropout_p > 0):
+        alone = op.A_down is None and op.B_down is None
+        by_base = alone or _generates(M, op, training and dropout_p + input_dropout_p > 0)
+        if by_base and _follower((x, *op)) is None:
             return _beside_base(x, op, dropout_p, input_dropout_p, training)
         op = op._replace(weight=op.weight.ready())
     elif op.A_down is None and op.B_down is None:
@@ -137,7 +139,7 @@ def applied(
     else:
         with torch.autocast(device.type, enabled=False):
             h = _run(flat.to(call.cast_to), _cast(op, call.cast_to), choice)
-    if isinstance(op.weight, Packed) and op.weight.keeps_dtype:
+    if isinstance(op.weight, Packed):
         h = h.to(x.dtype)
     return h if x.dim() == 2 else h.view(*x.shape[:-1], N)
 
@@ -158,8 +160,9 @@ def _beside_base(x: Tensor, op: Operands, dropout_p: float, input_dropout_p: flo
     down = op.B_down if op.A_down is None else op.A_down
     if down is None:
         return y0
-    # In the adapters' dtype: of few rows a product in low precision takes a CPU longer, and casts of them besides.
-    x_wide, y0_wide = x.to(down.dtype), y0.to(down.dtype)
+    # In the adapters' dtype where that is wider: of few rows a product in low precision takes a CPU longer.
+    wide = torch.promote_types(down.dtype, y0.dtype)
+    x_wide, y0_wide = x.to(wide), y0.to(wide)
     options = _options(op, dropout_p, training) | {"input_dropout_p": input_dropout_p}
     h = reference.with_branches(y0_wide, x_wide, op.A_down, op.A_up, op.B_down, op.B_up, **options)
     return h.to(y0.dtype)
@@ -167,10 +170,10 @@ def _beside_base(x: Tensor, op: Operands, dropout_p: float, input_dropout_p: flo
 
 def _unpacked(x: Tensor, op: Operands, cast_to: torch.dtype | None, dropout_p: float, training: bool) -> Tensor:
     """The naive layer over a quantised weight: autograd then saves the dense one."""
-    weight, dtype = cast(Packed, op.weight), cast_to or x.dtype
-    plain = _cast(op._replace(weight=weight.dense(dtype)), dtype)
+    dtype = cast_to or x.dtype
+    plain = _cast(op._replace(weight=cast(Packed, op.weight).dense(dtype)), dtype)
     h = reference.hydra_linear(x.to(dtype), *plain[:FIRST_OPTION], **_options(plain, dropout_p, training))  # type: ignore[arg-type]
-    return h.to(x.dtype) if weight.keeps_dtype else h
+    return h.to(x.dtype)
 
 
 class Call(NamedTuple):
@@ -203,7 +206,8 @@ def _judged(x: Tensor, op: Operands, form: str, backend: str) -> Call:
         cast_to = op.weight.dtype or cast_to or (x.dtype if x.dtype in AUTOCAST_DTYPES else None)
     sizes, dtype = check_call(x, op, cast_to), cast_to or x.dtype
     follower = _follower((x, *op))
-    if follower is None or (op.A_down is None and op.B_down is None):
+    alone = op.A_down is None and op.B_down is None
+    if follower is None or (alone and not isinstance(op.weight, Packed)):
         return Call(sizes, dtype, form, backend, cast_to)
     if backend in ("auto", "reference"):
         return Call(sizes, dtype, form, "reference", cast_to)

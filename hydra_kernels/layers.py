@@ -15,9 +15,9 @@ from .backend.interface import LOW_PRECISION
 from .checks import check_finite
 from .functional import hydra_linear
 from .reference import drop, low_rank
-from .refusals import check_wrappable, refuse_meta
+from .refusals import check_wrappable, has_hooks, refuse_meta, warn_of_hooks
 from .sharding import mesh_dimensions
-from .weights import Packed, dtype_of, frozen_of, is_quantised, linear_of
+from .weights import Packed, dtype_of, frozen_of, is_quantised, linear_of, undo_repacking, warn_of_dtype
 
 Layer = TypeVar("Layer", bound="HydraLinear")
 
@@ -61,8 +61,6 @@ class HydraLinear(Merging, Adapter):
 
     weight: Tensor
     bias: Tensor | None
-    merged_weight: Tensor | None = None
-    merged_bias: Tensor | None = None
     HELD = ("merged_weight", "merged_bias")
     # How tensor parallelism computes h (`hydra_kernels.parallel`), in place of the layer alone.
     parallel: Callable[[HydraLinear, Tensor], Tensor] | None = None
@@ -318,8 +316,11 @@ class QuantisedBase(HydraLinear):
             return self._y0(x)
         if self.merged_weight is not None:
             self._check_unchanged()
-            weight, bias = self.merged_weight, self.merged_bias
-            return hydra_linear(x.to(weight.dtype), weight, bias, None, None, None, None).to(x.dtype)
+            return self._by_merged(x)
+        if has_hooks(self._modules["base_layer"]):
+            warn_of_hooks(stacklevel=3)
+            pretrained, parallel, sequential = self.branches(x)
+            return pretrained + parallel + sequential
         return self.adapted(x, *self.frozen())
 
     def frozen(self) -> tuple[Tensor | Packed, Tensor | None]:
@@ -334,8 +335,16 @@ class QuantisedBase(HydraLinear):
             )
         super().merge()
 
+    def to_linear(self) -> nn.Linear:
+        warn_of_dtype(self.base_layer, stacklevel=3)
+        return super().to_linear()
+
     def reset_parameters(self) -> None:
         self.reset_adapters()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        undo_repacking(self.base_layer)
+        super()._save_to_state_dict(*args, **kwargs)
 
 
 class QuantisedHydraLinear(QuantisedBase):

@@ -15,7 +15,7 @@ from .layers import HydraLinear
 from .model import plain_name, required_layers
 from .reference import merged_parameters
 from .refusals import refuse_meta
-from .sharding import gathered
+from .sharding import whole
 from .weights import Packed, frozen_of, is_quantised
 
 PREFIX = "base_model.model."  # PEFT's, before the names of the base model
@@ -68,7 +68,7 @@ def _tensors(state: dict[str, Any], sources: dict[str, Source]) -> Iterator[tupl
     for name, value in state.items():
         owner = _owner(name, sources)
         if owner is None:
-            yield name, _whole(value)
+            yield name, whole(value)
         elif owner not in begun:
             begun.add(owner)
             yield from _merged(owner, sources[owner])
@@ -101,15 +101,11 @@ def _named(layer: str, item: tuple[str, Any]) -> tuple[str, Any]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _merge(source: Source) -> tuple[Tensor, Tensor | None]:
-    weight, bias = _whole(source.weight), _whole(source.bias)
-    adapters = [{key: _whole(value) for key, value in operands.items()} for operands in source.adapters]
+    weight, bias = whole(source.weight), whole(source.bias)
+    adapters = [{key: whole(value) for key, value in operands.items()} for operands in source.adapters]
     if not adapters:
         return weight, bias
     return merged_parameters(weight, bias, **(adapters[0] if len(adapters) == 1 else joined(adapters)))
-
-
-def _whole(t: Any) -> Any:
-    return t.value() if isinstance(t, Packed) else gathered(t.detach()) if isinstance(t, Tensor) else t
 
 
 def _source(name: str, module: Any) -> Source | None:
@@ -130,7 +126,8 @@ def _source(name: str, module: Any) -> Source | None:
 
 def _of_hydra(name: str, layer: Any) -> Source:
     base, merged = layer.base_layer, list(layer.merged_adapters)
-    weight, bias = (layer.unmerged_weight, layer.unmerged_bias) if merged else frozen_of(base)
+    kept = layer.unmerged_weight
+    weight, bias = frozen_of(base) if kept is None else (kept, layer.unmerged_bias)
     names = [*merged, *(n for n in layer.active_adapters if n not in merged)]
     adapters = [layer.hydra_adapters[n] for n in names if n in layer.hydra_adapters]
     return _checked(name, Source(weight, bias, [operands_of(a) for a in adapters]))

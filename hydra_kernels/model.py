@@ -22,7 +22,7 @@ from .refusals import (
     refuse_wrapped,
 )
 from .sharding import is_sharded
-from .weights import dtype_of, is_quantised
+from .weights import dtype_of, is_quantised, sizes
 
 # Parts of a name that torch's wrappers inside a model add: activation checkpointing, torch.compile.
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
@@ -267,8 +267,9 @@ def plain_name(name: str) -> str:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Prints how many of model's parameters train, shared ones counted once."""
-    total = sum(p.numel() for p in model.parameters())
+    """Prints how many of model's parameters train, shared ones counted once, quantised ones as those they stand for."""
+    quantised = sizes(model)
+    total = sum(quantised.get(id(p), p.numel()) for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = 100 * trainable / total if total else 0.0
     print(f"trainable parameters: {trainable:,} of {total:,} ({share:.4f} %)")

@@ -6,12 +6,14 @@ Most would give no error: the adapters would train nothing, or what is merged wo
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, Merging
 from .private import FakeTensor
 from .sharding import is_sharded
 from .weights import SERVED, packed
@@ -79,7 +81,7 @@ EXPERTS_LAYERS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 
 def reads_past_forward(parent: nn.Module, child: str) -> bool:
     """Whether parent reads the weight of its layer `child` itself, so that an adapter there would do nothing."""
-    if isinstance(parent, READS_WEIGHTS):
+    if isinstance(parent, (*READS_WEIGHTS, Adapter, Merging)):
         return True
     names = [name for c in type(parent).__mro__ for name in (c.__name__, f"{c.__module__}.{c.__qualname__}")]
     known = [name for name in names if child in READS_WEIGHTS_OF.get(name, ())]
@@ -87,6 +89,23 @@ def reads_past_forward(parent: nn.Module, child: str) -> bool:
 
 
 _QUANTISES = re.compile(r"quant|gptq|awq|hqq|aqlm|eetq|fp8|[48]bit", re.IGNORECASE)
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a call of module would run hooks of its own."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def warn_of_hooks(stacklevel: int) -> None:
+    """Says what hooks on the base layer of an adapted one cost; stacklevel is the caller's, plus 1."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "base_layer: it has hooks; so that they run, it is called and the adapters run as plain PyTorch, which "
+            "is slower; register them on the adapted layer to avoid this",
+            stacklevel=stacklevel,
+        )
 
 
 def check_wrappable(linear: nn.Module) -> None:
@@ -105,8 +124,7 @@ def check_wrappable(linear: nn.Module) -> None:
             f"linear: {kind} has a hook of accelerate's (device_map), which the adapted layer would lose; call "
             "accelerate.hooks.remove_hook_from_submodules(model), adapt it, then dispatch_model"
         )
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(linear, name) for name in hooks):
+    if has_hooks(linear):
         raise ValueError(f"linear: {kind} has hooks, which the adapted layer would lose; remove them first")
     if packed(linear) is not None:
         return

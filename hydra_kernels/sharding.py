@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .weights import Packed
+
 
 def is_sharded(t: object) -> bool:
     """Whether t is a DTensor. Does not import the class, which takes a second: until then no tensor is one."""
@@ -27,6 +29,14 @@ def mesh_dimensions(t: Tensor) -> int:
 def gathered(t: Tensor) -> Tensor:
     """The whole of t: where it is sharded a collective, which every rank of its mesh must call."""
     return _dtensor(t).full_tensor() if is_sharded(t) else t
+
+
+def whole(operand: Any) -> Any:
+    """A tensor `gathered` and without its graph, a quantised weight also dense; anything else as it is."""
+    if isinstance(operand, Packed):
+        ready = operand.ready()
+        return ready._replace(tensors=tuple(map(gathered, ready.tensors))).value()
+    return gathered(operand.detach()) if isinstance(operand, Tensor) else operand
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ class Packed(NamedTuple):
     """A quantised W0 as a call of `hydra_linear` takes it.
 
     ``dtype`` is the one in which the layer computes, whatever x has; None for x's own. ``original`` is the weight's
-    before it was quantised, as far as the library has kept it. ``base`` is the layer itself. With ``numbers`` the
+    before it was quantised; None where the library has not kept it. ``base`` is the layer itself. With ``numbers`` the
     ``tensors``, which `ready` looks up, tell the dense weight; they are saved for the backward, plain and detached.
     """
 
@@ -28,10 +29,9 @@ class Packed(NamedTuple):
     shape: tuple[int, int]  # N, K
     device: torch.device
     dtype: torch.dtype | None
-    original: torch.dtype
+    original: torch.dtype | None
     base: nn.Module | None
     own_products: bool = True  # whether the base's forward is x W0^T with that very W0, for any x
-    keeps_dtype: bool = True  # h has x's dtype also under autocast, as with bitsandbytes
     tensors: tuple[Tensor, ...] = ()
     numbers: tuple[int, ...] = ()
 
@@ -42,14 +42,19 @@ class Packed(NamedTuple):
 
     def value(self) -> Tensor:
         """W0 [N, K] as dense copies of the layer hold it, in its compute dtype or its original one."""
-        return self.ready().dense(self.dtype or self.original)
+        return (self if self.tensors else self.ready()).dense(_plain_dtype(self))
 
     def forward(self, x: Tensor) -> Tensor:
         """The base's own forward, which may not need W0 dense. It leaves its bias and its settings as they were."""
         base: Any = self.base
+        if x.numel() == 0 and not torch.is_grad_enabled():
+            return x.new_empty(*x.shape[:-1], self.shape[0])  # bitsandbytes' kernel for AVX512-BF16 ends the process
+        kept = {name: base.__dict__[name] for name in _SETTINGS if name in base.__dict__}
+        if torch.is_grad_enabled():
+            self.ready()
+            base.support_avx512bf16_for_cpu = False  # a product with its layout for that has no gradient
         state = getattr(base.weight, "quant_state", None)
         state = None if _is_repacked(state) else copy.copy(state)
-        kept = {name: base.__dict__[name] for name in _SETTINGS if name in base.__dict__}
         bias = None if base.bias is None else base.bias.data
         if state is not None and (self.shape[0] % 32 or self.shape[1] % state.blocksize):
             base.support_avx512bf16_for_cpu = False  # its layout for that has no such sizes
@@ -60,7 +65,7 @@ class Packed(NamedTuple):
             if bias is not None and base.bias.dtype != bias.dtype:
                 base.bias.data = bias
             if state is not None and _is_repacked(base.weight.quant_state):
-                base.state_before_repacking = state  # the repacked one has rounded it
+                base.weight.quant_state.before_repacking = state  # the repacked one has rounded it
         return y0
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -92,6 +97,21 @@ def packed(layer: nn.Module) -> Packed | None:
     return None if reader is None else reader(layer)
 
 
+def _plain_dtype(found: Packed) -> torch.dtype:
+    return found.dtype or found.original or torch.get_default_dtype()
+
+
+def warn_of_dtype(layer: nn.Module, stacklevel: int) -> None:
+    """Where a plain layer in place of this one has a dtype that may not be the model's."""
+    found = packed(layer)
+    if found is not None and found.dtype is None and found.original is None:
+        warnings.warn(
+            f"{_kind(layer)} keeps no dtype of what it was made of: the plain layer is in {_plain_dtype(found)}; cast "
+            "it, or the model, where that has another one, such as model.to(torch.bfloat16)",
+            stacklevel=stacklevel,
+        )
+
+
 def is_quantised(layer: nn.Module) -> bool:
     """Whether `packed` knows the layer's kind."""
     return _reader(layer) is not None
@@ -101,12 +121,25 @@ def dtype_of(layer: nn.Module) -> torch.dtype:
     """The dtype of a base layer's weight; if it is quantised the compute dtype, else that of what it was made of."""
     found = packed(layer)
     weight: Any = layer.weight
-    return weight.dtype if found is None else found.dtype or found.original
+    return weight.dtype if found is None else _plain_dtype(found)
+
+
+def sizes(model: nn.Module) -> dict[int, int]:
+    """How many numbers W0 has in each quantised layer of model, by its weight's id: one element may hold several."""
+    layers: list[Any] = [module for module in model.modules() if is_quantised(module)]
+    return {id(layer.weight): layer.out_features * layer.in_features for layer in layers}
 
 
 def frozen_of(layer: Any) -> tuple[Any, Tensor | None]:
     """Weight, `Packed` where it is quantised, and bias of a base layer."""
     return packed(layer) or layer.weight, layer.bias
+
+
+def base_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """y0 by a base layer's own forward; a quantised layer stays as it is (`Packed.forward`)."""
+    found = packed(layer)
+    y0: Tensor = layer(x) if found is None else found.forward(x)
+    return y0
 
 
 def plain_value(weight: Tensor | Packed) -> Tensor:
@@ -140,7 +173,7 @@ def _four_bits(layer: Any) -> Packed:
 
 def _contents_of_four_bits(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     state = _state_of(layer)
-    if _is_repacked(state):
+    if _is_repacked(state) or hasattr(state, "before_repacking") or state.absmax.dim() > 1:
         state = _unpacked(layer, state)
     tensors, numbers = (_plain(layer.weight), state.absmax), (state.blocksize,)
     if state.nested:
@@ -152,13 +185,26 @@ def _state_of(layer: Any) -> Any:
     return getattr(layer.weight, "quant_state", None) or layer.quant_state  # FSDP loses the weight's own
 
 
+def undo_repacking(layer: nn.Module) -> None:
+    """Before a state_dict of a base layer: the library then undoes the layout below itself, and loses numbers."""
+    state = getattr(layer.weight, "quant_state", None)
+    if _is_repacked(state):
+        _unpacked(layer, state)
+
+
+# Not in inference mode, even where the caller is: a later backward must be able to save the weight.
+@torch.inference_mode(False)
+@torch.no_grad()
 def _unpacked(layer: Any, state: Any) -> Any:
     """Undoes the layout that an eval forward on a CPU with AVX512-BF16 leaves, which nothing else can read."""
     import bitsandbytes
 
     weight = layer.weight
-    weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    state = layer.__dict__.pop("state_before_repacking", state)
+    if _is_repacked(state):  # else the library has undone it, for a state_dict
+        weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state = getattr(state, "before_repacking", state)
+    if state.absmax.dim() > 1:  # without double quantisation the library leaves it as its layout has it
+        state.absmax = state.absmax.t().reshape(-1).to(torch.float32)
     state.to(weight.device)
     weight.quant_state = layer.quant_state = state
     return state
@@ -190,7 +236,7 @@ def _eight_bits(layer: Any) -> Packed:
     if (state.SCB is None and weight.SCB is None) or weight.dtype != torch.int8:
         raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
     # The library quantises from float16 and keeps no other dtype.
-    original = torch.get_default_dtype() if layer.bias is None else layer.bias.dtype
+    original = None if layer.bias is None else layer.bias.dtype
     return Packed("8bit", tuple(weight.shape), weight.device, None, original, layer, own_products=False)
 
 
@@ -216,7 +262,7 @@ def _of_torchao(layer: Any) -> Packed:
         raise TypeError(f"linear: of torchao's weights Int8Tensor alone is served, got {kind}; {SERVED}")
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
         raise TypeError(f"linear: {kind} quantises the activations too; weight-only int8 is served")
-    return Packed("int8", tuple(weight.shape), weight.device, None, weight.dtype, layer, keeps_dtype=False)
+    return Packed("int8", tuple(weight.shape), weight.device, None, weight.dtype, layer)
 
 
 def _contents_of_torchao(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -129,6 +129,7 @@ def test_training_equals_pefts_step_by_step(kind, door):
     assert losses[0][-1] < losses[0][0] - 0.01
 
 
+@pytest.mark.filterwarnings("ignore:bitsandbytes.*keeps no dtype")
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging(kind):
     """Merged layers are plain and dense, in the dtype that the base computes in; unmerged ones bit for bit the old."""
@@ -152,6 +153,7 @@ def test_merging(kind):
     torch.testing.assert_close(plain.two.weight, base + update)
 
 
+@pytest.mark.filterwarnings("ignore:bitsandbytes.*keeps no dtype")
 @pytest.mark.parametrize("kind", ["nf4-twice", "8bit", "int8"])
 def test_pefts_verbs_over_hydra(kind, tmp_path):
     model, x = peft.get_peft_model(Net(kind), HydraConfig(r_a=2, r_b=3, target_modules=TARGETS)), torch.randn(2, 20, 64)
@@ -315,6 +317,11 @@ def test_fsdp2_equals_one_process(groups):
         assert got.keys() == alone.keys()
         for name, value in alone.items():
             torch.testing.assert_close(got[name], value)
+
+
+def test_merging_and_exporting_under_fsdp2(groups, tmp_path):
+    for whole, sharded in groups.run(2, distributed.exported_under_fsdp2, "nf4-in-bf16", tmp_path):
+        same(sharded, whole)
 
 
 def test_tensor_parallelism_is_refused(groups):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -18,9 +18,18 @@ from ..adapter import Adapter, Merging, joined, operands_of, wide
 from ..backend.interface import LOW_PRECISION
 from ..functional import hydra_linear
 from ..reference import drop, low_rank, merged_parameters
-from ..refusals import refuse_meta
+from ..refusals import has_hooks, refuse_meta, warn_of_hooks
 from ..sharding import is_sharded
-from ..weights import dtype_of, frozen_of, is_quantised, linear_of, plain_value
+from ..weights import (
+    base_forward,
+    dtype_of,
+    frozen_of,
+    is_quantised,
+    linear_of,
+    plain_value,
+    undo_repacking,
+    warn_of_dtype,
+)
 
 
 # "Linear": by that PEFT's "all-linear" tells tuner layers that a further adapter can join.
@@ -29,7 +38,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
 
     Args:
         base_layer: the ``nn.Linear`` [N, K], or a quantised layer that `hydra_kernels.weights` knows; PEFT freezes it.
-            A quantised one is merged by putting a dense ``nn.Linear`` in its place, and itself into ``packed_layer``.
+            A quantised one does not change in `merge`: its merged weight and bias stand beside it.
         adapter_name, options, inference_mode: of the first adapter, see `add_adapter`.
     """
 
@@ -38,8 +47,8 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
     base_layer: nn.Linear
     unmerged_weight: Tensor | None = None
     unmerged_bias: Tensor | None = None
-    packed_layer: nn.Module | None
-    HELD = ("unmerged_weight", "unmerged_bias")  # move with the module, so unmerging works after a `.to()`
+    # Move with the module, so unmerging works after a `.to()`.
+    HELD = ("unmerged_weight", "unmerged_bias", "merged_weight", "merged_bias")
 
     def __init__(
         self, base_layer: nn.Linear, adapter_name: str, options: dict[str, Any], inference_mode: bool = False
@@ -48,7 +57,6 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         self.base_layer = base_layer
         # A size may be a 0-dimensional tensor.
         self.in_features, self.out_features = int(base_layer.in_features), int(base_layer.out_features)
-        self.register_module("packed_layer", None)
         self.hydra_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
@@ -77,11 +85,11 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
             self.unmerge()
         if self.merged_adapters:
             self._check_unchanged()
-            return base(x)
+            return base(x) if self.merged_weight is None else self._by_merged(x)
         active = [] if self._disable_adapters else self._named(self.active_adapters)
         if not active:
-            return base(x)
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return base_forward(base, x)
+        if has_hooks(base):
             return self._around_hooks(x, active)
         if getattr(base.__dict__.get("_hf_hook"), "offload", False):
             raise ValueError(
@@ -105,13 +113,8 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
 
     def _around_hooks(self, x: Tensor, active: Sequence[Adapter]) -> Tensor:
         """h where the base layer is called, so that its hooks run; the branches are then plain PyTorch."""
-        if not torch.compiler.is_compiling():
-            warnings.warn(
-                "base_layer: it has hooks; so that they run, it is called and the adapters run as plain PyTorch, which "
-                "is slower; register them on the adapted layer to avoid this",
-                stacklevel=4,
-            )
-        h = y0 = self.base_layer(x)
+        warn_of_hooks(stacklevel=5)
+        h = y0 = base_forward(self.base_layer, x)
         for a in active:
             if a.A_down is not None:
                 h = h + _parallel_branch(a, x)
@@ -135,14 +138,13 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
             return
         base, merged = self.base_layer, [*self.merged_adapters, *names]
         weight, bias = self._merged_parameters(merged, safe_merge)
-        if is_quantised(base) or self.packed_layer is not None:
-            if self.packed_layer is None:
+        if is_quantised(base):
+            if not self.merged:
                 warnings.warn(
                     f"merge: the base is quantised; a merged layer holds its dense weight in {weight.dtype}",
                     stacklevel=2,
                 )
-                self.packed_layer = base
-            self.base_layer = base = linear_of(weight, bias).train(self.training)
+            self.merged_weight, self.merged_bias = weight, bias
         else:
             if not self.merged:
                 self.unmerged_weight = base.weight.data
@@ -158,13 +160,11 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self.packed_layer is not None:
-            self.base_layer, self.packed_layer = cast(nn.Linear, self.packed_layer), None
         if self.unmerged_weight is not None:
             self.base_layer.weight.data = self.unmerged_weight
         if self.unmerged_bias is not None:
             self.base_layer.bias.data = self.unmerged_bias
-        self.unmerged_weight = self.unmerged_bias = None
+        self.unmerged_weight = self.unmerged_bias = self.merged_weight = self.merged_bias = None
         self.merged_adapters, self.merged_from = [], ()
 
     def unload_and_optionally_merge_module(
@@ -173,14 +173,21 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         """The base layer for good. Merged, it gets a weight of its own: an embedding tied to the old one stays."""
         base = self.base_layer
         names = [*self.merged_adapters, *check_adapters_to_merge(self, adapter_names)] if merge else []
+        if self.merged_weight is not None and not merge:
+            names = self.merged_adapters
         if self._named(names):
             weight, bias = self._merged_parameters(names, safe_merge)
-            if is_quantised(base) or self.packed_layer is not None:
+            if is_quantised(base):
+                warn_of_dtype(base, stacklevel=3)
                 return linear_of(weight, bias).train(self.training)
             base.weight = nn.Parameter(weight, requires_grad=False)
             if bias is not None:
                 base.bias = nn.Parameter(bias, requires_grad=False)
         return base
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        undo_repacking(self.base_layer)
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.merged:
@@ -206,7 +213,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
                 "merge: the layer's parameters are spread over processes; save the adapter and merge it in an "
                 "unsharded model"
             )
-        weight, bias = frozen_of(self.packed_layer or self.base_layer)
+        weight, bias = frozen_of(self.base_layer)
         if self.unmerged_weight is not None:
             weight, bias = self.unmerged_weight, self.unmerged_bias
         merged = merged_parameters(plain_value(weight), bias, **_joined(self._named(names)))

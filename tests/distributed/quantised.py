@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -55,6 +57,23 @@ def with_fsdp2(kind: str) -> Tensors:
     for unit in (model.one, model.two, model.three, model):
         fully_shard(unit)
     return _found(model, model(_mine()))
+
+
+def exported_under_fsdp2(kind: str, folder: Path) -> list[Tensors]:
+    """What `merged_tensors` and `to_lora` make of a model, whole and sharded."""
+    model = _model(kind)
+    found = [_exported(model, folder / "whole")]
+    for unit in (model.one, model.two, model.three, model):
+        fully_shard(unit)
+    found.append(_exported(model, folder / "sharded"))
+    return found
+
+
+def _exported(model: nn.Module, folder: Path) -> Tensors:
+    tensors = dict(hk.merged_tensors(model))
+    hk.convert.to_lora(model, folder, bias="lora")
+    torch.distributed.barrier()  # the first rank writes
+    return tensors | load_file(folder / "adapter_model.safetensors")
 
 
 def with_tensor_parallelism() -> str:
