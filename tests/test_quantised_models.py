@@ -168,6 +168,7 @@ def test_pefts_verbs_over_hydra(kind, tmp_path):
     torch.testing.assert_close(model(x), h)
     model.unmerge_adapter()
     assert torch.equal(model(x), h)
+    assert model.base_model.model.one.merged_weight is None
     same(dict(hk.merged_tensors(model)), copy.deepcopy(model).merge_and_unload().state_dict())
     plain = model.unload()
     assert type(plain.one) is type(Net(kind).one)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 import hydra_kernels as hk
-from hydra_kernels import merged as merging
+from hydra_kernels import sharding
 from tests.oracle import Tensors
 
 from .checkpoints import spread
@@ -36,7 +36,7 @@ def merged(spec: Spec) -> tuple[Tensors, int]:
     """The merged tensors, and the largest number of elements of whole tensors that were there at a time."""
     net, seen, most = spread(spec), [], 0
     net(mine(spec)[0])
-    gathered = merging.gathered
+    gathered = sharding.gathered
 
     def watch(t: Tensor) -> None:
         nonlocal most
@@ -49,7 +49,7 @@ def merged(spec: Spec) -> tuple[Tensors, int]:
             watch(whole)
         return whole
 
-    merging.gathered = watched
+    sharding.gathered = watched
     try:
         found = {}
         tensors = hk.merged_tensors(net)
@@ -58,7 +58,7 @@ def merged(spec: Spec) -> tuple[Tensors, int]:
             watch(item[1])
             del item
     finally:
-        merging.gathered = gathered
+        sharding.gathered = gathered
     return found, most
 
 
