@@ -50,14 +50,14 @@ class Packed(NamedTuple):
         if x.numel() == 0 and not torch.is_grad_enabled():
             return x.new_empty(*x.shape[:-1], self.shape[0])  # bitsandbytes' kernel for AVX512-BF16 ends the process
         kept = {name: base.__dict__[name] for name in _SETTINGS if name in base.__dict__}
-        if torch.is_grad_enabled():
+        graph = torch.is_grad_enabled()
+        if graph:
             self.ready()
-            base.support_avx512bf16_for_cpu = False  # a product with its layout for that has no gradient
         state = getattr(base.weight, "quant_state", None)
         state = None if _is_repacked(state) else copy.copy(state)
         bias = None if base.bias is None else base.bias.data
-        if state is not None and (self.shape[0] % 32 or self.shape[1] % state.blocksize):
-            base.support_avx512bf16_for_cpu = False  # its layout for that has no such sizes
+        if state is not None and (graph or self.shape[0] % 32 or self.shape[1] % state.blocksize):
+            base.support_avx512bf16_for_cpu = False  # its layout for that has no gradient and no such sizes
         try:
             y0: Tensor = base(x)
         finally:
@@ -173,7 +173,8 @@ def _four_bits(layer: Any) -> Packed:
 
 def _contents_of_four_bits(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     state = _state_of(layer)
-    if _is_repacked(state) or hasattr(state, "before_repacking") or state.absmax.dim() > 1:
+    # Repacked, or so that the library itself has undone it, for a state_dict: with other numbers.
+    if state.absmax.dim() > 1 or hasattr(state, "before_repacking"):
         state = _unpacked(layer, state)
     tensors, numbers = (_plain(layer.weight), state.absmax), (state.blocksize,)
     if state.nested:
@@ -200,7 +201,7 @@ def _unpacked(layer: Any, state: Any) -> Any:
     import bitsandbytes
 
     weight = layer.weight
-    if _is_repacked(state):  # else the library has undone it, for a state_dict
+    if _is_repacked(state):
         weight.data, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
     state = getattr(state, "before_repacking", state)
     if state.absmax.dim() > 1:  # without double quantisation the library leaves it as its layout has it

@@ -12,11 +12,12 @@ peft = pytest.importorskip("peft")
 
 import hydra_kernels as hk  # noqa: E402
 from hydra_kernels import weights  # noqa: E402
-from hydra_kernels.peft import HydraConfig  # noqa: E402
+from hydra_kernels.peft import HydraConfig, accelerate  # noqa: E402
 
 from .oracle import errors  # noqa: E402
 from .quantised import FOUR_BITS, TARGETS, Net, bnb, quantised, randomised, weight_of  # noqa: E402
 from .test_quantised import of_ours, same, step  # noqa: E402
+from .test_quantised_models import of_peft  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -59,6 +60,17 @@ def test_saving_after_generation(door, kind):
     with torch.no_grad():
         model.eval()(x[:, :3])
     same(model.state_dict(), state)
+    same(step(model.train(), x), before)
+
+
+def test_pefts_layers_train_on_after_generation_and_saving():
+    """Where the library has undone its layout for the state_dict."""
+    model, x = of_peft("nf4-twice"), torch.randn(2, 20, 64)
+    accelerate(model, strict=True)
+    before = step(model, x)
+    with torch.no_grad():
+        model.eval()(x[:, :3])
+    model.state_dict()
     same(step(model.train(), x), before)
 
 
