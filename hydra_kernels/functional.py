@@ -114,7 +114,7 @@ def applied(
         if op.input_seed is not None:
             op = op._replace(input_mask=kept(op.input_seed, op.input_p, M, K))
         if isinstance(op.weight, Packed):
-            return _unpacked(x, op, call.cast_to, dropout_p, training)
+            return _naive(x, op, call.cast_to, dropout_p, training)
         return reference.hydra_linear(x, *op[:FIRST_OPTION], **_options(op, dropout_p, training))  # type: ignore[arg-type]
 
     device, drops = x.device, op.mask is None and training and dropout_p > 0
@@ -168,7 +168,7 @@ def _beside_base(x: Tensor, op: Operands, dropout_p: float, input_dropout_p: flo
     return h.to(y0.dtype)
 
 
-def _unpacked(x: Tensor, op: Operands, cast_to: torch.dtype | None, dropout_p: float, training: bool) -> Tensor:
+def _naive(x: Tensor, op: Operands, cast_to: torch.dtype | None, dropout_p: float, training: bool) -> Tensor:
     """The naive layer over a quantised weight: autograd then saves the dense one."""
     dtype = cast_to or x.dtype
     plain = _cast(op._replace(weight=cast(Packed, op.weight).dense(dtype)), dtype)

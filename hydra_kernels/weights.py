@@ -176,6 +176,12 @@ def _contents_of_four_bits(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, .
     # Repacked, or so that the library itself has undone it, for a state_dict: with other numbers.
     if state.absmax.dim() > 1 or hasattr(state, "before_repacking"):
         state = _unpacked(layer, state)
+    storage = getattr(layer.weight, "quant_storage", layer.weight.dtype)
+    if layer.weight.dtype != storage:
+        raise ValueError(
+            f"weight: a cast from {storage} to {layer.weight.dtype} has destroyed its packed numbers; load the layer "
+            "again, and cast the model before, or with quant_storage=torch.uint8"
+        )
     tensors, numbers = (_plain(layer.weight), state.absmax), (state.blocksize,)
     if state.nested:
         return (*tensors, state.state2.absmax, state.state2.code, state.offset), (*numbers, state.state2.blocksize)
@@ -346,7 +352,8 @@ def _reader(layer: nn.Module) -> Callable[[Any], Packed] | None:
         return _of_torchao if type(weight).__module__.partition(".")[0] == "torchao" else None
     for c in type(layer).__mro__:
         if c.__module__ == "bitsandbytes.nn.modules" and (reader := READERS.get(f"{c.__module__}.{c.__qualname__}")):
-            return reader
+            # A subclass with another forward computes something else.
+            return reader if type(layer).forward is c.__dict__["forward"] else None
     return None
 
 

@@ -198,6 +198,23 @@ def test_hooks_on_the_base_layer_run(kind):
     assert len(seen) == 2
 
 
+def test_packed_numbers_that_a_cast_has_destroyed_are_refused():
+    """`quant_storage` in a floating dtype: bitsandbytes lets Module.to convert them as if they were the weights."""
+    model = of_ours("nf4-in-bf16").half()
+    with pytest.raises(ValueError, match=r"weight: a cast from torch.bfloat16 to torch.float16 has destroyed"):
+        model(torch.randn(20, 64, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "8bit"])
+def test_a_subclass_with_a_forward_of_its_own_is_refused(kind):
+    layer = quantised(nn.Linear(64, 64), kind)
+    layer.__class__ = type("Scaled", (type(layer),), {"forward": lambda self, x: 2 * type(layer).forward(self, x)})
+    with pytest.raises(TypeError, match=r"computes something else than nn.Linear in its forward"):
+        hk.HydraLinear.from_linear(layer)
+    layer.__class__ = type("Named", (type(layer).__base__,), {})
+    assert hk.HydraLinear.from_linear(layer).base_layer is layer
+
+
 def test_a_weight_that_is_to_train_is_refused():
     model = of_ours("int8").requires_grad_(True)
     with pytest.raises(ValueError, match="weight: it requires grad, but W0 is frozen"):
