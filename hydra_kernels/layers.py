@@ -303,7 +303,7 @@ class QuantisedBase(HydraLinear):
 
     The layer computes in the base's ``compute_dtype``, or in x's where that is not set, and h has x's dtype. x may have
     any floating dtype, but float64 without a ``compute_dtype`` only where adapters and bias are float64 too. A merged
-    layer holds a dense weight, and `merge` warns of that. Hooks on ``base_layer`` run, beside branches in plain PyTorch.
+    layer holds a dense weight, and `merge` warns of that. Hooks on ``base_layer`` run beside branches in plain PyTorch.
     """
 
     base_layer: nn.Module

@@ -59,7 +59,7 @@ class Packed(NamedTuple):
         if state is not None and (graph or self.shape[0] % 32 or self.shape[1] % state.blocksize):
             base.support_avx512bf16_for_cpu = False  # its layout for that has no gradient and no such sizes
         try:
-            y0: Tensor = base(x)
+            y0: Tensor = base(x.contiguous())  # bitsandbytes' kernel for AVX512-BF16 passes over strides
         finally:
             base.__dict__.update(kept)
             if bias is not None and base.bias.dtype != bias.dtype:

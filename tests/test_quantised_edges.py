@@ -104,6 +104,14 @@ def test_the_base_alone_after_generation(door):
 # --- generation and training agree ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("nf4-twice", marks=pytest.mark.slow)])
+def test_generation_reads_x_at_its_strides(kind):
+    layer, x = of_ours(kind).eval().one, torch.randn(64, 3).t()
+    h = layer(x)
+    with torch.no_grad():
+        assert errors(layer(x), h.double())[0] < 2e-2
+
+
 def test_adapters_of_low_precision_do_not_round_what_the_base_gives():
     layer, x = of_ours("int8").one, torch.randn(3, 64)
     layer.to(BF16)
