@@ -98,15 +98,20 @@ def applied(
     x: Tensor, op: Operands, dropout_p: float, input_dropout_p: float, training: bool, form: str, backend: str
 ) -> Tensor:
     """`hydra_linear` of operands that may have a seed of input dropout, or its mask as booleans, already."""
+    if isinstance(op.weight, Packed) and _generates(x, op, training and dropout_p + input_dropout_p > 0):
+        try:
+            return _beside_base(x, op)
+        except Exception:
+            _judged(x, op, form, backend)  # names the argument, if it is one that is wrong
+            raise
     call = _vouched(x, op, form, backend) or _judged(x, op, form, backend)
     M, K, N, r_a, r_b = call.sizes
+    alone = op.A_down is None and op.B_down is None
     if isinstance(op.weight, Packed):
-        alone = op.A_down is None and op.B_down is None
-        by_base = alone or _generates(M, op, training and dropout_p + input_dropout_p > 0)
-        if by_base and _follower((x, *op)) is None:
-            return _beside_base(x, op, dropout_p, input_dropout_p, training)
+        if alone and _follower((x, *op)) is None:
+            return op.weight.forward(x)
         op = op._replace(weight=op.weight.ready())
-    elif op.A_down is None and op.B_down is None:
+    elif alone:
         return F.linear(x, op.weight, op.bias)  # type: ignore[arg-type]
     if op.A_down is not None and training and input_dropout_p > 0 and not op.drops_input:
         op = op._replace(input_seed=draw_seed(x.device), input_p=input_dropout_p)
@@ -148,13 +153,19 @@ def applied(
 _GENERATION_ROWS = 16
 
 
-def _generates(M: int, op: Operands, drops: bool) -> bool:
-    masked = drops or op.mask is not None or op.drops_input
-    few = is_static(M) and M <= _GENERATION_ROWS and not torch.compiler.is_compiling()
-    return few and not masked and not torch.is_grad_enabled() and cast(Packed, op.weight).own_products
+def _generates(x: Tensor, op: Operands, drops: bool) -> bool:
+    weight = cast(Packed, op.weight)
+    if drops or not weight.own_products or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    # What is no ordinary x of the right size is for the checks: the libraries' kernels would read past it.
+    ordinary = type(x) is Tensor and x.layout == torch.strided and not x.is_nested and x.dtype in AUTOCAST_DTYPES
+    fits = ordinary and x.device == weight.device and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    masked = op.mask is not None or op.drops_input
+    few = fits and not masked and x.numel() <= _GENERATION_ROWS * x.shape[-1]
+    return few and _follower((x, *op)) is None
 
 
-def _beside_base(x: Tensor, op: Operands, dropout_p: float, input_dropout_p: float, training: bool) -> Tensor:
+def _beside_base(x: Tensor, op: Operands) -> Tensor:
     """h as the base layer's own forward y0, and the branches in plain PyTorch."""
     y0 = cast(Packed, op.weight).forward(x)
     down = op.B_down if op.A_down is None else op.A_down
@@ -162,9 +173,11 @@ def _beside_base(x: Tensor, op: Operands, dropout_p: float, input_dropout_p: flo
         return y0
     # In the adapters' dtype where that is wider: of few rows a product in low precision takes a CPU longer.
     wide = torch.promote_types(down.dtype, y0.dtype)
-    x_wide, y0_wide = x.to(wide), y0.to(wide)
-    options = _options(op, dropout_p, training) | {"input_dropout_p": input_dropout_p}
-    h = reference.with_branches(y0_wide, x_wide, op.A_down, op.A_up, op.B_down, op.B_up, **options)
+    h = y0_wide = y0.to(wide)
+    if op.A_down is not None and op.A_up is not None:
+        h = h + reference.low_rank(x.to(wide), op.A_down, op.A_up, op.A_down_bias, op.A_up_bias, op.scale_a)
+    if op.B_down is not None and op.B_up is not None:
+        h = h + reference.low_rank(y0_wide, op.B_down, op.B_up, op.B_down_bias, op.B_up_bias, op.scale_b)
     return h.to(y0.dtype)
 
 

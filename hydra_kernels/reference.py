@@ -41,40 +41,7 @@ def hydra_linear(
     Arguments are those of :func:`hydra_kernels.hydra_linear`. ``form`` and ``backend`` are accepted so that the two
     functions can be exchanged; there is one way to compute here, and nothing is validated. Dropout is torch's own.
     """
-    return with_branches(
-        F.linear(x, weight, bias), x, A_down, A_up, B_down, B_up,
-        A_down_bias=A_down_bias, A_up_bias=A_up_bias, B_down_bias=B_down_bias, B_up_bias=B_up_bias,
-        scale_a=scale_a, scale_b=scale_b, dropout_p=dropout_p, training=training, mask=mask,
-        input_dropout_p=input_dropout_p, input_mask=input_mask,
-    )  # fmt: skip
-
-
-def with_branches(
-    y0: Tensor,
-    x: Tensor,
-    A_down: Tensor | None,
-    A_up: Tensor | None,
-    B_down: Tensor | None,
-    B_up: Tensor | None,
-    *,
-    A_down_bias: Tensor | None = None,
-    A_up_bias: Tensor | None = None,
-    B_down_bias: Tensor | None = None,
-    B_up_bias: Tensor | None = None,
-    scale_a: float | Tensor = 1.0,
-    scale_b: float | Tensor = 1.0,
-    dropout_p: float = 0.0,
-    training: bool = True,
-    mask: Tensor | None = None,
-    input_dropout_p: float = 0.0,
-    input_mask: Tensor | None = None,
-) -> Tensor:
-    """h [*, N] from ``y0`` [*, N], which the frozen layer makes of ``x`` [*, K], and both branches.
-
-    The other arguments are those of :func:`hydra_kernels.hydra_linear`: ``A_down``, ``A_up``, ``B_down``, ``B_up``,
-    their biases ``A_down_bias``, ``A_up_bias``, ``B_down_bias``, ``B_up_bias``, ``scale_a``, ``scale_b``,
-    ``dropout_p``, ``training``, ``mask``, ``input_dropout_p`` and ``input_mask``.
-    """
+    y0 = F.linear(x, weight, bias)
     h = y0
     r_a = 0
     if A_down is not None and A_up is not None:

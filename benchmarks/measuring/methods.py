@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import hydra_kernels as hk
 from benchmarks.measuring import timing
 from benchmarks.measuring.naive import NAIVE, Frozen, Ranks
+from hydra_kernels.weights import is_quantised
 
 METHODS = (
     *("full_tuning", "linear_probing", "naive_lora", "naive_seqlora", "naive_hydra"),
@@ -114,7 +115,9 @@ def build(
     torch.manual_seed(seed)
     owner, _, kind = method.partition("_")
     if owner == "ours":
-        dtype = next(model.get_submodule(head).parameters()).dtype  # as the naive adapters have it
+        # As the naive adapters have it; over a quantised base as ours are by themselves, float32.
+        over_packed = any(map(is_quantised, model.modules()))
+        dtype = None if over_packed else next(model.get_submodule(head).parameters()).dtype
         options = {"adapter_bias": adapter_bias, "adapter_dtype": dtype, **widths(kind, ranks[kind])}
         hk.inject(model, target, method=kind, **options)
         hk.mark_only_adapters_trainable(model, keep=(head,))

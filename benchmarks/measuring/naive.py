@@ -54,10 +54,12 @@ class Frozen(Naive):
 
 class NaiveHydra(Naive):
     def forward(self, x: Tensor) -> Tensor:
-        y0 = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
-        return hk.reference.with_branches(
-            y0,
+        if self.base is not None:
+            return self._over(self.base(x), x)
+        return hk.reference.hydra_linear(
             x,
+            self.weight,
+            self.bias,
             self.A_down,
             self.A_up,
             self.B_down,
@@ -67,6 +69,16 @@ class NaiveHydra(Naive):
             B_down_bias=self.B_down_bias,
             B_up_bias=self.B_up_bias,
         )
+
+    def _over(self, y0: Tensor, x: Tensor) -> Tensor:
+        """h where a quantised layer makes y0."""
+        h = y0
+        for v, down, up, *biases in (
+            (x, self.A_down, self.A_up, self.A_down_bias, self.A_up_bias),
+            (y0, self.B_down, self.B_up, self.B_down_bias, self.B_up_bias),
+        ):
+            h = h if down is None else h + hk.reference.low_rank(v, down, up, *biases)
+        return h
 
 
 class NaiveLoRA(NaiveHydra):
