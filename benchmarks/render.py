@@ -108,7 +108,7 @@ BLOCKS = (
 )
 STEPS = ("measured:models", "measured:layer", "measured:gpu")
 DIGESTS = (
-    Digest("measured:summary", README, STEPS, summary),
+    Digest("measured:summary", README, (*STEPS, "measured:quantised"), summary),
     Digest("measured:goals", GOALS, (*STEPS, "measured:host", "measured:quantised"), goals_block),
 )
 

@@ -340,7 +340,6 @@ def test_the_summary_is_one_small_table_of_the_stored_rows(place):
     llama.append({**by_method["naive_lora"], "method": "peft_lora", "step_seconds": of_peft})
     llama.append({**by_method["ours_lora"], "method": "accelerated_lora", "peak_bytes": 3.0})
     layers = lora_rows((FC2,), 0.9, 0.8) + lora_rows((SQUARE,), 0.4, 0.45) + lora_rows((SMALL,), 1.02, 0.9)
-    layers += lora_rows((SMALL,), 1.1, 1.2, mode="compile")
     timing.write_result(place.results / "table4-cpu.json", cpu, table4_rows(), Table4Row)
     timing.write_result(place.results / "table4-llama-cpu.json", cpu, llama, Table4Row)
     timing.write_result(place.results / "layer-cpu.json", cpu, layers, LayerRow)
@@ -352,7 +351,6 @@ def test_the_summary_is_one_small_table_of_the_stored_rows(place):
         "| ViT-B/32; Hydra 3+3, fp32, batch 1.0 | - | 0.48 | 1.00 |",
         "| one layer on a CPU, 2 shapes of M >= 256 rows; LoRA 16, fp32, eager | 0.60 | 0.60 | 0.50 |",
         "| one layer on a CPU, 1 shape of M <= 64 rows; LoRA 16, fp32, eager | 0.90 | 1.02 ▲ | 0.50 |",
-        "| one layer on a CPU, 1 shape of M <= 64 rows; LoRA 16, fp32, `torch.compile` | 1.20 ▲ | 1.10 ▲ | 0.50 |",
         "| one layer on a GPU, 1 shape of M >= 256 rows; LoRA 16, bf16, CUDA graphs (kernels unknown) "
         "| 0.60 | 0.70 | 0.50 |",
     ]

@@ -14,8 +14,8 @@ from benchmarks.rendering.tables import Stored, Table, is_gpu, label
 from benchmarks.rendering.verdicts import SLOWER, marked
 
 HEADINGS = ("step of ours", "time over PEFT's LoRA", "time over plain PyTorch", "peak memory over plain PyTorch")
-# PEFT scripts that have a line: (dtype, rank, lora_dropout, activation checkpointing).
-SCRIPTS = (("bf16", 16, 0.05, True), ("fp32", 16, 0.0, False))
+# PEFT scripts that have a line: (base, dtype, rank, lora_dropout, activation checkpointing).
+SCRIPTS = (("none", "bf16", 16, 0.05, True), ("nf4", "bf16", 16, 0.0, True), ("none", "fp32", 16, 0.0, False))
 # How the name of a model begins, and the dtypes in which its methods have a line.
 MODELS = (("ViT-B/32", ("fp32",), ("hydra",)),)
 ON = {"cpu": "a CPU", "cuda": "a GPU"}
@@ -23,15 +23,16 @@ MODES = {"eager": "eager", "compile": "`torch.compile`", "graph": "CUDA graphs"}
 # (device, dtype, mode, sizes) of the layers that have a line, all of LoRA: it is what PEFT has too.
 LAYERS = (
     *(("cpu", "fp32", "eager", LARGE), ("cpu", "fp32", "eager", SMALL), ("cpu", "bf16", "eager", LARGE)),
-    ("cpu", "fp32", "compile", SMALL),
     ("cuda", "bf16", "graph", LARGE),
 )
 
 
-def summary(table4: Sequence[Stored], cpu: Sequence[Stored], gpu: Sequence[Stored]) -> str:
+def summary(
+    table4: Sequence[Stored], cpu: Sequence[Stored], gpu: Sequence[Stored], quantised: Sequence[Stored] = ()
+) -> str:
     """A line for the first run of each that was measured, and where they were measured."""
-    cells = [*accelerated_lines(table4), *model_lines(table4), *layer_lines([*cpu, *gpu])]
-    places = dict.fromkeys(place_of(files[0]) for files in (table4, cpu, gpu) if files)
+    cells = [*accelerated_lines([*table4, *quantised]), *model_lines(table4), *layer_lines([*cpu, *gpu])]
+    places = dict.fromkeys(place_of(files[0]) for files in (table4, quantised, cpu, gpu) if files)
     table = Table("", HEADINGS, cells).markdown()
     return (
         f"{table}\n\nTimes: medians of paired steps, of layers their geometric means. Below 1 ours needs less, "
@@ -70,8 +71,8 @@ def accelerated_lines(table4: Sequence[Stored]) -> Iterator[list[str]]:
                 break
 
 
-def script_of(row: Table4Row) -> tuple[str, int, float, bool]:
-    return row["dtype"], sum(row["ranks"] or ()), row["lora_dropout"], row["checkpointing"]
+def script_of(row: Table4Row) -> tuple[str, str, int, float, bool]:
+    return row["base"], row["dtype"], sum(row["ranks"] or ()), row["lora_dropout"], row["checkpointing"]
 
 
 def model_line(ours: Table4Row, naive: Table4Row, peft: Table4Row | None, remark: str) -> list[str]:
@@ -81,7 +82,8 @@ def model_line(ours: Table4Row, naive: Table4Row, peft: Table4Row | None, remark
         "-" if row is None else marked(timing.paired_ratios(ours["step_seconds"], row["step_seconds"]).median, ".2f")
         for row in (peft, plain)
     ]
-    about = f"{ours['model']}; {method(label(ours))}, {ours['dtype']}, {batch_of(ours)}{remark}"
+    base = "" if ours["base"] == "none" else f" over {ours['base'].upper()}"
+    about = f"{ours['model']}; {method(label(ours))}{base}, {ours['dtype']}, {batch_of(ours)}{remark}"
     return [about, *over, "-" if plain is None else marked(ours["peak_bytes"] / plain["peak_bytes"], ".2f")]
 
 
