@@ -178,8 +178,9 @@ def test_the_text_trainer_notices(options, spoilt, tmp_path, monkeypatch, capsys
 
 
 @SLOW  # and what it must notice runs the same script
-def test_the_lora_script_accelerated_gives_what_pefts_gives(tmp_path):
-    out = run("lora_trainer.py", "--quick", "--out", tmp_path, "--dtype", "float32")
+@pytest.mark.parametrize("options", [(), ("--four-bits",)], ids=["plain", "four bits"])
+def test_the_lora_script_accelerated_gives_what_pefts_gives(options, tmp_path):
+    out = run("lora_trainer.py", "--quick", "--out", tmp_path, "--dtype", "float32", *options)
     assert out.count(": the same\n") == 5
     for run_of in ("LoRA of PEFT", "LoRA, accelerated", "Hydra"):
         assert run_of in out

@@ -91,6 +91,40 @@ def test_output_and_every_gradient(kind, backend, form, dtype, case):
             compare(case, kind, backend, form, dtype)
 
 
+EVERYTHING = Case((9, 3), 64, 48, 3, 5, adapter_bias=True, scales="learnable")
+NAMES = sorted(trainable(operands(EVERYTHING, F32)[0]))
+READS_W0 = {"x", "B_down"}  # in the composed form
+
+
+@pytest.mark.parametrize(("backend", "form"), [("aten", "composed"), ("native", "composed"), ("aten", "kept")])
+@pytest.mark.parametrize("left", [*NAMES, ""])
+@pytest.mark.parametrize("alone", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_each_gradient_alone_and_all_but_one(backend, form, left, alone):
+    """The gradients are those of the whole backward, and W0 is saved where one of them reads it."""
+    wanted = {left} - {""} if alone else set(NAMES) - {left}
+    t, G = operands(EVERYTHING, F32)
+    layer, t = over("nf4-twice", t)
+    packed = weights.packed(layer)
+    rest = {name: v for name, v in t.items() if name != "weight"}
+
+    def ours(t):
+        return call(hk.hydra_linear, {**t, "weight": packed}, EVERYTHING, form=form, backend=backend)
+
+    whole = differentiate(ours, rest, G, set(NAMES))
+    kept: dict[int, int] = {}
+
+    def watched(t):
+        h, found = saved_by(lambda: ours(t))
+        kept.update(found)
+        return h
+
+    got = differentiate(watched, rest, G, wanted)
+    for name, value in got.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-5)
+    reads = not wanted.isdisjoint(READS_W0 if form == "composed" else {"x"})
+    assert (layer.weight.untyped_storage().data_ptr() in kept) == reads
+
+
 @pytest.mark.parametrize("adapters", [BF16, F32], ids=str)
 @pytest.mark.parametrize("kind", ["nf4-twice", "int8"])
 @pytest.mark.parametrize("case", ROUNDING, ids=str)
