@@ -49,17 +49,22 @@ class Packed(NamedTuple):
         base: Any = self.base
         if x.numel() == 0 and not torch.is_grad_enabled():
             return x.new_empty(*x.shape[:-1], self.shape[0])  # bitsandbytes' kernel for AVX512-BF16 ends the process
-        kept = {name: base.__dict__[name] for name in _SETTINGS if name in base.__dict__}
+        x = x.contiguous()  # bitsandbytes' kernel for AVX512-BF16 passes over strides
         graph = torch.is_grad_enabled()
         if graph:
             self.ready()
         state = getattr(base.weight, "quant_state", None)
-        state = None if _is_repacked(state) else copy.copy(state)
+        if _is_repacked(state):
+            if self.dtype is not None and base.bias is None:
+                return base(x)  # there is nothing left that it could change
+            state = None
+        kept = {name: base.__dict__[name] for name in _SETTINGS if name in base.__dict__}
+        state = copy.copy(state)
         bias = None if base.bias is None else base.bias.data
         if state is not None and (graph or self.shape[0] % 32 or self.shape[1] % state.blocksize):
             base.support_avx512bf16_for_cpu = False  # its layout for that has no gradient and no such sizes
         try:
-            y0: Tensor = base(x.contiguous())  # bitsandbytes' kernel for AVX512-BF16 passes over strides
+            y0: Tensor = base(x)
         finally:
             base.__dict__.update(kept)
             if bias is not None and base.bias.dtype != bias.dtype:
@@ -161,14 +166,13 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _four_bits(layer: Any) -> Packed:
-    weight = layer.weight
     state = _state_of(layer)
     if state is None:
         raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
     # Before the first forward fixes it for good, the layer computes in x's dtype.
     dtype = layer.compute_dtype if layer.compute_type_is_set else None
     original = getattr(state, "original_dtype", state.dtype)
-    return Packed(state.quant_type, tuple(state.shape), weight.device, dtype, original, layer)
+    return Packed(state.quant_type, tuple(state.shape), layer.weight.device, dtype, original, layer)
 
 
 def _contents_of_four_bits(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

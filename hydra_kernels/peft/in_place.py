@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..adapter import one_branch
 from ..autograd import autocast_is_on
-from ..backend.interface import LOW_PRECISION
+from ..backend.interface import LOW_PRECISION, Operands
 from ..checks import AUTOCAST_DTYPES, DTYPES
-from ..functional import hydra_linear
+from ..functional import applied
 from ..sharding import is_sharded
 from ..weights import Packed, is_quantised, packed
 
@@ -29,7 +29,7 @@ ACCELERATED = "accelerated"
 
 
 class Accelerated:
-    """Before a class of PEFT's: where its forward is the plain formula of LoRA, one call of `hydra_linear` computes it.
+    """Before a class of PEFT's: where its forward is the plain formula of LoRA, one call of our kernels computes it.
 
     `accelerate` makes such a class that of the layers that PEFT has made. Where hooks, other classes of submodules or a
     variant of LoRA ask for more, PEFT's own forward runs, with one warning for each reason.
@@ -54,10 +54,13 @@ class Accelerated:
             down, up, down_bias, up_bias, scale = call.branches[0]
         else:
             (down, up, down_bias, up_bias), scale = one_branch(call.branches), 1.0
-        return hydra_linear(
-            x, call.weight, call.bias, down, up, None, None,
-            A_down_bias=down_bias, A_up_bias=up_bias, scale_a=scale, input_dropout_p=_drops(self, names[0]),
+        # Not `hydra_linear`, whose checks of options cost host time: here there are none. All fields are given, since
+        # a default would be an input of the graph under dynamic tracing.
+        operands = Operands(
+            call.weight, call.bias, down, up, None, None,
+            down_bias, up_bias, None, None, None, None, None, scale, 1.0, 1.0, 0.0,
         )  # fmt: skip
+        return applied(x, operands, 0.0, _drops(self, names[0]), True, "auto", "auto")
 
 
 # "Linear" in the names: by that PEFT's "all-linear" tells tuner layers that a further adapter can join.
