@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,39 +60,42 @@ def _check_frozen(x: Any, weight: Any, bias: Any, cast_to: torch.dtype | None) -
     served = AUTOCAST_DTYPES if cast_to else DTYPES
     if weight.dtype not in served:
         raise TypeError(f"weight: expected one of {', '.join(map(str, served))}, got {weight.dtype}")
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: expected shape [*, {K}] for a weight of shape [{N}, {K}], got {list(x.shape)}")
-    if x.dtype not in dtypes:
-        raise TypeError(f"x: expected {weight.dtype}, as weight has, got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"x: expected on {weight.device}, where weight is, got {x.device}")
-    if bias is not None:
-        _check_tensor("bias", bias, (N,), dtypes, weight.device)
-    return _rows(x), K, N
+    return _check_x_and_bias(x, bias, N, K, dtypes, weight.dtype, dtypes, weight.device)
 
 
 def _check_beside_packed(x: Any, weight: Packed, bias: Any, cast_to: torch.dtype | None) -> tuple[int, int, int]:
     """`_check_frozen` over a quantised weight, which has no dtype of its own."""
     _check_plain("x", x)
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: expected shape [*, {K}] for a weight of shape [{N}, {K}], got {list(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"x: expected on {weight.device}, where weight is, got {x.device}")
     if weight.base is not None and weight.base.weight.requires_grad:
         raise ValueError("weight: it requires grad, but W0 is frozen; call weight.requires_grad_(False)")
+    biases = AUTOCAST_DTYPES if cast_to else (x.dtype,)
+    return _check_x_and_bias(x, bias, *weight.shape, DTYPES, None, biases, weight.device)
+
+
+def _check_x_and_bias(
+    x: Any,
+    bias: Any,
+    N: int,
+    K: int,
+    dtypes: Sequence[torch.dtype],
+    of_weight: torch.dtype | None,
+    biases: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> tuple[int, int, int]:
+    """Checks x, of one of dtypes, and bias beside a weight [N, K], whose own dtype is None where it is quantised."""
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: expected shape [*, {K}] for a weight of shape [{N}, {K}], got {list(x.shape)}")
+    if x.dtype not in dtypes:
+        wanted = f"one of {', '.join(map(str, dtypes))}" if of_weight is None else f"{of_weight}, as weight has"
+        raise TypeError(f"x: expected {wanted}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"x: expected on {device}, where weight is, got {x.device}")
     if bias is not None:
-        _check_tensor("bias", bias, (N,), AUTOCAST_DTYPES if cast_to else (x.dtype,), weight.device)
-    return _rows(x), K, N
-
-
-def _rows(x: Tensor) -> int:
+        _check_tensor("bias", bias, (N,), biases, device)
     M = 1
     for size in x.shape[:-1]:
         M *= size
-    return M
+    return M, K, N
 
 
 def _check_branch(

@@ -17,6 +17,7 @@ from benchmarks.measuring import methods, models, timing
 from benchmarks.measuring.methods import Contestant, Ranks
 from benchmarks.measuring.models import MODELS, Size
 from benchmarks.measuring.rows import Table4Row
+from benchmarks.measuring.table4_settings import QUANTISED_METHODS
 from benchmarks.rendering import models as render_models
 from benchmarks.rendering.tables import Stored
 
@@ -344,7 +345,7 @@ def test_a_run_over_a_quantised_base(base, tmp_path, capsys):
     arguments = ["--dry", "--device", "cpu", "--model", "llama", "--base", base, "--dtype", "fp32", "--steps", "1"]
     assert table4.main([*arguments, "--batch-size", "2", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     _, rows = timing.read_result(tmp_path / f"table4-llama-{base}-dry-cpu-fp32.json", Table4Row)
-    assert [row["method"] for row in rows] == list(table4.QUANTISED_METHODS["fp32"])
+    assert [row["method"] for row in rows] == list(QUANTISED_METHODS["fp32"])
     assert all(row["base"] == base and len(row["token_seconds"]) == table4.TOKENS for row in rows)
     assert all(row["parity"]["gradient"] < 2e-5 for row in rows if not row["method"].startswith("naive"))
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from benchmarks import render, table4
-from benchmarks.measuring import images, methods, models, timing
+from benchmarks.measuring import images, methods, models, table4_settings, timing
 from benchmarks.measuring.methods import Contestant, ParityError, Ranks
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment
@@ -527,7 +527,8 @@ def test_bf16_runs_and_its_bound_still_catches_a_wrong_gradient(base):
 
 
 def test_a_whole_epoch_is_summed_and_its_last_batch_is_what_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(table4, "EPOCH", 22)
+    for module in (table4, table4_settings):
+        monkeypatch.setattr(module, "EPOCH", 22)
     arguments = ["--dry", "--full", "--batch-size", "8", "--methods", "naive_lora", "--out", str(tmp_path)]
     assert table4.main(arguments) == 0
     _, [row] = timing.read_result(tmp_path / "table4-dry-cpu-fp32.json", Table4Row)
@@ -583,7 +584,7 @@ def test_bad_options_are_named(arguments, message, tmp_path, capsys):
 
 
 def test_ranks_are_read_by_kind_and_the_others_keep_their_default():
-    assert table4.ranks_option("hydra=2+8,seqlora=5", VIT.ranks) == {
+    assert table4_settings.ranks_option("hydra=2+8,seqlora=5", VIT.ranks) == {
         "lora": Ranks(4, 0),
         "seqlora": Ranks(0, 5),
         "hydra": Ranks(2, 8),
