@@ -16,6 +16,7 @@ namespace hydra::cpu {
   void run(const Widen& copy);               \
   void run(const Narrow& copy);              \
   void run(const Pair& copy);                \
+  void run(const Split& parts);              \
   void run(const Keep& mask);                \
   void run(const Masked<uint16_t>& copy);    \
   void run(const Masked<uint32_t>& copy);    \
@@ -64,6 +65,7 @@ void run(const Combine<double>& product) { dispatch(product); }
 void run(const Widen& copy) { dispatch(copy); }
 void run(const Narrow& copy) { dispatch(copy); }
 void run(const Pair& copy) { dispatch(copy); }
+void run(const Split& parts) { dispatch(parts); }
 void run(const Keep& mask) { dispatch(mask); }
 void run(const Masked<uint16_t>& copy) { dispatch(copy); }
 void run(const Masked<uint32_t>& copy) { dispatch(copy); }

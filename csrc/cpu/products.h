@@ -45,6 +45,7 @@ struct Combine {
 //   narrow   out[i, c] = in[i, c] + row[c] + base[i, c], summed in fp32 and rounded to bf16 once; row and base may be null
 //   pair     out[p / 2, c] = in[p, c] and above it in[p + 1, c], as matrix units read their right operand; an odd last row
 //            meets zeros
+//   split    hi = in rounded to bf16, lo = (in - hi) rounded to bf16; *exact: whether all of lo is zero
 struct Widen {
   int64_t rows, columns;
   const uint16_t* in;
@@ -69,6 +70,15 @@ struct Pair {
   const uint16_t* in;
   int64_t ld_in;
   uint32_t* out;
+  int64_t ld_out;
+  int64_t ahead = 0;  // to prefetch: how many columns to the right the caller reads next
+};
+
+struct Split {
+  int64_t size;
+  const float* in;
+  uint16_t *hi, *lo;
+  bool* exact;
 };
 
 // Input dropout, as hydra_kernels/backend/philox.py has it.
@@ -102,6 +112,7 @@ void run(const Combine<double>& product);
 void run(const Widen& copy);
 void run(const Narrow& copy);
 void run(const Pair& copy);
+void run(const Split& parts);
 void run(const Keep& mask);
 void run(const Masked<uint16_t>& copy);
 void run(const Masked<uint32_t>& copy);

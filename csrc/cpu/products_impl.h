@@ -189,12 +189,23 @@ void run_narrow(const Narrow& n) {
 void run_pair(const Pair& pair) {
   for (int64_t p = 0; p < pair.rows; p += 2) {
     const uint16_t *even = pair.in + p * pair.ld_in, *odd = even + pair.ld_in;
-    uint32_t* out = pair.out + p / 2 * pair.columns;
+    uint32_t* out = pair.out + p / 2 * pair.ld_out;
+    for (int64_t c = 0; c < pair.ahead; c += 32) __builtin_prefetch(even + pair.columns + c, 0, 2), __builtin_prefetch(odd + pair.columns + c, 0, 2);
     if (p + 1 < pair.rows)
       for (int64_t c = 0; c < pair.columns; ++c) out[c] = even[c] | uint32_t(odd[c]) << 16;
     else
       for (int64_t c = 0; c < pair.columns; ++c) out[c] = even[c];
   }
+}
+
+void run_split(const Split& s) {
+  uint32_t rests = 0;
+  for (int64_t i = 0; i < s.size; ++i) {
+    s.hi[i] = narrowed(s.in[i]);
+    s.lo[i] = narrowed(s.in[i] - widened(s.hi[i]));
+    rests |= s.lo[i] & 0x7fff;
+  }
+  *s.exact = rests == 0;
 }
 
 // Philox works on words of 32 bits, each in the lower half of 64: what the upper half holds is never read.
@@ -268,6 +279,7 @@ void run_masked(const Masked<T>& m) {
   void run(const Widen& copy) { run_widen(copy); }                          \
   void run(const Narrow& copy) { run_narrow(copy); }                        \
   void run(const Pair& copy) { run_pair(copy); }                            \
+  void run(const Split& parts) { run_split(parts); }                        \
   void run(const Keep& mask) { run_keep(mask); }                            \
   void run(const Masked<uint16_t>& copy) { run_masked(copy); }              \
   void run(const Masked<uint32_t>& copy) { run_masked(copy); }              \

@@ -5,12 +5,15 @@
 
 #include <string>
 
+#include "amx.h"
+
 namespace hydra::cpu {
 namespace {
 
 using c10::BFloat16;
 
-constexpr int64_t CHUNK = 256;  // columns at a time: what is widened or paired stays in the L1 cache
+// Columns at a time: what is widened or paired stays in the L1 cache.
+constexpr int64_t CHUNK = 256, OUTER_CHUNK = 128;
 
 const uint16_t* bits(const BFloat16* p) { return reinterpret_cast<const uint16_t*>(p); }
 uint16_t* bits(BFloat16* p) { return reinterpret_cast<uint16_t*>(p); }
@@ -27,6 +30,17 @@ void multiply(int64_t M, int64_t N, int64_t K, const BFloat16* A, int64_t lda, c
   at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C);
 #endif
 }
+
+// Gives the registers back that brgemm has set up: it sets them up again at its next call.
+void release_matrix_units() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  if (used) at::native::cpublas::brgemm_release();
+  used = false;
+#endif
+}
+
+// Only beside has_matrix_units(): torch's settings hold for AMX too.
+bool has_amx() { return amx::available(); }
 
 const float* widened(const BFloat16* in, int64_t ld_in, int64_t rows, int64_t columns) {
   float* out = Scratch<float, 0>::of(rows * columns);
@@ -56,27 +70,12 @@ bool has_matrix_units() {
 #endif
 }
 
-MatrixUnits::~MatrixUnits() {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  if (used) at::native::cpublas::brgemm_release();
-  used = false;
-#endif
-}
+MatrixUnits::~MatrixUnits() { release_matrix_units(); }
 
 Halves::Halves(const float* S, int64_t R, int64_t columns) : ranks(R), columns(columns), parts(1), memory(2 * R * columns) {
-  const int64_t size = R * columns;
-  BFloat16 *hi = memory.data(), *lo = hi + size;
-  run(Narrow{1, size, S, size, nullptr, nullptr, 0, bits(hi), size});
-  const Buffer<float> rest(size);
-  run(Widen{1, size, bits(hi), size, rest.data(), size});
   bool exact = true;
-  for (int64_t e = 0; e < size; ++e) {
-    rest.data()[e] = S[e] - rest.data()[e];
-    exact = exact & (rest.data()[e] == 0);
-  }
-  if (exact) return;
-  parts = 2;
-  run(Narrow{1, size, rest.data(), size, nullptr, nullptr, 0, bits(lo), size});
+  run(Split{R * columns, S, bits(memory.data()), bits(memory.data() + R * columns), &exact});
+  if (!exact) parts = 2;
 }
 
 Small<BFloat16>::Small(const float* S, int64_t R, int64_t columns, int uses) : S_(S), R_(R), columns_(columns) {
@@ -88,12 +87,17 @@ Small<BFloat16>::Small(const float* S, int64_t R, int64_t columns, int uses) : S
     down_ = Buffer<BFloat16>(columns * P);
     const auto* in = reinterpret_cast<const uint32_t*>(halves.memory.data());  // a pair at a time
     auto* out = reinterpret_cast<uint32_t*>(down_.data());
-    for (int64_t r = 0; r < P; ++r)
-      for (int64_t pair = 0; pair < columns / 2; ++pair) out[pair * P + r] = in[r * (columns / 2) + pair];
+    const int64_t pairs = columns / 2;
+    constexpr int64_t LINE = 16;  // pairs at a time: their lines of `out` stay in the L1 cache
+    for (int64_t first = 0; first < pairs; first += LINE)
+      for (int64_t r = 0; r < P; ++r)
+        for (int64_t pair = first; pair < std::min(pairs, first + LINE); ++pair) out[pair * P + r] = in[r * pairs + pair];
   }
   if (uses & UP) {
-    up_ = Buffer<BFloat16>(even(P) * columns);
-    run(Pair{P, columns, bits(halves.memory.data()), columns, reinterpret_cast<uint32_t*>(up_.data())});
+    depth_ = has_amx() ? amx::depths(P) : even(P), ld_up_ = has_amx() ? amx::tiles(columns) : columns;
+    up_ = Buffer<BFloat16>(depth_ * ld_up_);
+    if (depth_ > even(P) || ld_up_ > columns) std::fill_n(up_.data(), depth_ * ld_up_, BFloat16(0));
+    run(Pair{P, columns, bits(halves.memory.data()), columns, reinterpret_cast<uint32_t*>(up_.data()), ld_up_});
   }
 }
 
@@ -119,18 +123,24 @@ void Small<BFloat16>::down(const BFloat16* v, int64_t stride, int64_t rows, cons
 void Small<BFloat16>::up(const BFloat16* Z, int64_t ld_z, int64_t rows, const float* row, const BFloat16* base, int64_t ld_base,
                          BFloat16* out, int64_t ld_out) const {
   if (rows == 0) return;
-  const int64_t depth = even(parts_ * R_);
-  BFloat16* left = Scratch<BFloat16, 1>::of(rows * depth);  // Z once for each part of S, and zeros
-  if (up_.data())
+  BFloat16* left = nullptr;  // Z once for each part of S, and zeros
+  if (up_.data()) {
+    left = Scratch<BFloat16, 1>::of(amx::tiles(rows) * depth_);
     for (int64_t m = 0; m < rows; ++m) {
-      BFloat16* to = left + m * depth;
-      to[depth - 1] = 0;
+      BFloat16* to = left + m * depth_;
       for (int64_t part = 0; part < parts_; ++part) std::copy_n(Z + m * ld_z, R_, to + part * R_);
+      std::fill(to + parts_ * R_, to + depth_, BFloat16(0));
     }
+    if (has_amx()) {
+      release_matrix_units();
+      return amx::run(amx::Up{rows, columns_, depth_, bits(left), reinterpret_cast<const uint32_t*>(up_.data()), ld_up_, row,
+                              bits(base), ld_base, bits(out), ld_out});
+    }
+  }
   float* sums = Scratch<float, 2>::of(rows * CHUNK);
   for (int64_t c = 0; c < columns_; c += CHUNK) {
     const int64_t count = std::min(CHUNK, columns_ - c);
-    if (up_.data()) multiply(rows, count, depth, left, depth, up_.data() + 2 * c, columns_, false, sums, CHUNK);
+    if (left) multiply(rows, count, depth_, left, depth_, up_.data() + 2 * c, ld_up_, false, sums, CHUNK);
     else run(Combine<float>{rows, count, R_, widened(Z, ld_z, rows, R_), 1, R_, S_ + c, columns_, nullptr, 0, sums, CHUNK});
     run(Narrow{rows, count, sums, CHUNK, row ? row + c : nullptr, base ? bits(base) + c : nullptr, ld_base, bits(out) + c, ld_out});
   }
@@ -139,7 +149,7 @@ void Small<BFloat16>::up(const BFloat16* Z, int64_t ld_z, int64_t rows, const fl
 Left<BFloat16>::Left(const float* S, int64_t R, int64_t rows) : S_(S, R, rows) {}
 
 void Left<BFloat16>::times(const BFloat16* v, int64_t stride, int64_t first, int64_t last, float* out, int64_t ld_out) const {
-  constexpr int64_t BLOCK = 64;
+  constexpr int64_t BLOCK = 128;
   const int64_t P = S_.parts * S_.ranks, rows = S_.columns, width = last - first;
   BFloat16* left = Scratch<BFloat16, 3>::of(P * BLOCK);
   const Buffer<float> sums(S_.parts == 2 ? P * width : 0);
@@ -160,16 +170,22 @@ void Left<BFloat16>::times(const BFloat16* v, int64_t stride, int64_t first, int
 void outer(const BFloat16* Z_t, int64_t ld_z, int64_t ranks, const BFloat16* v, int64_t stride, int64_t rows, int64_t first,
            int64_t last, bool add, float* out, int64_t ld_out) {
   if (ranks == 0) return;
-  const bool fast = has_matrix_units() && rows > 0;
-  const float* left = fast ? nullptr : widened(Z_t, ld_z, ranks, rows);
-  for (int64_t c = first; c < last; c += CHUNK) {
-    const int64_t count = std::min(CHUNK, last - c);
-    if (fast) {
-      BFloat16* pairs = Scratch<BFloat16, 2>::of(even(rows) * CHUNK);
-      run(Pair{rows, count, bits(v) + c, stride, reinterpret_cast<uint32_t*>(pairs)});
-      multiply(ranks, count, even(rows), Z_t, ld_z, pairs, count, add, out + c, ld_out);
+  const bool units = has_matrix_units() && rows > 0, by_amx = units && has_amx();
+  const float* left = units ? nullptr : widened(Z_t, ld_z, ranks, rows);
+  const int64_t depth = by_amx ? outer_rows(rows) : even(rows);
+  if (by_amx) release_matrix_units();
+  for (int64_t c = first; c < last; c += OUTER_CHUNK) {
+    const int64_t count = std::min(OUTER_CHUNK, last - c);
+    if (units) {
+      const int64_t ld = by_amx ? amx::tiles(count) : count;
+      BFloat16* pairs = Scratch<BFloat16, 2>::of(depth * OUTER_CHUNK);
+      run(Pair{rows, count, bits(v) + c, stride, reinterpret_cast<uint32_t*>(pairs), ld, std::min(OUTER_CHUNK, last - c - count)});
+      std::fill_n(pairs + even(rows) * ld, (depth - even(rows)) * ld, BFloat16(0));
+      if (by_amx)
+        amx::run(amx::Outer{ranks, count, depth, bits(Z_t), ld_z, reinterpret_cast<uint32_t*>(pairs), ld, add, out + c, ld_out});
+      else multiply(ranks, count, depth, Z_t, ld_z, pairs, count, add, out + c, ld_out);
     } else {
-      float* right = Scratch<float, 3>::of(rows * CHUNK);
+      float* right = Scratch<float, 3>::of(rows * OUTER_CHUNK);
       run(Widen{rows, count, bits(v) + c, stride, right, count});
       run(Combine<float>{ranks, count, rows, left, 1, rows, right, count, add ? out + c : nullptr, ld_out, out + c, ld_out});
     }

@@ -82,7 +82,8 @@ class Small<c10::BFloat16> {
   const float* S_;
   int64_t R_, columns_;
   int64_t parts_ = 2;  // 1 where S is bf16 already
-  Buffer<c10::BFloat16> down_{0}, up_{0};  // in pairs: [columns / 2, parts R, 2] and [parts R / 2, columns, 2]
+  int64_t depth_ = 0, ld_up_ = 0;
+  Buffer<c10::BFloat16> down_{0}, up_{0};  // in pairs: [columns / 2, parts R, 2] and [depth / 2, ld_up, 2], zero beyond S
 };
 
 // S [ranks, rows] of C = B_down W0, to be multiplied with the columns [first, last) of v [rows, *].
@@ -109,7 +110,9 @@ class Left<c10::BFloat16> {
   Halves S_;
 };
 
-// Columns [first, last) of out [ranks, ld_out]; Z_t is Z^T [ranks, rows] in rows of ld_z. `add` to out, or write it.
+// Columns [first, last) of out [ranks, ld_out]; Z_t is Z^T [ranks, outer_rows(rows)], zero beyond `rows`, in rows of ld_z.
+// `add` to out, or write it.
+inline int64_t outer_rows(int64_t rows) { return (rows + 31) / 32 * 32; }
 void outer(const c10::BFloat16* Z_t, int64_t ld_z, int64_t ranks, const c10::BFloat16* v, int64_t stride, int64_t rows,
            int64_t first, int64_t last, bool add, float* out, int64_t ld_out);
 

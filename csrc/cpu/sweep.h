@@ -196,7 +196,7 @@ void sweep_sums(const Sweep<E>& s, int64_t row, int64_t rows, int64_t ahead, boo
                      down.width, out + begin, down.width, 0, s.drop ? 0 : ahead * down.v_stride});
     });
   } else {
-    const int64_t ld = (rows + 1) / 2 * 2;
+    const int64_t ld = outer_rows(rows);
     E* left = Scratch<E, 0>::of(s.R * ld);
     const auto transpose = [&](const T* in) {
       for (int64_t r = 0; r < s.R; ++r)
@@ -219,8 +219,9 @@ Sums<T> sweep(const Sweep<E>& s) {
   const int64_t threads = threads_for(8 * s.M * width * s.R, s.M);
   Sums<T> at(s, threads);
   // Blocks of x and G that fit into the L2 cache. Matrix units want more rows, since each block reads and writes the sums.
-  const int64_t most = std::is_same_v<E, T> ? 32 : 64;
-  const int64_t block = std::clamp<int64_t>((256 << 10) / (std::max<int64_t>(width, 1) * sizeof(T)) * (most / 32), 8, most) / 8 * 8;
+  const bool widens = std::is_same_v<E, T>;
+  const int64_t least = widens ? 8 : 32, most = widens ? 32 : 128, bytes = widens ? 256 << 10 : 1 << 20;
+  const int64_t block = std::clamp<int64_t>(bytes / (std::max<int64_t>(width, 1) * sizeof(E)), least, most) / least * least;
   const int64_t rows_of_thread = (s.M + threads - 1) / threads;
   const bool shared = at.copies < threads;
   const Buffer<T> all(shared ? 2 * s.M * stride : 0);
