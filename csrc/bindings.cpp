@@ -1,6 +1,7 @@
 // The Python module hydra_kernels._native. It converts arguments and results; it has no arithmetic.
 #include "autograd.h"
 #include "check.h"
+#include "cpu/amx.h"
 #include "cpu/large.h"
 #include "cpu/small.h"
 #include "python.h"
@@ -97,5 +98,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "[(name, \"tensor\", \"scale\" or \"number\")] in the order of Operands");
   m.def("onednn", &hydra::cpu::has_onednn, "Whether torch's oneDNN operators for the products with W0 can be called.");
   m.def("matrix_units", &hydra::cpu::has_matrix_units, "Whether bf16 runs on matrix units (AMX, AVX512-BF16).");
+  m.def("amx", [] { return hydra::cpu::has_matrix_units() && hydra::cpu::amx::available(); }, "Whether bf16 runs on AMX's tiles.");
   m.def("instructions", &hydra::cpu::instructions, "The instruction set of the CPU kernels.");
 }

@@ -114,14 +114,19 @@ def test_a_bfloat16_backward_gives_each_gradient_in_its_operands_dtype(form, ada
     assert {name: grad.dtype for name, grad in grads.items()} == expected
 
 
+@pytest.mark.parametrize("units", [True, False], ids=["matrix_units", "widened"])
 @pytest.mark.parametrize("form", ["composed", "kept"])
-def test_bfloat16_is_rounded_to_the_nearest(form):
+def test_bfloat16_is_rounded_to_the_nearest(form, units):
     """Where W0 is zero, h is Z U^T rounded once: to the nearest, ties to even."""
     t, _ = operands(replace(PLAIN, lead=(64,), K=32, N=96, r_a=1, r_b=1, bias=False), BF16)
     t["weight"].zero_(), t["B_up"].zero_()
     t["A_down"].zero_()[0, 0] = 1
     t["x"][0, 0] = float("nan")
-    h = call(hk.hydra_linear, t, PLAIN, form=form, backend="native")
+    torch._C._set_mkldnn_enabled(units)
+    try:
+        h = call(hk.hydra_linear, t, PLAIN, form=form, backend="native")
+    finally:
+        torch._C._set_mkldnn_enabled(True)
     exact = (t["x"][:, :1].float() @ t["A_up"].float().t()).bfloat16()
     torch.testing.assert_close(h[1:], exact[1:], rtol=0, atol=0)
     assert h[0].isnan().all()
@@ -173,6 +178,20 @@ def test_every_instruction_set_that_this_processor_has(capability):
     if found == NATIVE.instructions():
         return  # the same tests run in this process
     tests = [f"{__file__}::test_kernels", f"{__file__}::test_weights_of_any_layout"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.skipif(NATIVE is None or not NATIVE.amx(), reason="this processor has no AMX")
+@pytest.mark.slow
+def test_matrix_units_without_amx():
+    """As on a processor that has AVX512-BF16 alone: oneDNN then asks for no tiles, and ours must not use them."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+    code = "from hydra_kernels.extension import load; print(load().matrix_units(), load().amx())"
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["True", "False"]
+    tests = [f"{__file__}::test_kernels_in_bfloat16", "-k", "matrix_units", f"{__file__}::test_sums_that_all_threads_share"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

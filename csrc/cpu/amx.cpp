@@ -128,14 +128,11 @@ inline void store_row(const Up& u, const float* sums, int64_t m, int64_t c, __mm
   _mm512_mask_storeu_epi16(u.out + m * u.ld_out + c, mask, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
-#ifndef AHEAD
-#define AHEAD 64
-#endif
 inline void store_block(const Up& u, const float* sums, int64_t m, int64_t c) {
   const int64_t columns = std::min(BLOCK, u.columns - c), rows = std::min(BLOCK, u.rows - m);
   const __mmask32 mask = columns == BLOCK ? ~__mmask32(0) : (__mmask32(1) << columns) - 1;
   for (int64_t i = 0; i < rows; ++i) {
-    __builtin_prefetch(u.out + (m + i) * u.ld_out + c + AHEAD, 1, 3);
+    __builtin_prefetch(u.out + (m + i) * u.ld_out + c + 2 * BLOCK, 1);  // each row is on a page of its own
     store_row(u, sums + i * BLOCK, m + i, c, mask);
   }
 }

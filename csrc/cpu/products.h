@@ -71,7 +71,6 @@ struct Pair {
   int64_t ld_in;
   uint32_t* out;
   int64_t ld_out;
-  int64_t ahead = 0;  // to prefetch: how many columns to the right the caller reads next
 };
 
 struct Split {

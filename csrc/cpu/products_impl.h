@@ -190,7 +190,6 @@ void run_pair(const Pair& pair) {
   for (int64_t p = 0; p < pair.rows; p += 2) {
     const uint16_t *even = pair.in + p * pair.ld_in, *odd = even + pair.ld_in;
     uint32_t* out = pair.out + p / 2 * pair.ld_out;
-    for (int64_t c = 0; c < pair.ahead; c += 32) __builtin_prefetch(even + pair.columns + c, 0, 2), __builtin_prefetch(odd + pair.columns + c, 0, 2);
     if (p + 1 < pair.rows)
       for (int64_t c = 0; c < pair.columns; ++c) out[c] = even[c] | uint32_t(odd[c]) << 16;
     else

@@ -179,7 +179,7 @@ void outer(const BFloat16* Z_t, int64_t ld_z, int64_t ranks, const BFloat16* v, 
     if (units) {
       const int64_t ld = by_amx ? amx::tiles(count) : count;
       BFloat16* pairs = Scratch<BFloat16, 2>::of(depth * OUTER_CHUNK);
-      run(Pair{rows, count, bits(v) + c, stride, reinterpret_cast<uint32_t*>(pairs), ld, std::min(OUTER_CHUNK, last - c - count)});
+      run(Pair{rows, count, bits(v) + c, stride, reinterpret_cast<uint32_t*>(pairs), ld});
       std::fill_n(pairs + even(rows) * ld, (depth - even(rows)) * ld, BFloat16(0));
       if (by_amx)
         amx::run(amx::Outer{ranks, count, depth, bits(Z_t), ld_z, reinterpret_cast<uint32_t*>(pairs), ld, add, out + c, ld_out});
