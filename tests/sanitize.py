@@ -87,7 +87,8 @@ CPU_SOURCES = ("csrc", "hydra_kernels", "benchmarks", "tests", "setup.py", "pypr
 CPU_TESTS = ["tests/test_native.py", "-k", "test_kernels or test_sums_that or test_weights or nearest"]
 CPU_PLANTED = Planted(
     "a write past scratch memory", "address", "AddressSanitizer", "small.cpp",
-    "Scratch<BFloat16, 1>::of(amx::tiles(rows) * depth_)", "Scratch<BFloat16, 1>::of(amx::tiles(rows))", "kernels_in_bfloat16",
+    "Scratch<BFloat16, 1>::of(amx::tiles(rows) * depth_)", "Scratch<BFloat16, 1>::of(amx::tiles(rows))",
+    "kernels_in_bfloat16",
 )  # fmt: skip
 
 
