@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 from benchmarks.device.isolated import CheckRow
 from benchmarks.measuring import timing
 from benchmarks.measuring.rows import (
@@ -31,21 +33,24 @@ from benchmarks.measuring.rows import (
     Table4Row,
     TuneRow,
 )
-from benchmarks.measuring.timing import Environment
-from benchmarks.rendering import kernels
+from benchmarks.rendering import kernels, pictures
 from benchmarks.rendering.accelerated import accelerated_block
 from benchmarks.rendering.device import ceilings_block, doctor_block, run_block, tune_block
 from benchmarks.rendering.goals import goals_block
 from benchmarks.rendering.host import host_block
-from benchmarks.rendering.layer import layer_block, layer_chart
-from benchmarks.rendering.learn import claim_block, learn_block, learn_chart
-from benchmarks.rendering.models import models_block, models_chart
+from benchmarks.rendering.layer import layer_block
+from benchmarks.rendering.layer_chart import layer_chart
+from benchmarks.rendering.learn import claim_block, learn_block
+from benchmarks.rendering.learn_chart import learn_chart
+from benchmarks.rendering.models import models_block
+from benchmarks.rendering.overview import overview_chart
 from benchmarks.rendering.quantised import quantised_block
 from benchmarks.rendering.roofline import roofline_block
 from benchmarks.rendering.rounding import rounding_block, rounding_chart
+from benchmarks.rendering.steps_chart import models_chart, table4_chart
 from benchmarks.rendering.subspaces import subspace_block, subspace_chart
 from benchmarks.rendering.summary import summary
-from benchmarks.rendering.table4 import is_papers, table4_block, table4_chart
+from benchmarks.rendering.table4 import is_papers, table4_block
 from benchmarks.rendering.tables import Stored, is_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,12 +69,12 @@ class Block(NamedTuple):
     files: str
     schema: type
     to_markdown: Callable[[Sequence[Stored]], str]
-    chart: Callable[[Environment, Sequence[Any]], str] | None = None
+    chart: Callable[[Stored], Figure] | None = None
     page: str = RESULTS
     # Which rows of the files, where not all.
     rows: Callable[[Any], bool] = lambda row: True
     # One chart of all files, called as the block.
-    overview: Callable[[Sequence[Stored]], str] | None = None
+    overview: Callable[[Sequence[Stored]], Figure] | None = None
 
 
 class Digest(NamedTuple):
@@ -79,6 +84,14 @@ class Digest(NamedTuple):
     page: str
     of: tuple[str, ...]
     to_markdown: Callable[..., str]
+
+
+class Picture(NamedTuple):
+    """What a page shows of several blocks' rows, by their markers; the page itself has the link."""
+
+    name: str
+    of: tuple[str, ...]
+    chart: Callable[..., Figure]
 
 
 BLOCKS = (
@@ -111,6 +124,8 @@ DIGESTS = (
     Digest("measured:summary", README, (*STEPS, "measured:quantised"), summary),
     Digest("measured:goals", GOALS, (*STEPS, "measured:host", "measured:quantised"), goals_block),
 )
+# Of the README.
+PICTURES = (Picture("overview.svg", ("measured:layer", "measured:gpu"), overview_chart),)
 
 
 def stored_results(results: Path, block: Block) -> list[Stored]:
@@ -167,9 +182,9 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
         if stored:
             charts: dict[Path, str] = {}
             for file in stored if block.chart else ():
-                charts[file.path.with_suffix(".svg")] = block.chart(file.environment, file.rows)
+                charts[file.path.with_suffix(".svg")] = pictures.svg(block.chart, file)
             if block.overview:
-                charts[results / f"{block.marker.partition(':')[2]}.svg"] = block.overview(stored)
+                charts[results / f"{block.marker.partition(':')[2]}.svg"] = pictures.svg(block.overview, stored)
             links = [
                 f"![{chart.stem}]({Path(os.path.relpath(chart, pages[block.page].parent)).as_posix()})"
                 for chart in charts
@@ -177,6 +192,10 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
             content = "\n\n".join([block.to_markdown(stored), *links])
             texts[block.page] = replace_block(text, block.page, block.marker, content)
             drawn |= charts
+    for picture in PICTURES:
+        given = [found.get(marker, []) for marker in picture.of]
+        if any(given):
+            drawn[results / picture.name] = pictures.svg(picture.chart, *given)
     for part in DIGESTS:
         if f"{part.marker} -->" in texts.get(part.page, ""):
             content = part.to_markdown(*(found.get(marker, []) for marker in part.of))

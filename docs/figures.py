@@ -1,18 +1,20 @@
-"""Draws the figures of `backward.md` as SVG files beside it: ``python docs/figures.py``; ``--check`` only compares."""
+"""Draws the figures of `backward.md` as SVG files beside it: ``python -m docs.figures``; ``--check`` only compares."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from benchmarks.rendering.palette import BORDER, CARD, INK, MUTED
+
 FOLDER = Path(__file__).parent
-SMALL = 11  # letters of remarks and shapes
+SMALL = 12  # letters of remarks and shapes
 # What a colour means in every figure.
-PLAIN, FROZEN, ADAPTER, SAVED, NEVER = "#ffffff", "#d7dbe0", "#ffe3b0", "#bfe5c8", "#f6f6f6"
+PLAIN, FROZEN, ADAPTER, SAVED, NEVER = "#ffffff", "#d7dbe0", "#ffe3b0", "#bfe5c8", CARD
 
 
 class Figure:
-    """Boxes, arrows and words on a white ground, in the order in which they were added."""
+    """Boxes, arrows and words on the card of every picture, in the order in which they were added."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -24,26 +26,26 @@ class Figure:
         """A box with its corner at (x, y): a name, and its shape in small letters under it."""
         dashes = ' stroke-dasharray="4 3"' if fill == NEVER else ""
         self.parts.append(
-            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="4" fill="{fill}" stroke="#444"{dashes}/>'
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="4" fill="{fill}" stroke="{MUTED}"{dashes}/>'
         )
         self.text(x + w // 2, y + h // 2 + (0 if below else 5), text, "middle", size)
         if below:
             self.text(x + w // 2, y + h // 2 + 15, below, "middle", SMALL)
 
     def text(self, x: int, y: int, text: str, anchor: str = "start", size: int = 15) -> None:
-        fill = "#555" if size == SMALL else "#000"
+        fill = MUTED if size == SMALL else INK
         self.parts.append(
             f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="{fill}">{text}</text>'
         )
 
     def arrow(self, *points: tuple[int, int]) -> None:
         line = " ".join(f"{x},{y}" for x, y in points)
-        self.parts.append(f'<polyline points="{line}" fill="none" stroke="#444" marker-end="url(#head)"/>')
+        self.parts.append(f'<polyline points="{line}" fill="none" stroke="{MUTED}" marker-end="url(#head)"/>')
 
     def legend(self, y: int, *colours: tuple[str, str]) -> None:
         x = 20
         for fill, meaning in colours:
-            self.parts.append(f'<rect x="{x}" y="{y - 11}" width="14" height="14" fill="{fill}" stroke="#444"/>')
+            self.parts.append(f'<rect x="{x}" y="{y - 11}" width="14" height="14" fill="{fill}" stroke="{MUTED}"/>')
             self.text(x + 20, y, meaning, size=SMALL)
             x += 46 + 6 * len(meaning)
 
@@ -53,8 +55,9 @@ class Figure:
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
                 f'width="{self.width}" font-family="sans-serif">',
-                f'<defs>{head}<path d="M0,0 L8,4 L0,8 z" fill="#444"/></marker></defs>',
-                '<rect width="100%" height="100%" fill="#ffffff"/>',
+                f'<defs>{head}<path d="M0,0 L8,4 L0,8 z" fill="{MUTED}"/></marker></defs>',
+                f'<rect x="0.5" y="0.5" width="{self.width - 1}" height="{self.height - 1}" rx="8" fill="{CARD}" '
+                f'stroke="{BORDER}"/>',
                 *self.parts,
                 "</svg>\n",
             ]
@@ -98,7 +101,7 @@ def branches() -> Figure:
     f.arrow((340, 335), (400, 335))
     f.arrow((460, 335), (520, 335))
     f.arrow((610, 335), (715, 335), (715, 305))
-    f.text(360, 270, "C = B_down W0 is built once a pass, without a row of x", size=SMALL)
+    f.text(360, 270, "C = B_down W0: once a pass, without a row of x", size=SMALL)
     f.legend(382, (FROZEN, "frozen"), (ADAPTER, "rank R"), (SAVED, "saved for the backward"))
     return f
 
@@ -141,14 +144,14 @@ def passes() -> Figure:
         ("dB_down", "T W0^T + (sum of dZ_b) b0^T", (1,), ""),
     )
     for j, title in enumerate(columns):
-        f.text(450 + 90 * j, 30, title, "middle", size=SMALL)
+        f.text(435 + 90 * j, 30, title, "middle", size=SMALL)
     for i, (name, formula, reads, writes) in enumerate(rows):
         y = 48 + 40 * i
         f.text(20, y + 18, name)
-        f.text(95, y + 18, formula, size=SMALL)
+        f.text(100, y + 18, formula, size=13)
         for j in range(4):
             word, fill = ("read", FROZEN) if j in reads else ("written", SAVED) if str(j) == writes else ("", PLAIN)
-            f.box(415 + 90 * j, y, 70, 28, word, fill)
+            f.box(400 + 90 * j, y, 70, 28, word, fill)
     f.text(20, 395, "The frozen layer's step alone: x and W0 read, h written; G and W0 read, dx written.", size=SMALL)
     return f
 
@@ -161,7 +164,7 @@ def main(arguments: list[str]) -> int:
     stale = [name for name, draw in FIGURES.items() if not _is(FOLDER / name, draw().svg())]
     for name in stale:
         if "--check" in arguments:
-            print(f"docs/{name} is not what docs/figures.py draws; run python docs/figures.py")
+            print(f"docs/{name} is not what docs/figures.py draws; run python -m docs.figures")
         else:
             (FOLDER / name).write_text(FIGURES[name]().svg(), encoding="utf-8")
     return 1 if stale and "--check" in arguments else 0

@@ -14,9 +14,11 @@ from benchmarks.learning.training import TINY
 from benchmarks.measuring import images, timing
 from benchmarks.measuring.rows import LearnRow, RoundingRow, SubspaceRow
 from benchmarks.rendering import learn as render_learn
+from benchmarks.rendering import pictures, tables
 from benchmarks.rendering import rounding as render_rounding
 from benchmarks.rendering import subspaces as render_subspaces
-from benchmarks.rendering import tables
+from benchmarks.rendering.learn_chart import learn_chart
+from benchmarks.rendering.tables import Stored
 from hydra_kernels import extension
 
 CPU = torch.device("cpu")
@@ -358,11 +360,12 @@ def test_a_dry_run_stores_a_result_that_reads_back_and_renders(module, tmp_path,
     environment, rows = timing.read_result(path, schema)
     assert all(r["dry"] for r in rows)
     chart = {
-        learn: render_learn.learn_chart,
+        learn: learn_chart,
         rounding: render_rounding.rounding_chart,
         subspaces: render_subspaces.subspace_chart,
     }
-    assert chart[module](environment, rows) == chart[module](environment, json.loads(json.dumps(rows)))
+    first, second = (Stored(path, environment, of) for of in (rows, json.loads(json.dumps(rows))))
+    assert pictures.svg(chart[module], first) == pictures.svg(chart[module], second)
     assert "Stored in" in capsys.readouterr().out
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +18,8 @@ from benchmarks.measuring.models import MODELS, Size
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.table4_settings import QUANTISED_METHODS
 from benchmarks.rendering import models as render_models
+from benchmarks.rendering.models import MEMORY
+from benchmarks.rendering.steps_chart import models_chart
 from benchmarks.rendering.tables import Stored
 
 from .test_render import ENVIRONMENT, table4_row
@@ -492,20 +493,24 @@ def test_what_all_micro_batches_saved_together_is_not_shown(tmp_path):
     assert shown(51e6, accumulation=1)[0] == ["10", "51"]
 
 
-def test_the_chart_has_a_panel_a_run_and_the_stored_bytes(tmp_path, monkeypatch):
-    drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
-    first, second = (render_models.models_chart(stored_runs(tmp_path)) for _ in range(2))
-    assert first == second
-    panels = [
-        {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers} for axes in drawn[0].axes
+def test_the_chart_has_a_group_a_run_and_the_stored_bytes(tmp_path):
+    figure = models_chart(stored_runs(tmp_path))
+    memory = figure.axes[2]
+    values = {name: [] for _, name in MEMORY}
+    for dots in memory.collections:
+        if dots.get_label() in values:
+            values[dots.get_label()] += [x for x, _ in dots.get_offsets().tolist()]
+    assert values == {
+        "parameters and optimizer": [100.0] * 3,
+        "saved for the backward": [20.0, 20.0, 20.0, 30.0],
+        "peak": [150.0, 150.0, 170.0, 150.0],
+    }
+    headings = [text.get_text() for text in figure.texts if "eager" in text.get_text()]
+    assert headings == [
+        "ViT-B/32, fp32, eager, batch 32",
+        "ViT-B/32, fp32, eager, batch 32 in 4 micro-batches",
+        "RoBERTa-base, fp32, eager, batch 16, activation checkpointing",
     ]
-    assert panels == [
-        {"parameters and optimizer": [], "saved for the backward": [20.0], "peak": [150.0]},
-        {"parameters and optimizer": [100.0], "saved for the backward": [20.0], "peak": [150.0]},
-        {"parameters and optimizer": [100.0] * 2, "saved for the backward": [20.0, 30.0], "peak": [170.0, 150.0]},
-    ]
-    assert [axes.get_title() for axes in drawn[0].axes][2].startswith("RoBERTa-base, fp32, eager, batch 16, activation")
 
 
 def test_the_papers_table_stands_by_itself_and_the_page_links_the_chart(tmp_path):

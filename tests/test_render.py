@@ -1,4 +1,4 @@
-"""What is rendered: grouped, predicted or measured, marked where ours is slower, which goals a run has, and charts."""
+"""What is rendered: grouped, predicted or measured, marked where ours is slower, and which goals a run has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import subprocess
 
 import pytest
-from matplotlib.figure import Figure
 
 from benchmarks import render, roofline
 from benchmarks.device.isolated import CheckRow
@@ -361,11 +360,10 @@ def test_the_summary_is_one_small_table_of_the_stored_rows(place):
 
 
 def test_the_readmes_first_screen_does_not_lead_with_a_gpu():
-    """Its picture is of a CPU, and in its table a GPU's line comes last."""
+    """In its table a GPU's line comes last; so does a GPU in the picture."""
     text = (render.ROOT / "README.md").read_text(encoding="utf-8")
     block = text[text.index("<!-- measured:summary -->") : text.index("<!-- /measured:summary -->")]
     assert "GPU" not in text[: text.index("<!-- measured:summary -->")]
-    assert "cuda" not in text[: text.index("<!-- measured:summary -->")]
     on_gpu = ["GPU" in line for line in block.splitlines() if line.startswith("| one layer")]
     assert on_gpu == sorted(on_gpu)
     assert not any("GPU" in line for line in block.splitlines()[1:7])
@@ -463,28 +461,6 @@ def test_one_table_serves_markdown_and_terminal():
     assert [row.style for row in printed.rows] == [None, "bold"]
 
 
-def test_table_4s_chart_is_linked_checked_and_red_where_ours_loses(place, monkeypatch):
-    drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
-    place.mark("measured:table4", "measured:models")
-    rows = [*table4_rows(), *table4_rows(ours=0.7, dtype="bf16", saved_bytes=3e6)]
-    assert place({"table4-cpu.json": (rows, Table4Row)}) == 0
-    assert "![table4-cpu](../results/table4-cpu.svg)" in place.page.read_text(encoding="utf-8")
-    chart = place.results / "table4-cpu.svg"
-    assert chart.read_text(encoding="utf-8") == render_table4.table4_chart(ENVIRONMENT, rows)
-    times, _, low_times, low_memory = drawn[-1].axes
-    assert [text.get_color() for text in times.texts] == [*["black"] * 4, "red", "red"]
-    assert [text.get_color() for text in low_times.texts] == [*["black"] * 4, "red", "black"]
-    assert [bar.get_width() for bar in low_memory.containers[1]] == [3.0] * 6
-    assert (times.get_title(), low_times.get_title()) == (
-        "ViT-B/32, fp32, eager, batch 1.0",
-        "ViT-B/32, bf16, eager, batch 1.0",
-    )
-    assert place({}, "--check") == 0
-    chart.write_text("<svg/>", encoding="utf-8")
-    assert place({}, "--check") == 1
-
-
 def test_a_cpus_goals_are_those_of_its_dtype_mode_and_backend():
     assert goals_missed(layer_rows((FC2, SMALL), ours=0.96, mode="compile")) == [
         "our Hydra 8+8 over naive Hydra, geometric mean, M >= 256 0.960, goal 0.95",
@@ -559,45 +535,27 @@ def test_the_share_of_the_floor_stands_in_the_table():
     assert "ceilings" not in render_layer.layer_notes(ENVIRONMENT, on_cpu)[0]
 
 
-def test_the_chart_shows_the_stored_ratios(monkeypatch):
-    drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
-    rows = layer_rows((FC2, SMALL), ours=0.75) + layer_rows((FC2,), ours=0.9, mode="compile")
-    first, second = (render_layer.layer_chart(ENVIRONMENT, rows) for _ in range(2))
-    assert first == second
-    assert "A Card" in first
-    eager, compiled = drawn[0].axes
-    heights = {
-        bars.get_label(): [bar.get_height() for bar in bars] for bars in eager.containers if hasattr(bars, "patches")
+def test_pictures_are_stored_linked_and_checked(place, capsys):
+    place.mark("measured:layer", "measured:table4", "measured:models")
+    files = {
+        "layer-cpu-fp32.json": (lora_rows((FC2,), 0.9, 0.8), LayerRow),
+        "table4-cpu.json": (table4_rows(), Table4Row),
     }
-    assert heights == {
-        "naive LoRA of equal R": [1.5, 1.5],
-        "naive Hydra": [2.0, 2.0],
-        "our Hydra": [0.75, 0.75],
-    }
-    assert [bar.get_height() for bar in compiled.patches] == [1.5, 2.0, 0.9]
-    # Two backends of one dtype and mode are two panels, and their titles tell them apart.
-    assert eager.get_title() == "Hydra 8+8, fp32, eager, ours: aten; A Card"
-    assert compiled.get_title() == "Hydra 8+8, fp32, compile, ours: aten; A Card"
-    hybrid = [{**row, "backend": row["backend"] and "hybrid"} for row in layer_rows()]
-    render_layer.layer_chart(ENVIRONMENT, [*layer_rows(), *hybrid])
-    assert [axes.get_title().split("ours: ")[1] for axes in drawn[-1].axes] == ["aten; A Card", "hybrid; A Card"]
-    [line] = [line for line in eager.lines if len(line.get_ydata()) == 2 and set(line.get_ydata()) == {1.0}]
-    assert line.get_linestyle() == "-"
-
-
-def test_the_chart_is_stored_linked_and_checked(place):
-    place.mark("measured:layer")
-    chart = place.results / "layer-cpu-fp32.svg"
-    assert place({"layer-cpu-fp32.json": (layer_rows(), LayerRow)}, "--check") == 1
-    assert not chart.exists()
+    assert place(files, "--check") == 1
+    names = ("layer-cpu-fp32.svg", "table4-cpu.svg", "models.svg", "overview.svg")
+    charts = [place.results / name for name in names]
+    assert not any(chart.exists() for chart in charts)
     assert place({}) == 0
-    assert chart.read_text(encoding="utf-8") == render_layer.layer_chart(ENVIRONMENT, layer_rows())
-    assert "![layer-cpu-fp32](../results/layer-cpu-fp32.svg)" in place.page.read_text(encoding="utf-8")
+    page = place.page.read_text(encoding="utf-8")
+    assert all(f"![{chart.stem}](../results/{chart.name})" in page for chart in charts[:3])
     assert place({}, "--check") == 0
-    chart.write_text("<svg/>", encoding="utf-8")
+    for chart in charts:
+        chart.write_text("<svg/>", encoding="utf-8")
+    capsys.readouterr()
     assert place({}, "--check") == 1
-    assert chart.read_text(encoding="utf-8") == "<svg/>"
+    told = capsys.readouterr().err.splitlines()
+    assert sorted(line.partition(" is stale")[0] for line in told) == sorted(names)
+    assert {chart.read_text(encoding="utf-8") for chart in charts} == {"<svg/>"}
 
 
 def test_the_predicted_table_is_the_stored_rows_and_says_what_it_is(place, predicted):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import hydra_kernels as hk
 from benchmarks import subspaces
@@ -15,6 +14,7 @@ from benchmarks.learning.training import TINY
 from benchmarks.measuring import images, timing
 from benchmarks.measuring.rows import SubspaceRow
 from benchmarks.rendering import subspaces as render_subspaces
+from benchmarks.rendering.tables import Stored
 
 CPU = torch.device("cpu")
 
@@ -138,16 +138,14 @@ def test_a_run_looks_at_the_trained_layers_of_every_seed(digits, base):
         assert set(row["labels"]) == (set(range(5, 10)) if row["seed"] == 0 else set())
 
 
-def test_the_pictures_ticks_stand_in_the_middle_of_their_cells(monkeypatch):
-    drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+def test_the_pictures_ticks_stand_in_the_middle_of_their_cells(tmp_path):
     shown = subspace_rows()
     values = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]]
     points = {branch: [[0.0, 1.0]] for branch in render_subspaces.BRANCHES}
     shown[0] |= {"matrices": dict.fromkeys(render_subspaces.MATRICES, values), "tsne": points, "labels": [5]}
-    render_subspaces.subspace_chart(timing.environment(CPU), shown)
-    images_drawn = [axis.images[0] for axis in drawn[0].axes if axis.images]
-    assert len([axis for axis in drawn[0].axes if "Eq. 14" in axis.get_title()]) == 3
+    figure = render_subspaces.subspace_chart(Stored(tmp_path, timing.environment(CPU), shown))
+    images_drawn = [axis.images[0] for axis in figure.axes if axis.images]
+    assert len([axis for axis in figure.axes if "Eq. 14" in axis.get_title(loc="left")]) == 3
     assert [list(image.get_extent()) for image in images_drawn[:3]] == [[0.5, 4.5, 0.5, 2.5]] * 3
 
 

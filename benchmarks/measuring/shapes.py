@@ -32,6 +32,12 @@ CUDA_SHAPES = (
     *(Shape(M, K, N) for K, N in ((4096, 4096), (14336, 4096), (4096, 14336)) for M in (8192, 256, 16)),
 )
 DRY_SHAPES = (Shape(256, 24, 16), Shape(16, 16, 24))
+# What a layer of K inputs and N outputs is called. RoBERTa-base has ViT-B's sizes.
+LAYER_NAMES = {
+    **{(3072, 768): "ViT-B fc2", (768, 3072): "ViT-B fc1", (768, 768): "ViT-B attention"},
+    **{(4096, 1024): "ViT-L fc2", (1024, 1024): "ViT-L attention"},
+    **{(4096, 4096): "Llama-8B attention", (14336, 4096): "Llama-8B down", (4096, 14336): "Llama-8B up"},
+}
 
 
 # Those of the GPU's goals: ViT-B/32 fc2, ViT-L fc2, and a language model's layers; the ranks of the goals, and others,
@@ -45,6 +51,11 @@ PAPERS_FC2 = HEADLINE[0]
 def has_bias(shape: Shape) -> bool:
     """Whether a GPU's frozen layer is measured with b0: a ViT's has it, a language model's has not."""
     return min(shape.K, shape.N) < 4096
+
+
+def layer_name(K: int, N: int) -> str:
+    """The layer of a known model, else its sizes."""
+    return LAYER_NAMES.get((K, N), f"{K} to {N}")
 
 
 class Entry(NamedTuple):

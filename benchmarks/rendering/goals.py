@@ -10,7 +10,8 @@ from benchmarks.measuring.rows import HostRow, LayerRow, Table4Row
 from benchmarks.measuring.shapes import HEADLINE, Shape, has_bias
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.layer import LARGE, SMALL, layer_groups, layer_means, layer_steps, saved_over_x, shape_of
-from benchmarks.rendering.models import runs, title
+from benchmarks.rendering.models import runs
+from benchmarks.rendering.table4 import title
 from benchmarks.rendering.tables import Stored, Table, is_gpu, label, what_ran
 from benchmarks.rendering.verdicts import with_quartiles
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-
-from matplotlib.figure import Figure
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from benchmarks.measuring.rows import LayerRow
 from benchmarks.measuring.timing import Environment
@@ -18,8 +16,6 @@ from benchmarks.rendering.tables import (
     headed,
     label,
     or_dash,
-    svg,
-    what_ran,
 )
 from benchmarks.rendering.verdicts import marked
 
@@ -56,13 +52,6 @@ OVER_FROZEN = (
     ("our Hydra", "ours_hydra", "frozen"),
 )
 LARGE, SMALL = "M >= 256", "M <= 64"
-# The bars of the chart at each shape: (method, name, colour).
-BARS = (
-    ("naive_lora", "naive LoRA of equal R", "tab:cyan"),
-    ("naive_hydra", "naive Hydra", "tab:blue"),
-    ("compiled_hydra", "compiled Hydra", "tab:orange"),
-    ("ours_hydra", "our Hydra", "tab:green"),
-)
 
 
 def layer_groups(rows: Sequence[LayerRow]) -> list[list[LayerRow]]:
@@ -71,6 +60,13 @@ def layer_groups(rows: Sequence[LayerRow]) -> list[list[LayerRow]]:
     """
     same = ("M", "K", "N", "hydra", "r_a", "r_b", "pair", "phase", "method")
     return groups(rows, by=("device", "dtype", "mode", "dropout"), same=same)
+
+
+def first_run(files: Iterable[Stored], device: str, dtype: str, mode: str) -> list[tuple[Stored, list[LayerRow]]]:
+    """The first run without dropout in that dtype and mode, and its file; empty where there is none."""
+    found = ((file, rows) for file in files for rows in layer_groups(file.rows) if not rows[0]["dropout"])
+    wanted = (device, dtype, mode)
+    return [run for run in found if tuple(run[1][0][key] for key in ("device", "dtype", "mode")) == wanted][:1]
 
 
 def layer_steps(rows: Sequence[LayerRow]) -> Iterator[tuple[str, list[dict[str, LayerRow]]]]:
@@ -220,30 +216,3 @@ def layer_block(stored: Sequence[Stored]) -> str:
         for file in stored
         for group in layer_groups(file.rows)
     )
-
-
-def layer_chart(environment: Environment, rows: Sequence[LayerRow]) -> str:
-    """Steps over the frozen layer's as SVG, a panel for each dtype, mode and Hydra; equal rows give equal text."""
-    panels = [(what_ran(group), ranks, steps) for group in layer_groups(rows) for ranks, steps in layer_steps(group)]
-    figure = Figure(figsize=(12, 4 * len(panels)), layout="constrained")
-    axes_of = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for axes, (ran, ranks, steps) in zip(axes_of, panels, strict=True):
-        for number, (method, name, colour) in enumerate(BARS):
-            found = {
-                place: made[method]["over"]["frozen"]
-                for place, made in enumerate(steps)
-                if method in made and "frozen" in made[method]["over"]
-            }
-            if not found:
-                continue
-            places = [place + 0.2 * (number - 1.5) for place in found]
-            whiskers = [[m - q1 for q1, m, _ in found.values()], [q3 - m for _, m, q3 in found.values()]]
-            heights = [ratio for _, ratio, _ in found.values()]
-            axes.bar(places, heights, 0.2, yerr=whiskers, color=colour, label=name)
-        axes.axhline(1.0, color="black", linewidth=1)
-        shapes = [next(iter(made.values())) for made in steps]
-        axes.set_xticks(range(len(shapes)), [f"{s['M']} x\n{s['K']} x\n{s['N']}" for s in shapes])
-        axes.set_ylabel("step over the frozen layer's")
-        axes.set_title(f"Hydra {ranks}, {ran}; {environment['device']}")
-        axes.legend()
-    return svg(figure, "layer")

@@ -8,15 +8,12 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
-
 from benchmarks.learning.significance import further_p, holm, sign_flip_p
 from benchmarks.measuring.rows import LearnRow
 from benchmarks.measuring.timing import Environment
-from benchmarks.rendering.tables import KINDS, Stored, Table, environment_note, svg
+from benchmarks.rendering.tables import KINDS, Stored, Table, environment_note
 
-COLOURS = {"naive": "tab:blue", "again": "tab:orange", "ours": "tab:green"}
-OWNERS = {"naive": "naive", "again": "naive, batches in another order", "ours": "ours"}
+OWNERS = ("naive", "again", "ours")
 PLACES = {"mlp": "MLP", "attention": "attention", "both": "both"}
 SIGNIFICANT = 0.05
 RESOLUTION = 1e-9  # of a stored loss: a smaller distance of two curves is not told from none
@@ -275,20 +272,3 @@ def learn_markdown(environment: Environment, rows: Sequence[LearnRow]) -> str:
 def learn_block(stored: Sequence[Stored]) -> str:
     """What stands between the markers."""
     return "\n\n".join(learn_markdown(result.environment, result.rows) for result in stored)
-
-
-def learn_chart(environment: Environment, rows: Sequence[LearnRow]) -> str:
-    """The loss curves of the first seeds, naive and every form of ours upon each other."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axis, (kind, name) in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS.items(), strict=True):
-        for owner, width in (("naive", 4.0), ("again", 2.0), ("ours", 0.9)):
-            runs = of(rows, experiment="equal", dtype="fp32", method=f"{owner}_{kind}")
-            for row in (row for row in runs if row["seed"] < 3):
-                label = OWNERS[owner] if row is runs[0] else None
-                axis.plot(
-                    row["losses"], color=COLOURS[owner], linewidth=width, alpha=0.35 if width > 1 else 1, label=label
-                )
-        axis.set(title=name, xlabel="step", yscale="log")
-    figure.axes[0].set_ylabel("loss")
-    figure.axes[0].legend(fontsize=8)
-    return svg(figure, "learn")

@@ -1,26 +1,23 @@
-"""Table 4 of all models for the documentation: each run's own table, and the memory of all, as a table and a chart."""
+"""Table 4 of all models for the documentation: each run's own table, and the memory of all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from benchmarks.measuring.methods import MODEL_METHODS
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.accelerated import is_script
 from benchmarks.rendering.kernels import Kernels
-from benchmarks.rendering.table4 import MEGA, batch_of, is_papers, table4_markdown
-from benchmarks.rendering.tables import Stored, Table, groups, label, or_dash, svg
+from benchmarks.rendering.table4 import MEGA, is_papers, table4_markdown, title
+from benchmarks.rendering.tables import Stored, Table, groups, label, or_dash
 
 UNKNOWN = "not recorded, or added up over all micro-batches though one is kept at a time"
-# (key, name, colour) of the memory that a method needs.
+# (key, name) of the memory that a method needs.
 MEMORY = (
-    ("held_bytes", "parameters and optimizer", "tab:gray"),
-    ("saved_bytes", "saved for the backward", "tab:orange"),
-    ("peak_bytes", "peak", "tab:purple"),
+    ("held_bytes", "parameters and optimizer"),
+    ("saved_bytes", "saved for the backward"),
+    ("peak_bytes", "peak"),
 )
 
 
@@ -40,11 +37,6 @@ def without_sums(rows: list[Table4Row]) -> list[Table4Row]:
     return [{**row, "saved_bytes": None} for row in rows] if summed else rows
 
 
-def title(environment: Environment, row: Table4Row) -> str:
-    base = "" if row["base"] == "none" else f", {row['base']} base"
-    return f"{row['model']}{base}, {row['dtype']}, {row['mode']}, {batch_of(row)}; {environment['device']}"
-
-
 def memory_table(found: Sequence[tuple[Environment, list[Table4Row], Kernels]]) -> Table:
     """A line a run, a column a method: parameters and optimizer, saved and peak, in MB."""
     used = [name for name in MODEL_METHODS if any(row["method"] == name for _, rows, _ in found for row in rows)]
@@ -54,7 +46,7 @@ def memory_table(found: Sequence[tuple[Environment, list[Table4Row], Kernels]]) 
         line = [title(environment, rows[0])]
         for name in used:
             row = by_method.get(name)
-            figures = [] if row is None else [or_dash(row[key] and row[key] / MEGA, ".0f") for key, *_ in MEMORY]
+            figures = [] if row is None else [or_dash(row[key] and row[key] / MEGA, ".0f") for key, _ in MEMORY]
             line.append(" / ".join(figures) or "-")
         cells.append(line)
     return Table("Memory", ["run", *(label({"method": name, "ranks": None}).rstrip() for name in used)], cells)
@@ -63,34 +55,16 @@ def memory_table(found: Sequence[tuple[Environment, list[Table4Row], Kernels]]) 
 def models_block(stored: Sequence[Stored]) -> str:
     """The memory of every run; the tables of those that are not the paper's Table 4. Not of PEFT scripts."""
     found = [run for run in runs(stored) if not is_script(run[1])]
-    unknown = any(row[key] is None for _, rows, _ in found for row in rows for key, *_ in MEMORY)
+    unknown = any(row[key] is None for _, rows, _ in found for row in rows for key, _ in MEMORY)
     parts = [
-        f"Memory in MB: {' / '.join(name for _, name, _ in MEMORY)}, which is parameters, optimizer state and the most "
+        f"Memory in MB: {' / '.join(name for _, name in MEMORY)}, which is parameters, optimizer state and the most "
         f"that a step holds above them.{f' A dash: {UNKNOWN}.' if unknown else ''}",
         memory_table(found).markdown(),
     ]
     for environment, rows, kernels in found:
         if not is_papers(rows[0]):
-            parts += [f"**{title(environment, rows[0])}**", table4_markdown(environment, rows, kernels.caption)]
+            parts += [
+                f"**{title(environment, rows[0])}**",
+                table4_markdown(environment, rows, kernels.caption),
+            ]
     return "\n\n".join(parts)
-
-
-def models_chart(stored: Sequence[Stored]) -> str:
-    """The memory of every run as SVG, a panel a run; equal rows give equal text."""
-    found = [run for run in runs(stored) if not is_script(run[1])]
-    figure = Figure(figsize=(12, 0.5 + sum(1 + 0.4 * len(rows) for _, rows, _ in found)), layout="constrained")
-    heights = [1 + 0.4 * len(rows) for _, rows, _ in found]
-    axes_of = figure.subplots(len(found), squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (environment, rows, _) in zip(axes_of, found, strict=True):
-        for number, (key, name, colour) in enumerate(MEMORY):
-            known = {place: row[key] / MEGA for place, row in enumerate(rows) if row[key] is not None}
-            places = [place + 0.27 * (number - 1) for place in known]
-            axes.bar_label(axes.barh(places, list(known.values()), 0.27, color=colour, label=name), fmt=" %.0f")
-        axes.set_yticks(range(len(rows)), [label(row) for row in rows])
-        axes.invert_yaxis()
-        axes.margins(x=0.1)
-        axes.set_title(title(environment, rows[0]), fontsize=10)
-    axes_of[-1].set_xlabel("MB")
-    patches = [Patch(color=colour, label=name) for _, name, colour in MEMORY]
-    figure.legend(handles=patches, loc="outside upper right", ncols=len(patches))
-    return svg(figure, "models")

@@ -8,8 +8,15 @@ from matplotlib.figure import Figure
 
 from benchmarks.measuring.rows import RoundingRow
 from benchmarks.measuring.timing import Environment
-from benchmarks.rendering.tables import Stored, Table, environment_note, svg
+from benchmarks.rendering.palette import CARD, COMPILED, NAIVE, OURS, PEFT
+from benchmarks.rendering.pictures import canvas, legend_above
+from benchmarks.rendering.tables import Stored, Table, environment_note
 
+# Colour, shape and size in the picture.
+MARKS = {
+    **{"reference": (NAIVE, "o", 9.0), "aten": (OURS, "o", 5.0), "native": (OURS, "s", 9.0)},
+    **{"hybrid": (COMPILED, "^", 5.0), "triton": (PEFT, "D", 4.0)},
+}
 # The naive layer, and what each of ours is called in the plot.
 NAMES = {"reference": "naive", "aten": "aten", "native": "native", "hybrid": "hybrid", "triton": "triton"}
 
@@ -41,16 +48,20 @@ def rounding_block(stored: Sequence[Stored]) -> str:
     return "\n\n".join(rounding_markdown(result.environment, result.rows) for result in stored)
 
 
-def rounding_chart(environment: Environment, rows: Sequence[RoundingRow]) -> str:
-    """The share kept by the size of the update: layers with a bias, and without."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    for axis, bias in zip(figure.subplots(1, 2, sharey=True), (True, False), strict=True):
-        for backend in dict.fromkeys(row["backend"] for row in rows):
-            own = [row for row in rows if (row["backend"], row["bias"]) == (backend, bias)]
-            x = [row["ratio"] for row in own]
-            axis.plot(x, [row["kept"] for row in own], marker="o", label=NAMES[backend])
-            axis.fill_between(x, [row["q1"] for row in own], [row["q3"] for row in own], alpha=0.2)
-        axis.set(title=f"with{'' if bias else 'out'} a bias b0", xscale="log", xlabel="|delta| / |y0|", ylim=(0, 1.2))
-    figure.axes[0].set_ylabel("share of delta kept in bf16")
-    figure.axes[0].legend()
-    return svg(figure, "rounding")
+def rounding_chart(stored: Stored) -> Figure:
+    """The share kept by the size of the update: layers with a bias, and without. Marks within marks coincide."""
+    figure = canvas(220)
+    for axes, bias in zip(figure.subplots(1, 2, sharey=True), (True, False), strict=True):
+        for backend in dict.fromkeys(row["backend"] for row in stored.rows):
+            own = [row for row in stored.rows if (row["backend"], row["bias"]) == (backend, bias)]
+            x, (colour, shape, size) = [row["ratio"] for row in own], MARKS[backend]
+            look = {"color": colour, "marker": shape, "markersize": size, "label": NAMES[backend]}
+            axes.plot(x, [row["kept"] for row in own], linewidth=1.2, markerfacecolor=CARD, **look)
+            axes.fill_between(
+                x, [row["q1"] for row in own], [row["q3"] for row in own], color=colour, alpha=0.15, linewidth=0
+            )
+        axes.set(xscale="log", xlabel="adapters' signal over the frozen output", ylim=(0, 1.2))
+        axes.set_title(f"with{'' if bias else 'out'} a bias b0", loc="left", fontweight="bold")
+    figure.axes[0].set_ylabel("share of the signal kept in bf16")
+    legend_above(figure, len(NAMES))
+    return figure

@@ -10,9 +10,13 @@ from matplotlib.figure import Figure
 from benchmarks.measuring.rows import SubspaceRow
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.learn import mean_and_spread
-from benchmarks.rendering.tables import Stored, Table, environment_note, svg
+from benchmarks.rendering.palette import COMPILED, MARKS, NAIVE, OURS
+from benchmarks.rendering.pictures import canvas
+from benchmarks.rendering.tables import Stored, Table, environment_note
 
 BRANCHES = ("pretrained", "parallel", "sequential")
+BRANCH_MARKS = {"pretrained": (NAIVE, "o"), "parallel": (OURS, "D"), "sequential": (COMPILED, "^")}
+CLASSES = MARKS
 MATRICES = {"A": "A_down", "BW0": "B_down W0", "random": "random B_down W0"}
 
 
@@ -84,27 +88,46 @@ def subspace_block(stored: Sequence[Stored]) -> str:
     return "\n\n".join(subspace_markdown(result.environment, result.rows) for result in stored)
 
 
-def subspace_chart(environment: Environment, rows: Sequence[SubspaceRow]) -> str:
+def subspace_chart(stored: Stored) -> Figure:
     """Fig. 3 of the last layer, i against j as in the paper, and Fig. 4: the three branches, and their classes."""
-    [shown] = [row for row in rows if row["matrices"]]
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    [shown] = [row for row in stored.rows if row["matrices"]]
+    figure = canvas(400)
     places = figure.subplot_mosaic([["A"] * 2 + ["BW0"] * 2 + ["random"] * 2, ["branches"] * 3 + ["classes"] * 3])
     for matrix, name in MATRICES.items():
-        values, axis = shown["matrices"][matrix], places[matrix]
+        values, axes = shown["matrices"][matrix], places[matrix]
         # A cell's middle is its i and j, which count from 1.
         extent = (0.5, len(values[0]) + 0.5, 0.5, len(values) + 0.5)
-        image = axis.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis", origin="lower", extent=extent)
-        axis.set(title=f"{name} with W0 (Eq. 14)", xlabel=f"j, directions of W0, {shown['layer']}", ylabel="i")
-        axis.set_yticks(range(1, len(values) + 1))
-        figure.colorbar(image, ax=axis)
-    for branch, colour in zip(BRANCHES, ("tab:gray", "tab:blue", "tab:red"), strict=True):
+        image = axes.imshow(
+            values,
+            aspect="auto",
+            vmin=0,
+            vmax=1,
+            cmap="viridis",
+            origin="lower",
+            extent=extent,
+            interpolation="nearest",
+        )
+        axes.set(xlabel="j, directions of W0", ylabel="i", yticks=range(1, len(values) + 1))
+        axes.set_title(f"{name} with W0 (Eq. 14)", loc="left", fontweight="bold")
+        axes.grid(visible=False)
+    figure.colorbar(image, ax=[places[matrix] for matrix in MATRICES], label="similarity", pad=0.01)
+    for branch, (colour, shape) in BRANCH_MARKS.items():
         x, y = zip(*shown["tsne"][branch], strict=True)
-        places["branches"].scatter(x, y, s=5, color=colour, label=branch)
-        places["classes"].scatter(x, y, s=5, c=shown["labels"], cmap="tab10", vmin=0, vmax=9)
-    places["branches"].legend(fontsize=8)
-    for place, title in (
-        ("branches", "[CLS] outputs of the branches, t-SNE"),
-        ("classes", "the same, coloured by class"),
-    ):
-        places[place].set(title=title, xticks=[], yticks=[])
-    return svg(figure, "subspaces")
+        places["branches"].scatter(x, y, s=9, color=colour, marker=shape, label=branch, linewidths=0)
+        for name, colour in zip(sorted(set(shown["labels"])), CLASSES, strict=False):
+            own = [place for place, label in zip(shown["tsne"][branch], shown["labels"], strict=True) if label == name]
+            places["classes"].scatter(
+                *zip(*own, strict=True), s=9, color=colour, linewidths=0, label=name if branch == BRANCHES[0] else None
+            )
+    for place, title in (("branches", f"[CLS] outputs of {shown['layer']}, t-SNE"), ("classes", "the same by class")):
+        places[place].set(xticks=[], yticks=[])
+        places[place].set_title(title, loc="left", fontweight="bold")
+        places[place].legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            ncols=5,
+            handletextpad=0.1,
+            columnspacing=1.2,
+            markerscale=1.5,
+        )
+    return figure

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.measuring import timing
 from benchmarks.measuring.rows import LayerRow, Table4Row
-from benchmarks.rendering.layer import LARGE, SMALL, in_size, layer_groups, layer_means, layer_steps
+from benchmarks.rendering.layer import LARGE, SMALL, first_run, in_size, layer_means, layer_steps
 from benchmarks.rendering.models import runs
 from benchmarks.rendering.table4 import batch_of
 from benchmarks.rendering.tables import Stored, Table, is_gpu, label
@@ -89,12 +89,8 @@ def model_line(ours: Table4Row, naive: Table4Row, peft: Table4Row | None, remark
 
 def layer_lines(files: Sequence[Stored]) -> Iterator[list[str]]:
     """Geometric means over the shapes of a size, of the first run in each dtype and mode."""
-    found = [(file, rows) for file in files for rows in layer_groups(file.rows)]
     for device, dtype, mode, sizes in LAYERS:
-        wanted = (device, dtype, mode)
-        plain = [run for run in found if not run[1][0]["dropout"]]
-        ran = [run for run in plain if (run[1][0]["device"], run[1][0]["dtype"], run[1][0]["mode"]) == wanted]
-        for file, rows in ran[:1]:
+        for file, rows in first_run(files, device, dtype, mode):
             _, steps = next(layer_steps(rows))
             made = [step for step in steps if in_size(step, sizes) and {"ours_lora", "naive_lora"} <= step.keys()]
             if not made:

@@ -1,21 +1,17 @@
-"""Table 4, for the pages and the terminal, and its chart."""
+"""Table 4, for the pages and the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from benchmarks.measuring import timing
 from benchmarks.measuring.methods import naive_of
 from benchmarks.measuring.models import PAPER_MODEL
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment, Quartiles
-from benchmarks.rendering.tables import MODES, Stored, Table, environment_note, groups, headed, label, or_dash, svg
-from benchmarks.rendering.verdicts import is_rival, loses, with_quartiles
+from benchmarks.rendering.tables import MODES, Stored, Table, environment_note, groups, headed, label, or_dash
+from benchmarks.rendering.verdicts import is_rival, with_quartiles
 
-COLOURS = {"naive": "tab:blue", "ours": "tab:green"}
 MEGA = 1e6
 UNKNOWN_SAVED = "not shown, as this run added up all micro-batches, of which one is kept at a time"
 
@@ -113,6 +109,15 @@ def batch_of(row: Table4Row) -> str:
     return ", ".join(parts + ([f"lora_dropout {row['lora_dropout']:g}"] if row["lora_dropout"] else []))
 
 
+def title(environment: Environment, row: Table4Row) -> str:
+    return f"{run_of(row)}; {environment['device']}"
+
+
+def run_of(row: Table4Row) -> str:
+    base = "" if row["base"] == "none" else f", {row['base']} base"
+    return f"{row['model']}{base}, {row['dtype']}, {row['mode']}, {batch_of(row)}"
+
+
 def table4_markdown(environment: Environment, rows: Sequence[Table4Row], kernels: str = "") -> str:
     return "\n\n".join([table4_table(rows).markdown(), kernels + " ".join(table4_notes(environment, rows))])
 
@@ -133,51 +138,3 @@ def table4_block(stored: Sequence[Stored]) -> str:
 def table4_groups(rows: Sequence[Table4Row]) -> list[list[Table4Row]]:
     """The rows of each dtype and mode."""
     return groups(rows, by=("dtype", "mode"), same=("method",))
-
-
-def table4_chart(environment: Environment, rows: Sequence[Table4Row]) -> str:
-    """Times and memory of each dtype and mode as bars from zero, as SVG; the ratio to naive LoRA red where ours loses
-    to any rival. Equal rows give equal text.
-    """
-    made = table4_groups(rows)
-    figure = Figure(figsize=(12, sum(0.6 * len(group) + 2 for group in made)), layout="constrained")
-    pairs = figure.subplots(len(made), 2, squeeze=False, sharey="row", height_ratios=[len(group) for group in made])
-    for (times, memory), group in zip(pairs, made, strict=True):
-        draw_times(times, group)
-        draw_memory(memory, group)
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower right", ncols=2)
-    figure.suptitle(f"{environment['device']}, {environment['date'][:10]}")
-    return svg(figure, "table4")
-
-
-def draw_times(axes: Axes, rows: Sequence[Table4Row]) -> None:
-    places, over = list(range(len(rows))), over_rivals(rows)
-    # A whole epoch's sum may lie outside the quartiles of its steps: a whisker then has no length on that side.
-    whiskers = [
-        [max(0.0, row["sec_per_epoch"] - row["q1"]) for row in rows],
-        [max(0.0, row["q3"] - row["sec_per_epoch"]) for row in rows],
-    ]
-    colours = [COLOURS.get(row["method"].partition("_")[0], "tab:gray") for row in rows]
-    axes.barh(places, [row["sec_per_epoch"] for row in rows], xerr=whiskers, color=colours, capsize=3)
-    for place, row in zip(places, rows, strict=True):
-        if row["ratio"] is not None:
-            colour = "red" if any(map(loses, over[row["method"]].values())) else "black"
-            text = f" {row['ratio']:.3f}" + ("" if row["paper_ratio"] is None else f" (paper {row['paper_ratio']:.3f})")
-            axes.text(max(row["sec_per_epoch"], row["q3"]), place, text, va="center", color=colour)
-    axes.set_yticks(places, [label(row) for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.45 * max(max(row["sec_per_epoch"], row["q3"]) for row in rows))
-    axes.set_title(f"{rows[0]['model']}, {rows[0]['dtype']}, {rows[0]['mode']}, {batch_of(rows[0])}", fontsize=10)
-    epoch = "sec/epoch, projected" if rows[0]["projected"] else "sec/epoch"
-    axes.set_xlabel(f"{epoch}; ratio to naive LoRA, red: ours loses to a rival")
-
-
-def draw_memory(axes: Axes, rows: Sequence[Table4Row]) -> None:
-    for offset, key, colour, name in (
-        (-0.2, "peak_bytes", "tab:purple", "peak"),
-        (0.2, "saved_bytes", "tab:orange", "saved for backward"),
-    ):
-        places = [place + offset for place in range(len(rows))]
-        axes.bar_label(axes.barh(places, [row[key] / MEGA for row in rows], 0.4, color=colour, label=name), fmt=" %.0f")
-    axes.margins(x=0.15)
-    axes.set_xlabel("memory (MB)")

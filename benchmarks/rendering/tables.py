@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -79,13 +76,6 @@ def label(row: Table4Row | LayerRow | HostRow) -> str:
 
 def or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def svg(figure: Figure, salt: str) -> str:
-    """The figure as text; equal figures give equal text."""
-    with rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}), io.StringIO() as text:
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        return text.getvalue()
 
 
 def commit_note(environment: Environment) -> str:
