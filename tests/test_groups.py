@@ -46,3 +46,8 @@ def test_members_that_die_with_an_unread_task_are_an_error(groups):
     with pytest.raises(FailedError, match=r"ranks \[0, 1, 2\] of 3: it died"):
         groups.run(WORLD, ending.rank)
     death.join()
+
+
+def test_one_thread_runs_the_collectives_of_a_group(groups):
+    """Two of gloo's overwrite each other's notes (`distributed.worker`)."""
+    assert groups.run(2, ending.threads) == [[1, 1, 1]] * 2

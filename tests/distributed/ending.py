@@ -6,11 +6,20 @@ import os
 import signal
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 
 def rank() -> int:
     return dist.get_rank()
+
+
+def threads() -> list[int]:
+    """How many threads run collectives of the whole group, and of each group of a mesh."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "model"))
+    everyone = [dist.group.WORLD, mesh.get_group("data"), mesh.get_group("model")]
+    return [group._get_backend(torch.device("cpu")).options._threads for group in everyone]
 
 
 def dies() -> None:
