@@ -17,7 +17,7 @@ from .functional import hydra_linear
 from .reference import drop, low_rank
 from .refusals import check_wrappable, has_hooks, refuse_meta, warn_of_hooks
 from .sharding import mesh_dimensions
-from .weights import Packed, dtype_of, frozen_of, is_quantised, linear_of, undo_repacking, warn_of_dtype
+from .weights import Packed, dtype_of, frozen_of, is_quantised, linear_of, undo_repacking, warn_of_dense, warn_of_dtype
 
 Layer = TypeVar("Layer", bound="HydraLinear")
 
@@ -330,10 +330,7 @@ class QuantisedBase(HydraLinear):
 
     def merge(self) -> None:
         if not self.merged:
-            warnings.warn(
-                f"merge: the base is quantised; a merged layer holds its dense weight in {dtype_of(self.base_layer)}",
-                stacklevel=2,
-            )
+            warn_of_dense(self.base_layer, stacklevel=3)
         super().merge()
 
     def to_linear(self) -> nn.Linear:

@@ -117,6 +117,14 @@ def warn_of_dtype(layer: nn.Module, stacklevel: int) -> None:
         )
 
 
+def warn_of_dense(layer: nn.Module, stacklevel: int) -> None:
+    """Says what a merged layer holds beside this quantised one; stacklevel is the caller's, plus 1."""
+    warnings.warn(
+        f"merge: the base is quantised; a merged layer holds its dense weight in {dtype_of(layer)}",
+        stacklevel=stacklevel,
+    )
+
+
 def is_quantised(layer: nn.Module) -> bool:
     """Whether `packed` knows the layer's kind."""
     return _reader(layer) is not None
@@ -244,6 +252,11 @@ def _eight_bits(layer: Any) -> Packed:
     weight, state = layer.weight, layer.state
     if state.has_fp16_weights:
         raise TypeError(f"linear: {_kind(layer)} trains its weight; pass has_fp16_weights=False to freeze and pack it")
+    if state.SCB is None and not hasattr(weight, "SCB"):
+        raise ValueError(
+            f"linear: the scales of {_kind(layer)} are lost, since a tracer has put another tensor in its weight's "
+            "place; of torch.export this is its non-strict mode: pass strict=True"
+        )
     if (state.SCB is None and weight.SCB is None) or weight.dtype != torch.int8:
         raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
     # The library quantises from float16 and keeps no other dtype.

@@ -63,14 +63,15 @@ def test_saving_after_generation(door, kind):
     same(step(model.train(), x), before)
 
 
-def test_pefts_layers_train_on_after_generation_and_saving():
-    """Where the library has undone its layout for the state_dict."""
-    model, x = of_peft("nf4-twice"), torch.randn(2, 20, 64)
+@pytest.mark.parametrize("kind", ["nf4", "nf4-twice"])
+def test_pefts_layers_save_and_train_on_after_generation(kind):
+    """What is saved is what was loaded, bit for bit: not what the library's layout has rounded."""
+    model, x = of_peft(kind), torch.randn(2, 20, 64)
     accelerate(model, strict=True)
-    before = step(model, x)
+    before, state = step(model, x), copy.deepcopy(model.state_dict())
     with torch.no_grad():
         model.eval()(x[:, :3])
-    model.state_dict()
+    same(model.state_dict(), state)
     same(step(model.train(), x), before)
 
 
@@ -211,6 +212,15 @@ def test_packed_numbers_that_a_cast_has_destroyed_are_refused():
     model = of_ours("nf4-in-bf16").half()
     with pytest.raises(ValueError, match=r"weight: a cast from torch.bfloat16 to torch.float16 has destroyed"):
         model(torch.randn(20, 64, dtype=torch.float16))
+
+
+def test_a_tracer_that_hides_the_scales_of_eight_bits_is_told_of():
+    """torch.export in its non-strict mode calls the layer with another tensor as its weight."""
+    model, x = of_ours("8bit").eval(), torch.randn(2, 20, 64)
+    with pytest.raises(ValueError, match=r"the scales of bitsandbytes.* are lost, .*: pass strict=True"):
+        torch.export.export(model, (x,), strict=False)
+    exported = torch.export.export(model, (x,), strict=True).module()
+    torch.testing.assert_close(exported(x), model(x))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "8bit"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft.tuners.lora import bnb
 
+from ..weights import undo_repacking
 from .in_place import Accelerated
 
 _bnb: Any = bnb  # its classes stand behind a condition
@@ -13,6 +14,10 @@ _bnb: Any = bnb  # its classes stand behind a condition
 
 class AcceleratedLinear4bit(Accelerated, _bnb.Linear4bit):
     """PEFT's LoRA over bitsandbytes' 4-bit layers, accelerated."""
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        undo_repacking(self.base_layer)
+        super()._save_to_state_dict(*args, **kwargs)
 
 
 class AcceleratedLinear8bitLt(Accelerated, _bnb.Linear8bitLt):

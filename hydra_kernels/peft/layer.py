@@ -28,6 +28,7 @@ from ..weights import (
     linear_of,
     plain_value,
     undo_repacking,
+    warn_of_dense,
     warn_of_dtype,
 )
 
@@ -96,7 +97,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
                 "base_layer: accelerate offloads it, and its weight is read here; dispatch without offload"
             )
         # Not in _parameters in the replicas that nn.DataParallel makes.
-        weight, bias = frozen_of(base) if is_quantised(base) else (base.weight, base.bias)
+        weight, bias = frozen_of(base)
         if len(active) == 1:
             return active[0].adapted(x, weight, bias)
         routes = sorted({(adapter.form, adapter.backend) for adapter in active})
@@ -140,10 +141,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         weight, bias = self._merged_parameters(merged, safe_merge)
         if is_quantised(base):
             if not self.merged:
-                warnings.warn(
-                    f"merge: the base is quantised; a merged layer holds its dense weight in {weight.dtype}",
-                    stacklevel=2,
-                )
+                warn_of_dense(base, stacklevel=3)
             self.merged_weight, self.merged_bias = weight, bias
         else:
             if not self.merged:
