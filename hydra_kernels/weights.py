@@ -58,6 +58,8 @@ class Packed(NamedTuple):
             if self.dtype is not None and base.bias is None:
                 return base(x)  # there is nothing left that it could change
             state = None
+        elif self.format in ("nf4", "fp4"):
+            _refuse_cast(base)
         kept = {name: base.__dict__[name] for name in _SETTINGS if name in base.__dict__}
         state = copy.copy(state)
         bias = None if base.bias is None else base.bias.data
@@ -188,16 +190,23 @@ def _contents_of_four_bits(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, .
     # Repacked, or so that the library itself has undone it, for a state_dict: with other numbers.
     if state.absmax.dim() > 1 or hasattr(state, "before_repacking"):
         state = _unpacked(layer, state)
-    storage = getattr(layer.weight, "quant_storage", layer.weight.dtype)
-    if layer.weight.dtype != storage:
-        raise ValueError(
-            f"weight: a cast from {storage} to {layer.weight.dtype} has destroyed its packed numbers; load the layer "
-            "again, and cast the model before, or with quant_storage=torch.uint8"
-        )
+    _refuse_cast(layer)
     tensors, numbers = (_plain(layer.weight), state.absmax), (state.blocksize,)
     if state.nested:
         return (*tensors, state.state2.absmax, state.state2.code, state.offset), (*numbers, state.state2.blocksize)
     return tensors, numbers
+
+
+def _refuse_cast(layer: Any) -> None:
+    """Where packed numbers were converted as if they were the weights. FSDP leaves the storage's dtype on the layer alone."""
+    weight = layer.weight
+    storage = getattr(weight, "quant_storage", layer.quant_storage)
+    if weight.dtype != storage:
+        raise ValueError(
+            f"weight: a cast from {storage} to {weight.dtype} has destroyed its packed numbers; load the layer again, "
+            "and cast the model before, or with quant_storage=torch.uint8; where FSDP2 casts, let its policy's "
+            "param_dtype be the quant_storage"
+        )
 
 
 def _state_of(layer: Any) -> Any:

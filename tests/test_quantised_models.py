@@ -320,6 +320,26 @@ def test_fsdp2_equals_one_process(groups):
             torch.testing.assert_close(got[name], value)
 
 
+def test_fsdp2_computes_in_low_precision_beside_packed_numbers_in_it(groups):
+    """`quant_storage` and the policy's ``param_dtype`` are one dtype. The batch's halves are rounded apart."""
+    alone = distributed.alone_in("nf4-in-bf16", torch.bfloat16)
+    for rank, (got, *few) in enumerate(groups.run(2, distributed.with_mixed_precision, "nf4-in-bf16", torch.bfloat16)):
+        assert got.keys() == alone.keys()
+        h = alone["h"].chunk(2)[rank]
+        for name, value in (alone | {"h": h}).items():
+            assert errors(got[name], value.double())[1] < 1e-2, name
+        for rows in few:
+            assert errors(rows, h[:, :2].double())[1] < 1e-2
+
+
+def test_fsdp2_that_would_cast_packed_numbers_is_refused(groups):
+    for found in groups.run(2, distributed.with_mixed_precision, "nf4-in-bf16", torch.float16):
+        assert len(found) == 2
+        for said in found:
+            assert said.startswith("weight: a cast from torch.bfloat16 to torch.float16 has destroyed its packed")
+            assert said.endswith("let its policy's param_dtype be the quant_storage")
+
+
 def test_merging_and_exporting_under_fsdp2(groups, tmp_path):
     for whole, sharded in groups.run(2, distributed.exported_under_fsdp2, "nf4-in-bf16", tmp_path):
         same(sharded, whole)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,6 +57,35 @@ def with_fsdp2(kind: str) -> Tensors:
     for unit in (model.one, model.two, model.three, model):
         fully_shard(unit)
     return _found(model, model(_mine()))
+
+
+def alone_in(kind: str, dtype: torch.dtype) -> Tensors:
+    """h, and every gradient, where all of the model but its packed numbers is in a low precision."""
+    model = _model(kind)
+    for name, p in model.named_parameters():
+        if not name.endswith("base_layer.weight"):
+            p.data = p.data.to(dtype)
+    h = model(_batch().to(dtype))
+    return {"h": h.detach(), **_found(model, h.float())}
+
+
+def with_mixed_precision(kind: str, dtype: torch.dtype) -> list[Any]:
+    """h of this rank's half of the batch and every gradient, or why there are none, in training and of few rows."""
+    model = _model(kind)
+    for unit in (model.one, model.two, model.three, model):
+        fully_shard(unit, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+    found: list[Any] = []
+    try:
+        h = model(_mine())
+        found.append({"h": h.detach(), **_found(model, h.float())})
+    except ValueError as error:
+        found.append(str(error))
+    try:
+        with torch.no_grad():
+            found += [model(_mine()[:, :2]) for _ in range(2)]
+    except ValueError as error:
+        found.append(str(error))
+    return found
 
 
 def exported_under_fsdp2(kind: str, folder: Path) -> list[Tensors]:
