@@ -244,10 +244,15 @@ def adapted_layers(model: nn.Module) -> dict[str, HydraLinear]:
     return {plain_name(name): layer for name, layer in model.named_modules() if isinstance(layer, HydraLinear)}
 
 
+def has_lora_of_peft(model: nn.Module) -> bool:
+    """Whether model has LoRA layers that PEFT made, accelerated or not. PEFT need not be installed."""
+    return any(isinstance(getattr(module, "lora_A", None), nn.ModuleDict) for module in model.modules())
+
+
 def required_layers(model: nn.Module) -> dict[str, HydraLinear]:
     """`adapted_layers`; ValueError where there are none."""
     layers = adapted_layers(model)
-    if not layers and any(isinstance(module, Adapter) for module in model.modules()):
+    if not layers and (has_lora_of_peft(model) or any(isinstance(module, Adapter) for module in model.modules())):
         raise ValueError(
             "model: its adapters are PEFT's; use the PeftModel's merge_adapter, unmerge_adapter, merge_and_unload, "
             "save_pretrained and load_adapter"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .layers import HydraLinear
-from .model import plain_name
+from .model import has_lora_of_peft, plain_name
 from .refusals import refuse_wrapped
 from .sharding import is_sharded, tensors_in
 
@@ -160,6 +160,8 @@ def _probes(model: nn.Module) -> dict[str, _Probe]:
             for key in active:
                 own = f"{name}.hydra_adapters.{key}" if len(active) > 1 else name
                 probes[own] = _Probe(adapters[key], layer, peft_layer.disable_adapters)  # type: ignore[arg-type]
+    if not probes and has_lora_of_peft(model):
+        raise ValueError("model: its adapters are PEFT's LoRA; expected those of inject or of HydraConfig")
     if not probes:
         raise ValueError("model: it has no active adapter; call inject or get_peft_model first")
     return probes

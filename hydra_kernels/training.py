@@ -8,6 +8,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .checks import check_finite
+from .model import has_lora_of_peft
 
 UP = ("A_up", "A_up_bias", "B_up", "B_up_bias")
 DOWN = ("A_down", "B_down")
@@ -39,6 +40,11 @@ def parameter_groups(
             raise ValueError(f"{name}: expected a number >= 0, got {value}")
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     up = {id(p) for adapter in adapters for name, p in adapter.adapters().items() if name in UP and p.requires_grad}
+    if not up and has_lora_of_peft(model):
+        raise ValueError(
+            "model: its adapters are PEFT's LoRA; use peft.optimizers' create_loraplus_optimizer or "
+            "create_lorafa_optimizer"
+        )
     if not up:
         raise ValueError("model: it has no up projection that trains; call inject or get_peft_model first")
     if freeze_down:

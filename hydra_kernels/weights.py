@@ -198,7 +198,7 @@ def _contents_of_four_bits(layer: Any) -> tuple[tuple[Tensor, ...], tuple[int, .
 
 
 def _refuse_cast(layer: Any) -> None:
-    """Where packed numbers were converted as if they were the weights. FSDP leaves the storage's dtype on the layer alone."""
+    """Raises where packed numbers were cast as if they were weights. FSDP's weight has lost the storage's dtype."""
     weight = layer.weight
     storage = getattr(weight, "quant_storage", layer.quant_storage)
     if weight.dtype != storage:

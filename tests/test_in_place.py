@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from peft.tuners import lora  # noqa: E402
 
+import hydra_kernels as hk  # noqa: E402
 from hydra_kernels.backend.philox import draw_seed, kept  # noqa: E402
 from hydra_kernels.peft import AcceleratedLinear, accelerate, in_place, report, undo  # noqa: E402
 
@@ -761,3 +762,19 @@ def test_fsdp1_with_pefts_wrapping_policy_runs_pefts_forward_and_says_so(groups)
         assert ours.keys() == theirs.keys()
         assert len(ours) > 1
         assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_tools_for_other_adapters_name_pefts_lora(accelerated, tmp_path):
+    """None says that adapters are missing."""
+    model = of_peft()
+    if accelerated:
+        accelerate(model)
+    tools = (hk.merge, hk.merge_and_unload, hk.adapter_state_dict, lambda m: hk.convert.to_lora(m, tmp_path / "lora"))
+    for tool in tools:
+        with pytest.raises(ValueError, match="model: its adapters are PEFT's; use the PeftModel's merge_adapter"):
+            tool(model)
+    with pytest.raises(ValueError, match="model: its adapters are PEFT's LoRA; expected those of inject"):
+        hk.check_adapters(model, inputs())
+    with pytest.raises(ValueError, match=r"model: its adapters are PEFT's LoRA; use peft\.optimizers'"):
+        hk.parameter_groups(model, 1e-3)
