@@ -1,5 +1,7 @@
 """Backends `triton` and `hybrid`: the composed form (see `aten`) as a sequence of Triton kernels.
 
+`hybrid` has the effective form too: `effective`.
+
 forward     sum_rows: C    compose: D, C's rounding rest, d, U, u    down: Z    gemm: h
 backward    grad_z: dZ, sums over rows    sum_rows: dU    gemm: dx    sum_rows: dD
             reduce: every other gradient but dB_down      through_weight, finish: dB_down
@@ -65,17 +67,35 @@ class TritonBackend:
     ) -> str | None:
         if dtype not in KERNEL_DTYPES:
             return f"its kernels have no {dtype}"
+        if form == "effective" and not self.always_fused:
+            return _effective_refusal(r_a, r_b, masked)
         if form != "composed":
-            return "it has the composed form only"
+            return f"it has the composed {'form only' if self.always_fused else 'and the effective form'}"
         if self.always_fused and r_a + r_b > configs.MAX_RANK_BLOCK:
             return f"it fuses ranks up to {configs.MAX_RANK_BLOCK}, and r_a + r_b is {r_a + r_b}; 'hybrid' takes any"
         return None
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
+        if form == "effective":
+            from . import effective  # which imports this module
+
+            return effective.forward(x, op, needs, tiles_of(x.device))
         return forward(x, op, needs, self.always_fused, tiles_of(x.device))
 
     def backward(self, G: Tensor, op: Operands, saved: Saved, needs: Set[str], form: str) -> dict[str, Tensor]:
+        if form == "effective":
+            from . import effective
+
+            return effective.backward(G, contiguous(op), saved, needs, tiles_of(G.device))
         return backward(G, contiguous(op), saved, needs, self.always_fused, tiles_of(G.device))
+
+
+def _effective_refusal(r_a: int, r_b: int, masked: bool) -> str | None:
+    if masked:
+        return "an effective weight leaves no place for dropout"
+    if max(r_a, r_b) > configs.MAX_RANK_BLOCK:
+        return f"its effective form takes up to {configs.MAX_RANK_BLOCK} ranks a branch, not {r_a}+{r_b}"
+    return None
 
 
 def too_old(capability: tuple[int, int]) -> str | None:
@@ -92,7 +112,7 @@ def forward(
     from ..kernels import compose, gemm, skinny
 
     op = contiguous(op)
-    precision = _precision(x.dtype)
+    precision = precision_of(x.dtype)
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
     h = x.new_empty(M, N)
     tiles = arch.tiles(x.dtype, precision, [x, op.weight, h])
@@ -158,7 +178,7 @@ def backward(
         x = None  # it was saved for a gradient that this backward is not asked for
     if 0 in G.stride():
         G = G.contiguous()  # expanded, like the gradient of a sum; three passes would load its elements one by one
-    precision = _precision(G.dtype)
+    precision = precision_of(G.dtype)
     dx = {"x": G.new_empty(len(G), D.shape[1])} if "x" in needs else {}
     tiles = arch.tiles(G.dtype, precision, [t for t in (G, x, op.weight, *dx.values()) if t is not None])
     (M, N), K, r_a, r_b = G.shape, 0 if x is None else x.shape[1], op.r_a, op.r_b
@@ -250,7 +270,7 @@ def tiles_of(device: torch.device) -> Architecture:
     return configs.of((card.major, card.minor))._replace(multiprocessors=card.multi_processor_count)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """How products of fp32 operands run: by torch's own setting for its GEMMs."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"

@@ -65,6 +65,9 @@ class Tiles(NamedTuple):
     sum_rows: Skinny  # a row of its tile is one line of 128 bytes
     through: Skinny
     reduce: Reduce  # and every other kernel that works element by element
+    # The effective form's W. Its columns are few, since a program finds them in L2 again: 64 bytes a row, not measured.
+    effective: Skinny
+    rebuild: Skinny
     gemm_few: Gemm | None = None  # for outputs where `gemm` leaves many multiprocessors idle in the last round
     fused_from: int | None = None  # columns of output from which on `gemm` was measured to beat cuBLAS; None: nowhere
     # Of down, sum_rows and dx's gemm under input dropout, which needs more registers; None: the same. Not measured.
@@ -146,6 +149,8 @@ _SMALL = Tiles(
     sum_rows=Skinny(32, 32, 4, 2),
     through=Skinny(32, 64, 4, 2, max_registers=255),
     reduce=Reduce(128, 32, 4, 1),
+    effective=Skinny(64, 32, 4, 2),
+    rebuild=Skinny(64, 32, 4, 1),
 )
 _HALF = Tiles(
     gemm=Gemm(128, 128, 32, 8, 4),
@@ -154,6 +159,8 @@ _HALF = Tiles(
     sum_rows=Skinny(128, 64, 4, 3),
     through=Skinny(64, 64, 4, 4, max_registers=255),
     reduce=Reduce(128, 32, 4, 1),
+    effective=Skinny(128, 32, 4, 4),
+    rebuild=Skinny(64, 64, 4, 1),
     sum_rows_dropping=Skinny(64, 64, 8, 3),
 )
 # Elements of 4 bytes: a line holds half as many columns.
@@ -163,6 +170,8 @@ _TF32 = _HALF._replace(
     grad_z=Skinny(64, 32, 4, 3, max_registers=255),
     sum_rows=Skinny(64, 32, 4, 3),
     through=Skinny(64, 64, 4, 3, max_registers=255),
+    effective=Skinny(128, 32, 4, 3),
+    rebuild=Skinny(64, 64, 4, 1),
     sum_rows_dropping=None,
 )
 
@@ -212,6 +221,8 @@ _TINY = Tiles(
     sum_rows=Skinny(16, 32, 1, 1),
     through=Skinny(16, 32, 1, 1),
     reduce=Reduce(128, 4, 1, 1),
+    effective=Skinny(32, 16, 1, 1),
+    rebuild=Skinny(32, 32, 1, 1),
 )
 _TINY_POINTERS = _TINY._replace(gemm=_TINY.gemm._replace(descriptors=False, persistent=False))
 INTERPRETER = Architecture("interpreter", _TINY, _TINY, _TINY_POINTERS, multiprocessors=2)
