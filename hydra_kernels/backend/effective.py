@@ -36,9 +36,10 @@ def forward(
     rows = R + op.r_b if x.dtype in LOW_PRECISION else R
     D = x.new_empty(rows, K) if from_Z or "x" in needs else None
     d = x.new_empty(R, dtype=torch.float32) if from_Z and with_d else None
-    config = arch.tiles(x.dtype, precision, [op.weight]).effective
+    tiles = arch.tiles(x.dtype, precision, [op.weight])
+    splits, scales = arch.splits_of_effective(tiles, N, K), (op.scale_a, op.scale_b)
     run(effective.effective(
-        op.weight, op.bias, op._asdict(), (op.scale_a, op.scale_b), D, d, b, W, config, arch.multiprocessors, precision
+        op.weight, op.bias, op._asdict(), scales, D, d, b, W, splits, tiles.effective, precision
     ))  # fmt: skip
     h = torch.mm(x, W.t()) if b is None else torch.addmm(b, x, W.t())
     keeps_x = from_Z or not needs.isdisjoint(("A_down", "B_down"))

@@ -93,8 +93,8 @@ class TritonBackend:
 def _effective_refusal(r_a: int, r_b: int, masked: bool) -> str | None:
     if masked:
         return "an effective weight leaves no place for dropout"
-    if max(r_a, r_b) > configs.MAX_RANK_BLOCK:
-        return f"its effective form takes up to {configs.MAX_RANK_BLOCK} ranks a branch, not {r_a}+{r_b}"
+    if r_a + r_b > configs.MAX_RANK_BLOCK:
+        return f"its effective form takes ranks up to {configs.MAX_RANK_BLOCK}, and r_a + r_b is {r_a + r_b}"
     return None
 
 

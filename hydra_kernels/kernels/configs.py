@@ -130,6 +130,11 @@ class Architecture(NamedTuple):
         """Into how many ranges through_weight divides the K columns, likewise."""
         return min(cdiv(self.programs, cdiv(N, tiles.through.BLOCK_ROWS)), cdiv(K, tiles.through.BLOCK_COLUMNS))
 
+    def splits_of_effective(self, tiles: Tiles, N: int, K: int) -> int:
+        """Into how many ranges effective divides the N rows, likewise."""
+        blocks = cdiv(K, tiles.effective.BLOCK_COLUMNS)
+        return max(1, min(cdiv(self.programs, max(1, blocks)), cdiv(N, tiles.effective.BLOCK_ROWS)))
+
 
 def aligned(t: Tensor) -> bool:
     """Whether wide loads and the tensor memory accelerator can take t: fewer than 2^31 rows of whole 16-byte lines.
@@ -149,7 +154,7 @@ _SMALL = Tiles(
     sum_rows=Skinny(32, 32, 4, 2),
     through=Skinny(32, 64, 4, 2, max_registers=255),
     reduce=Reduce(128, 32, 4, 1),
-    effective=Skinny(64, 32, 4, 2),
+    effective=Skinny(64, 32, 8, 2),
     rebuild=Skinny(64, 32, 4, 1),
 )
 _HALF = Tiles(
@@ -159,7 +164,7 @@ _HALF = Tiles(
     sum_rows=Skinny(128, 64, 4, 3),
     through=Skinny(64, 64, 4, 4, max_registers=255),
     reduce=Reduce(128, 32, 4, 1),
-    effective=Skinny(128, 32, 4, 4),
+    effective=Skinny(128, 32, 8, 3),
     rebuild=Skinny(64, 64, 4, 1),
     sum_rows_dropping=Skinny(64, 64, 8, 3),
 )
@@ -170,7 +175,7 @@ _TF32 = _HALF._replace(
     grad_z=Skinny(64, 32, 4, 3, max_registers=255),
     sum_rows=Skinny(64, 32, 4, 3),
     through=Skinny(64, 64, 4, 3, max_registers=255),
-    effective=Skinny(128, 32, 4, 3),
+    effective=Skinny(128, 32, 8, 3),
     rebuild=Skinny(64, 64, 4, 1),
     sum_rows_dropping=None,
 )
