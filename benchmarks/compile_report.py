@@ -29,11 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from benchmarks.device.compilation import DTYPES, Compilation, assembled, compilation, products_of_fp32
+from benchmarks.device.compilation import DTYPES, Compilation, assembled, compilation, step_launches
 from benchmarks.measuring import timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.rendering.tables import Table, show
-from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs
 from hydra_kernels.kernels.language import INTERPRETED
@@ -160,7 +159,8 @@ def operands(dtype: torch.dtype, ranks: Ranks, variant: Variant) -> tuple[Tensor
 def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Launch]:
     """Every launch of a step of the fused backend with all gradients, its GEMMs in each of the architecture's tiles.
 
-    Then what the hybrid backend launches beside those: a pass around cuBLAS, under input dropout.
+    Then what the hybrid backend launches beside those: a pass around cuBLAS, under input dropout, else the effective
+    form's kernels, whose options are all but the mask.
     """
     torch_dtype, precision = DTYPES[dtype]
     x, G, op = operands(torch_dtype, ranks, variant)
@@ -169,11 +169,10 @@ def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Laun
     found: list[Launch] = []
     architecture = configs.of(divmod(arch, 10))
     by_cublas = architecture._replace(half=architecture.half._replace(fused_from=None))
-    for tiles, fused in [*((tiles, True) for tiles in architecture.with_each_gemm()), (by_cublas, False)]:
-        step: list[Launch] = []
-        with products_of_fp32(precision):
-            _, kept, saved = steps.forward(x, op, needs, fused, tiles, step.append)
-            steps.backward(G, kept, saved, needs, fused, tiles, step.append)
+    ways = [*((tiles, True, "composed") for tiles in architecture.with_each_gemm()), (by_cublas, False, "composed")]
+    ways += [] if variant.drops_input else [(architecture, False, "effective")]
+    for tiles, fused, form in ways:
+        step = step_launches(x, G, op, needs, fused, form, tiles, precision)
         known = [(name_of(launch), config_of(launch)) for launch in found]
         found += [launch for launch in step if (name_of(launch), config_of(launch)) not in known]
     return found

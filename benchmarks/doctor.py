@@ -44,7 +44,7 @@ from benchmarks.device.doctor_kernels import (
 from benchmarks.measuring import bases
 from hydra_kernels import weights
 from hydra_kernels.backend import TABLE
-from hydra_kernels.backend.interface import FORMS
+from hydra_kernels.backend.interface import FORMS, rounds_the_sum
 from hydra_kernels.kernels import configs
 from tests.cases import INPUT_P, INPUT_SEED, PLAIN, ROUNDING, Case, operands
 from tests.oracle import Tensors, differentiate, hydra, input_mask
@@ -260,11 +260,13 @@ def serves(backend: str, form: Format) -> bool:
     return backend == "aten" or TABLE[backend].refusal("composed", form.base, 1, 1, device=device()) is None
 
 
-def served(case: Case, backend: str, form: Format) -> Case:
-    """The case, without input dropout for a backend that has none."""
-    way = "kept" if backend == "aten" else "composed"
-    drops_input = TABLE[backend].refusal(way, form.base, 1, 1, True, device(), True) is None
-    return case if drops_input else replace(case, input_dropout="")
+def served(case: Case, backend: str, form: Format, way: str) -> Case:
+    """The case, without dropout of a kind that a backend has not, and without a b0 that the form cannot bear."""
+    if TABLE[backend].refusal(way, form.base, 1, 0, True, device()) is not None:
+        case = replace(case, dropout=False)
+    if TABLE[backend].refusal(way, form.base, 1, 0, True, device(), True) is not None:
+        case = replace(case, input_dropout="")
+    return replace(case, bias=False) if case.rounding and rounds_the_sum(way, form.base) else case
 
 
 def tested() -> list[str]:
@@ -284,6 +286,10 @@ def quick_cases(form: Format, dry: bool) -> tuple[Case, ...]:
     return first, second, replace(first, input_dropout="seed"), *ROUNDING
 
 
+def draws_of(case: Case, dry: bool) -> int:
+    return DRAWS if case.M < 100 and not dry else 1
+
+
 def quick(dry: bool) -> dict[str, dict[str, Check]]:
     """What comes first where time is short: every backend and form, each backend and format in a process."""
     found: dict[str, dict[str, Check]] = {"machine": machine()}
@@ -291,15 +297,14 @@ def quick(dry: bool) -> dict[str, dict[str, Check]]:
         form = FORMATS[name]
         checks: dict[str, Check] = {}
         for way, case in itertools.product(FORMS[1:], quick_cases(form, dry)):
-            case = served(case, backend, form)
+            case = served(case, backend, form, way)
             refusal = partial(TABLE[backend].refusal, way, form.base, masked=case.dropout, device=device())
             # What no Hydra may run in, a LoRA may.
             ranks = next((r for r in ((case.r_a, case.r_b), (case.r_a, 0)) if refusal(*r) is None), None)
             if ranks is None or (way == "kept" and not ranks[1]):
                 continue
             case = replace(case, r_a=ranks[0], r_b=ranks[1])
-            draws = DRAWS if case.M < 100 and not dry else 1
-            checks[f"{name} {way} {case}"] = partial(backend_check, backend, form, case, draws, way)
+            checks[f"{name} {way} {case}"] = partial(backend_check, backend, form, case, draws_of(case, dry), way)
         if checks:
             found[f"{backend} {name}"] = checks
     return found
@@ -318,9 +323,16 @@ def groups(dry: bool) -> dict[str, dict[str, Check]]:
             if form.base != F32:
                 cases += () if dry else tuple(ROUNDING)
             checks = {
-                f"{name} {case}": partial(backend_check, backend, form, case, DRAWS if case.M < 100 and not dry else 1)
-                for case in cases
+                f"{name} {case}": partial(backend_check, backend, form, case, draws_of(case, dry)) for case in cases
             }
+            if backend == "hybrid":
+                of_form = (served(case, backend, form, "effective") for case in cases if case.r_a + case.r_b <= 64)
+                checks |= {
+                    f"{name} effective {case}": partial(
+                        backend_check, backend, form, case, draws_of(case, dry), "effective"
+                    )
+                    for case in of_form
+                }
             found.setdefault(backend if dry or backend == "aten" else f"{backend} {name}", {}).update(checks)
         case = replace(DRY[0] if dry else Case((512,), 1024, 768, 8, 8), adapter_bias=True, dropout=True)
         use = found.setdefault(backend if dry else f"{backend} in use", {})

@@ -97,19 +97,31 @@ def check(settings: Settings, quick: bool) -> Iterator[Part]:
 
 def quick_jobs() -> Mapping[str, Job]:
     formats = [(name, doctor.FORMATS[name]) for name in doctor.QUICK_FORMATS]
-    return jobs.jobs_of(
+    found = [
         Step(case, name, fused, trainable_bias=True)
         for fused, (name, form) in itertools.product((True, False), formats)
         for case in doctor.quick_cases(form, dry=False)
-    )
+    ]
+    found += [
+        Step(doctor.served(case, "hybrid", form, "effective"), name, False, trainable_bias=True, form="effective")
+        for name, form in formats
+        for case in doctor.quick_cases(form, dry=False)
+    ]
+    return jobs.jobs_of(found)
 
 
 def all_jobs() -> Mapping[str, Job]:
     """Those of the backends' steps; kernels that are checked alone are compiled by the processes that check them."""
     cases = (*doctor.SMALL, *doctor.REAL)
+    made = itertools.product(
+        doctor.FORMATS.items(), ((True, "composed"), (False, "composed"), (False, "effective")), cases
+    )
     return jobs.jobs_of(
-        Step(case, name.partition("+")[0], fused, form.adapters, trainable_bias=True)
-        for (name, form), fused, case in itertools.product(doctor.FORMATS.items(), (True, False), cases)
+        Step(
+            doctor.served(case, "hybrid", form, way) if way == "effective" else case,
+            *(name.partition("+")[0], fused, form.adapters, True, way),
+        )
+        for (name, form), (fused, way), case in made
     )
 
 
@@ -144,11 +156,12 @@ def measure_llama(settings: Settings) -> Iterator[Part]:
 
 
 def layers(
-    settings: Settings, mode: str, shape: Shape, ranks: Ranks, names: Sequence[str], backend: str, seconds: float
-) -> list[LayerRow]:
+    settings: Settings, mode: str, shape: Shape, ranks: Ranks, names: Sequence[str], backend: str, seconds: float,
+    form: str = "auto",
+) -> list[LayerRow]:  # fmt: skip
     """One shape of the layer benchmark in bf16, with the floor of each step where the ceilings are known."""
     arguments = ["--device", settings.device.type, "--dtype", "bf16", "--mode", mode]
-    arguments += ["--methods", ",".join(methods.measured_in(mode, "bf16", names)), "--backend", backend]
+    arguments += ["--methods", ",".join(methods.measured_in(mode, "bf16", names)), "--backend", backend, "--form", form]
     arguments += ["--time-limit", str(seconds), "--shape", ",".join(map(str, shape))]
     arguments += ["--ranks", f"{ranks.r_a}+{ranks.r_b}", *([] if has_bias(shape) else ["--no-bias"])]
     options, _ = layer.settings_of([*arguments, *_dry(settings)])
@@ -184,11 +197,15 @@ def measure_others(settings: Settings) -> Iterator[Part]:
         *((shape, pair, OURS_AND_RIVALS, "auto") for pair in ranks[1:] for shape in headline),
         *((shape, GOALS_RANKS, OURS_AND_RIVALS, name) for name in kernels for shape in headline),
     ]
+    asked = [(*part, "auto") for part in parts]
+    if "hybrid" in kernels:
+        # First of all: it may be what `auto` should run where there is no b0.
+        asked = [*((shape, GOALS_RANKS, OURS_AND_RIVALS, "hybrid", "effective") for shape in headline), *asked]
     tasks = [
-        (f"layer graph {shape} {pair.r_a}+{pair.r_b} {backend}", partial(
-            layers, settings, "graph", shape, pair, names, backend, 2
+        (f"layer graph {shape} {pair.r_a}+{pair.r_b} {backend} {form}", partial(
+            layers, settings, "graph", shape, pair, names, backend, 2, form
         ))
-        for shape, pair, names, backend in parts
+        for shape, pair, names, backend, form in asked
     ]  # fmt: skip
     yield from attempts(settings, "layer-shapes", tasks)
 
@@ -253,7 +270,7 @@ def _silent() -> Progress:
 PAPERS_RUNS = tuple(itertools.product(("bf16", "tf32"), ("graph", "eager"), ("none",)))
 # In the order of what counts. Their limits, compiling on 16 cores and the build with them, end within MINUTES.
 STAGES = (
-    Stage("doctor", partial(check, quick=True), {"doctor-quick": CheckRow}, quick_jobs, 38),
+    Stage("doctor", partial(check, quick=True), {"doctor-quick": CheckRow}, quick_jobs, 35),
     Stage(
         "table4",
         partial(
@@ -265,9 +282,9 @@ STAGES = (
         ),
         {"table4": Table4Row},
         jobs.table4_jobs,
-        60,
+        54,
     ),
-    Stage("layer", measure_headline, {"ceilings": CeilingRow, "layer": LayerRow}, jobs.headline_jobs, 62),
+    Stage("layer", measure_headline, {"ceilings": CeilingRow, "layer": LayerRow}, jobs.headline_jobs, 53),
     Stage("host", measure_host, {"host": HostRow}, host_jobs, 10),
     Stage("llama", measure_llama, {"table4-llama": Table4Row}, jobs.llama_jobs, 30),
     Stage("all-checks", partial(check, quick=False), {"doctor": CheckRow}, all_jobs, 21),

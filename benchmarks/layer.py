@@ -47,6 +47,7 @@ from benchmarks.rendering import goals
 from benchmarks.rendering.layer import layer_notes, layer_tables
 from benchmarks.rendering.tables import show
 from benchmarks.rendering.verdicts import is_rival
+from hydra_kernels.backend.interface import FORMS
 from hydra_kernels.choose.choice import choose
 from hydra_kernels.choose.machine import here
 
@@ -67,6 +68,8 @@ class Settings:
     ranks: tuple[Ranks, ...]
     methods: tuple[str, ...]
     backend: str
+    # Of ours too.
+    form: str
     # Whether the frozen layer has b0.
     bias: bool
     # Of PEFT's LoRA and ours.
@@ -214,7 +217,7 @@ def measure(shape: Shape, hydra: Ranks, settings: Settings, deadline: float) -> 
     """The rows of one shape: every phase of every method."""
     bench = Bench(shape, settings)
     entries = entries_of(shape, hydra, methods.measured_in(settings.mode, settings.dtype, settings.methods))
-    prepared = {entry.names()[0]: bench.prepare(entry) for entry in entries}
+    prepared = {entry.names()[0]: bench.prepare(entry, settings.form) for entry in entries}
     contestants = {name: made for name, made in prepared.items() if isinstance(made, Contestant)}
     play(bench, contestants, deadline)
     rivals = {name: contestant for contestant in contestants.values() for name in contestant.entry.names()}
@@ -245,7 +248,8 @@ def row_of(
     ours = entry.method.startswith("ours_")
     machine, dtype, drops = here(settings.device), DTYPES[settings.dtype], settings.lora_dropout > 0
     drops &= entry.method == "ours_lora"
-    options = {"backend": settings.backend, "masked": drops, "drops_input": drops}
+    options = {"backend": settings.backend, "form": settings.form, "masked": drops, "drops_input": drops}
+    options["has_bias"] = settings.bias
     choice = choose(*shape, *entry.ranks, dtype, machine, **options) if ours else None
     return LayerRow(
         **shape._asdict(),
@@ -306,6 +310,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
     parser.add_argument("--ranks", action="append", metavar="A+B", help="of Hydra's branches; may be repeated")
     parser.add_argument("--methods", help="with commas between; every one without it")
     parser.add_argument("--backend", default="auto", help="of ours")
+    parser.add_argument("--form", choices=FORMS, default="auto", help="of ours")
     parser.add_argument("--no-bias", action="store_true", help="a frozen layer without b0, as language models have")
     parser.add_argument("--lora-dropout", type=float, default=0.0, help="of PEFT's LoRA and ours")
     parser.add_argument("--rounds", type=int, help="at most so many a shape: 100, in a dry run 3")
@@ -337,6 +342,7 @@ def settings_of(arguments: Sequence[str] | None) -> tuple[Settings, Path]:
         ranks=tuple(dict.fromkeys(map(ranks_option, options.ranks or ["8+8"]))),
         methods=tuple(name for name in measurable if name in names),
         backend=options.backend,
+        form=options.form,
         bias=not options.no_bias,
         lora_dropout=options.lora_dropout,
         rounds=rounds,

@@ -32,13 +32,17 @@ from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import RooflineRow
 from benchmarks.measuring.shapes import CUDA_SHAPES, Shape, ranks_option, shape_option
 from benchmarks.rendering.tables import Table, show
+from hydra_kernels.backend import effective
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs
 from hydra_kernels.kernels.launch import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-METHODS = ("frozen", "naive_lora", "naive_seqlora", "naive_hydra", "hybrid", "triton", "floor")
+METHODS = ("frozen", "naive_lora", "naive_seqlora", "naive_hydra", "hybrid", "triton")
+# In the effective form, by the passes that there are, and by one sweep over x and G in their place.
+EFFECTIVE = ("effective", "effective_sweep")
+METHODS += (*EFFECTIVE, "floor")
 ADAPTERS = frozenset({"A_down", "A_up", "B_down", "B_up"})
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
@@ -109,6 +113,8 @@ def _product_operations(name: str, args: Sequence[Any]) -> int:
 # What each kernel writes, among its arguments; every other tensor is read.
 WRITTEN = {
     "compose": ("D_ptr", "rest_ptr", "d_ptr", "U_ptr", "u_ptr"),
+    "effective": ("D_ptr", "d_ptr", "b_ptr", "out_ptr"),
+    "rebuild": ("out_ptr",),
     "down": ("Z_ptr",),
     "grad_z": ("dZ_ptr", "g_ptr", "z_sums_ptr", "scales_ptr"),
     "sum_rows": ("out_ptr", "v_sums_ptr"),
@@ -145,6 +151,11 @@ def _launch_operations(name: str, launch: Launch, passes: int) -> int:
         inner = triton.cdiv(a["K"], a["BLOCK_K"]) * a["BLOCK_K"]
         tiles = triton.cdiv(a["M"], a["BLOCK_M"]) * triton.cdiv(a["N"], a["BLOCK_N"])
         return tiles * 2 * a["BLOCK_M"] * a["BLOCK_N"] * (inner + R)
+    if name in ("effective", "rebuild"):
+        ranks_a, ranks_b = a["BLOCK_A"] * (a["R_A"] > 0), a["BLOCK_B"] * (a["R_B"] > 0)
+        of_C = launch.grid[1] * ranks_b if name == "effective" else 0  # each range of rows sums all of C
+        parts = 1 if a["out_ptr"].dtype == torch.float32 else 2
+        return 2 * a["N"] * a["K"] * (of_C + parts * (ranks_a + ranks_b))
     if name == "down":
         return 2 * a["M"] * a["K"] * R * passes * (1 + (a["rest_ptr"] is not None))
     if name == "grad_z":
@@ -178,7 +189,7 @@ def eager_step(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> list[Kernel]:
     return recorder.kernels
 
 
-def our_step(shape: Shape, ranks: Ranks, dtype: torch.dtype, fused: bool) -> list[Kernel]:
+def our_step(shape: Shape, ranks: Ranks, dtype: torch.dtype, fused: bool, form: str = "composed") -> list[Kernel]:
     """A backend's forward and backward on Hopper."""
     t = {name: None if v is None else v.detach() for name, v in operands_of(shape, ranks, dtype).items()}
     x, absent = t.pop("x"), dict.fromkeys(("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias", "mask"))
@@ -186,9 +197,31 @@ def our_step(shape: Shape, ranks: Ranks, dtype: torch.dtype, fused: bool) -> lis
     needs = {"x"} | {name for name in ADAPTERS if t[name] is not None}
     G = torch.empty(shape.M, shape.N, dtype=dtype, device="meta")
     with Recorder() as recorder:
-        _, op, saved = steps.forward(x, op, needs, fused, configs.SM90, recorder.launch)
-        steps.backward(G, op, saved, needs, fused, configs.SM90, recorder.launch)
+        if form == "effective":
+            _, op, saved = effective.forward(x, op, needs, configs.SM90, recorder.launch)
+            effective.backward(G, op, saved, needs, configs.SM90, recorder.launch)
+        else:
+            _, op, saved = steps.forward(x, op, needs, fused, configs.SM90, recorder.launch)
+            steps.backward(G, op, saved, needs, fused, configs.SM90, recorder.launch)
     return recorder.kernels
+
+
+def sweep_step(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> list[Kernel]:
+    """The effective form's step with one kernel for Z, dZ, dU and dD: x and G are read once, Z and dZ never stored."""
+    kernels = our_step(shape, ranks, dtype, fused=False, form="effective")
+    swept = ("down", "grad_z", "sum_rows")
+    passes = [kernel for kernel in kernels if kernel.name in swept]
+
+    def key(t: Tensor) -> tuple[int, int, torch.Size]:
+        return t.untyped_storage()._cdata, t.storage_offset(), t.shape
+
+    written = {key(t): t for kernel in passes for t in kernel.writes}
+    read = {key(t): (t, count) for kernel in passes for t, count in kernel.reads if key(t) not in written}
+    inside = {key(t) for kernel in passes for t, _ in kernel.reads} & written.keys()
+    writes = tuple(t for name, t in written.items() if name not in inside)
+    sweep = Kernel("sweep", tuple(read.values()), writes, sum(kernel.operations for kernel in passes))
+    last = max(place for place, kernel in enumerate(kernels) if kernel.name in swept)
+    return [*(kernel for kernel in kernels[:last] if kernel.name not in swept), sweep, *kernels[last + 1 :]]
 
 
 def floor_step(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> list[Kernel]:
@@ -216,6 +249,8 @@ STEPS: dict[str, Callable[[Shape, Ranks, torch.dtype], list[Kernel]]] = {
     "naive_hydra": eager_step,
     "hybrid": partial(our_step, fused=False),
     "triton": partial(our_step, fused=True),
+    "effective": partial(our_step, fused=False, form="effective"),
+    "effective_sweep": sweep_step,
     "floor": floor_step,
 }
 
@@ -263,10 +298,10 @@ def floor_us(shape: Shape, ranks: Ranks, dtype: str, tflops: float, gigabytes: f
 
 
 def predict(shape: Shape, ranks: Ranks, dtype: str, model: Model) -> list[RooflineRow]:
-    """A row a method; the fused kernels only where they take the ranks."""
+    """A row a method; the fused kernels and the effective form only where they take the ranks."""
     rows: list[RooflineRow] = []
     for method in METHODS:
-        if method == "triton" and sum(ranks) > configs.MAX_RANK_BLOCK:
+        if method in ("triton", *EFFECTIVE) and sum(ranks) > configs.MAX_RANK_BLOCK:
             continue
         kernels = STEPS[method](shape, ranks, DTYPES[dtype])
         times = microseconds(kernels, model, ours=method in ("hybrid", "triton"))
@@ -303,7 +338,7 @@ def step_table(rows: Sequence[RooflineRow]) -> Table:
         cells.append([*cell, f"{row['predicted_us']:.1f}", f"{row['over_frozen']:.3f}"])
     first = rows[0]
     title = f"Predicted, not measured: a training step, Hydra {first['r_a']}+{first['r_b']}, {first['dtype']}"
-    return Table(title, headings, cells, [cell[1] in ("hybrid", "triton") for cell in cells])
+    return Table(title, headings, cells, [cell[1] in ("hybrid", "triton", *EFFECTIVE) for cell in cells])
 
 
 def kernel_table(rows: Sequence[RooflineRow]) -> Table:

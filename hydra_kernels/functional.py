@@ -69,7 +69,8 @@ def hydra_linear(
             that torch's generator gives, the same for every backend.
         input_mask: the mask [M, K] of x itself, likewise scaled; wins over ``input_dropout_p``.
         form: "composed" saves x and the bottleneck, "kept" saves y0 too, "effective" saves x and multiplies it with
-            W0 + U D, built once a pass (`native` alone, without dropout of either kind); "auto" lets `choice` decide.
+            W0 + U D, built once a pass (`native` on a CPU and `hybrid`, without dropout of either kind); "auto" lets
+            `choice` decide.
         backend: a key of ``hydra_kernels.backends()`` or "auto", which is "reference" where something can follow plain
             operators alone: torch.func's transforms, forward-mode differentiation, torch.jit.trace, torch.export.
 
@@ -244,8 +245,9 @@ def _choice(call: Call, op: Operands, device: torch.device, masked: bool) -> Cho
     compiling = call.compiled is None and torch.compiler.is_compiling() and not isinstance(op.weight, Packed)
     masked = masked or drops
     choice = choose(
-        rows, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked, _saves_x(op), compiling, drops
-    )
+        rows, K, N, r_a, r_b, dtype, machine, call.form, call.backend, masked, _saves_x(op), compiling, drops,
+        op.bias is not None,
+    )  # fmt: skip
     if choice.backend == "reference":
         return choice
     reason = machine.reasons[choice.backend]

@@ -119,6 +119,20 @@ def test_a_measurement_wins_within_a_factor_of_two_of_its_rows():
     assert choose(100, 64, 64, 8, 8, BF16, gone).backend == "hybrid"
 
 
+def test_the_effective_form_on_a_gpu_runs_where_it_is_fixed_or_was_measured_without_b0():
+    call = (8192, 4096, 4096, 8, 8, BF16)
+    assert chosen(*call, H100) == chosen(*call, H100, has_bias=False) == ("hybrid", "composed")
+    assert chosen(*call, BUILT, form="effective") == ("hybrid", "effective")
+    assert chosen(*call[:-1], F32, H100, form="effective") == ("hybrid", "effective")
+    assert chosen(*call, H100, form="effective", backend="triton") == ("triton", "effective")  # refused later
+    won = [Measured(8192, "hybrid", "composed", without_bias=("hybrid", "effective"))]
+    card = H100._replace(measured=[(call[1:], won)])
+    assert chosen(*call, card) == chosen(*call, card, has_bias=False, masked=True) == ("hybrid", "composed")
+    assert chosen(*call, card, has_bias=False) == ("hybrid", "effective")
+    assert chosen(*call, card, has_bias=False, form="composed") == ("hybrid", "composed")
+    assert "measured to be faster" in choose(*call, H100).why_form
+
+
 @pytest.mark.parametrize(
     ("machine", "dtype", "expected"),
     [

@@ -24,6 +24,7 @@ from .cases import PLAIN, operands
 from .test_layers import trained
 
 ROUTES = [("aten", "composed"), ("aten", "kept"), ("hybrid", "auto"), ("triton", "auto")]
+ROUTES += [("hybrid", "effective")]
 if hk.backends()["native"] is None:
     ROUTES += [("native", form) for form in ("composed", "kept", "effective")]
 OPERATORS = [(backend, "composed" if form == "auto" else form) for backend, form in ROUTES if backend != "aten"]
@@ -302,6 +303,18 @@ def test_operators_pass_opcheck(case, backend, form, permuted):
     opcheck(torch.ops.hydra_kernels.forward.default, (x, *packed, needs, backend, form))
     _, _, saved = TABLE[backend].forward(x, op, names, form)
     opcheck(torch.ops.hydra_kernels.backward.default, (G, list(saved), *packed, needs, backend, form))
+
+
+def test_the_effective_forms_operators_pass_opcheck_in_low_precision():
+    """There D has C in two parts, and d is float32."""
+    t, G = operands(replace(PLAIN, adapter_bias=True), torch.bfloat16)
+    x = t.pop("x")
+    fields = dict.fromkeys(Operands._fields) | {"scale_a": 1.0, "scale_b": 0.5, "mask_scale": 1.0, "input_p": 0.0} | t
+    op, names = Operands(**fields), frozenset({"x", *t} - {"weight"})
+    packed, needs = split(op), operators._listed(names)
+    opcheck(torch.ops.hydra_kernels.forward.default, (x, *packed, needs, "hybrid", "effective"))
+    _, _, saved = TABLE["hybrid"].forward(x, op, names, "effective")
+    opcheck(torch.ops.hydra_kernels.backward.default, (G, list(saved), *packed, needs, "hybrid", "effective"))
 
 
 def test_accumulate_passes_opcheck():

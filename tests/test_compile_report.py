@@ -22,8 +22,9 @@ FUSED = [
     *("grad_z", "sum_rows dU", "gemm dx", "sum_rows dD", "reduce", "through_weight", "finish"),
 ]
 OTHER_TILES = ["gemm forward", "gemm dx"]
+EFFECTIVE = ["effective", "rebuild"]  # the form's own; it has no dropout
 DROPPING = ["down", "gemm dx", "sum_rows dD"]  # and a pass of its own around cuBLAS
-PASSES = ("down", "grad_z", "sum_rows C", "sum_rows dU", "sum_rows dD", "through_weight")
+PASSES = ("effective", "down", "grad_z", "sum_rows C", "sum_rows dU", "sum_rows dD", "through_weight")
 MATRIX_OPCODE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 ALIGNED = [name for name, variant in VARIANTS.items() if variant.aligned]
@@ -81,7 +82,7 @@ def test_bf16_on_every_architecture(archs, ranks, variants, tmp_path):
             found = [row["kernel"] for row in rows if (row["arch"], row["variant"]) == (f"sm_{arch}", variant)]
             drops = variant.startswith("input-dropout")
             other = OTHER_TILES[: 1 if drops else 2] if arch == "90" else []  # its dx has tiles of its own then
-            assert found == [*FUSED, *other, *(["dropped_product"] if drops else [])] * len(ranks)
+            assert found == [*FUSED, *other, *(["dropped_product"] if drops else EFFECTIVE)] * len(ranks)
     assert compile_report.fault_lines(rows) == []
     assert missing(rows) == []
 
@@ -132,7 +133,7 @@ def test_a_kernel_that_does_not_compile_is_a_row_and_a_failure(tmp_path):
     done = run(*arguments, environment=broken)
     rows = timing.read_result(file, CompileRow)[1]
     assert done.returncode == 1, done.stderr[-2000:]
-    assert [row["kernel"] for row in rows] == FUSED
+    assert [row["kernel"] for row in rows] == [*FUSED, *EFFECTIVE]
     assert all(row["error"] and row["registers"] is None for row in rows)
 
 
@@ -159,7 +160,10 @@ def divisible(job: Compilation) -> set[str]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_launch_of_a_step_is_there(ranks, variant):
     expected = [name for name in FUSED if ranks.r_b or name not in ("sum_rows C", "through_weight", "finish")]
-    expected += ["dropped_product"] if VARIANTS[variant].drops_input and ranks.r_a else []
+    if not VARIANTS[variant].drops_input:
+        expected += EFFECTIVE
+    elif ranks.r_a:
+        expected += ["dropped_product"]
     assert list(jobs(80, "bf16", ranks, variant)) == expected
 
 
@@ -213,7 +217,7 @@ def test_what_two_variants_share_is_one_compilation():
 def test_the_precision_of_fp32_products_is_chosen_and_put_back():
     before = torch.backends.cuda.matmul.fp32_precision
     tf32, fp32 = (compile_report.launches(90, dtype, Ranks(8, 8), VARIANTS["plain"]) for dtype in ("tf32", "fp32"))
-    assert {launch.arguments.get("PRECISION", "sums") for launch in tf32} == {"tf32", "sums"}
+    assert {launch.arguments.get("PRECISION", "sums") for launch in tf32} == {"tf32", "tf32x3", "sums"}
     assert {launch.arguments.get("PRECISION", "sums") for launch in fp32} == {"ieee", "sums"}
     assert torch.backends.cuda.matmul.fp32_precision == before
 

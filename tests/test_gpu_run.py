@@ -26,6 +26,7 @@ from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import CeilingRow, HostRow, LayerRow, StageRow, TuneRow
 from benchmarks.measuring.shapes import HEADLINE, Shape
 from benchmarks.rendering.run import summary
+from hydra_kernels.backend import effective
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.kernels import configs
 from hydra_kernels.kernels.launch import Launch
@@ -238,8 +239,13 @@ def test_what_is_planned_is_what_hydra_linear_launches(case, dtype, adapters, bi
     base = compilation.DTYPES[dtype][0]
     t, G = operands(case, base, adapters)
     wanted = set(t) - {"weight", "mask", *([] if bias else ["bias"])}
-    for backend in ("triton", "hybrid"):
+    for backend, form in (("triton", "composed"), ("hybrid", "composed"), ("hybrid", "effective")):
         found: list[Launch] = []
+        way = effective if form == "effective" else steps
+        if form == "effective":
+            case = replace(case, dropout=False)
+            t.pop("mask", None)
+            wanted.discard("mask")
 
         def noted(launch: Launch, found: list[Launch] = found) -> None:
             found.append(launch)
@@ -247,9 +253,9 @@ def test_what_is_planned_is_what_hydra_linear_launches(case, dtype, adapters, bi
 
         with monkeypatch.context() as patch:
             for name in ("forward", "backward"):
-                patch.setattr(steps, name, partial(getattr(steps, name), run=noted))
-            differentiate(partial(doctor.call, hk.hydra_linear, case, backend=backend), t, G, wanted)
-        step = compilation.Step(case, dtype, backend == "triton", adapters, bias)
+                patch.setattr(way, name, partial(getattr(way, name), run=noted))
+            differentiate(partial(doctor.call, hk.hydra_linear, case, backend=backend, form=form), t, G, wanted)
+        step = compilation.Step(case, dtype, backend == "triton", adapters, bias, form)
         planned = compilation.launches_of(step, configs.INTERPRETER)
         assert [launch.kernel.__name__ for launch in planned] == [launch.kernel.__name__ for launch in found]
         for launch, ran in zip(planned, found, strict=True):
@@ -348,7 +354,7 @@ def host_row() -> HostRow:
 def tune_row() -> TuneRow:
     row = {"M": 6400, "K": 3072, "N": 768, "r_a": 8, "r_b": 8, "dtype": "bfloat16", "device": "A Card"}
     row |= {"backend": "native", "form": "composed", "us": {"native composed": 10.0, "hybrid composed": 11.0}}
-    return TuneRow(**row, library="aten", library_us={}, failed={}, versions={}, date="", dry=False)
+    return TuneRow(**row, library="aten", library_us={}, failed={}, without_bias="", versions={}, date="", dry=False)
 
 
 def lora_over_peft() -> list[LayerRow]:

@@ -24,6 +24,7 @@ from triton.runtime.interpreter import interpreter_builder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import hydra_kernels as hk
+from hydra_kernels.backend import effective
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels import configs, gemm, language, reduce
@@ -42,6 +43,8 @@ ALL = frozenset(("x", *reduce.GRADIENTS))
 
 # The arguments that each kernel writes; all others it only reads.
 WRITTEN = {
+    "effective_kernel": {"D_ptr", "d_ptr", "b_ptr", "out_ptr"},
+    "rebuild_kernel": {"out_ptr"},
     "compose_kernel": {"D_ptr", "rest_ptr", "d_ptr", "U_ptr", "u_ptr"},
     "gemm_kernel": {"out"},
     "down_kernel": {"Z_ptr"},
@@ -61,20 +64,24 @@ def step(
     needs: Set[str] = ALL,
     fused: bool = True,
     arch: configs.Architecture = configs.INTERPRETER,
+    form: str = "composed",
 ) -> Tensors:
     """h and the wanted gradients for a case's operands, each launch carried out by run."""
     scales = {f"scale_{side}": t.get(f"scale_{side}", 1.0) for side in "ab"}
     op = Operands(**{name: t.get(name) for name in Operands._fields} | scales | {"mask_scale": 1.0, "input_p": 0.0})
     x, needs = t["x"], needs & set(t)
+    if form == "effective":
+        h, op, saved = effective.forward(x, op, needs, arch, run)
+        return {"h": h, **effective.backward(G, op, saved, needs, arch, run)}
     h, op, saved = steps.forward(x, op, needs, fused, arch, run)
     return {"h": h, **steps.backward(G, op, saved, needs, fused, arch, run)}
 
 
-def launched(needs: Set[str], fused: bool = True, case: Case = EVERYTHING) -> list[Launch]:
+def launched(needs: Set[str], fused: bool = True, case: Case = EVERYTHING, form: str = "composed") -> list[Launch]:
     """The launches of a step on the meta device: nothing runs."""
     t, G = operands(case, BF16)
     launches: list[Launch] = []
-    step({name: v.to("meta") for name, v in t.items()}, G.to("meta"), launches.append, needs, fused, configs.SM90)
+    step({name: v.to("meta") for name, v in t.items()}, G.to("meta"), launches.append, needs, fused, configs.SM90, form)
     return launches
 
 
@@ -225,7 +232,7 @@ def guarded(t: Tensor, at_end: bool) -> Tensor:
     return copy.copy_(t)
 
 
-def run_guarded(at_end: bool, cases: tuple[Case, ...]) -> None:
+def run_guarded(at_end: bool, cases: tuple[Case, ...], form: str = "composed") -> None:
     """Steps in which every argument of every kernel lies beside a protected page: a stray access ends the process."""
 
     def run(launch: Launch) -> None:
@@ -247,7 +254,7 @@ def run_guarded(at_end: bool, cases: tuple[Case, ...]) -> None:
 
     for case in cases:
         t, G = operands(case, F16)
-        expected, got = step(t, G), step(t, G, run)
+        expected, got = step(t, G, form=form), step(t, G, run, form=form)
         for name, value in expected.items():
             if not torch.equal(got[name], value):
                 raise AssertionError(f"{name} differs")
@@ -260,7 +267,10 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_kernel_strays_over_the_edge_of_an_argument():
-    code = "from tests.test_kernels import *; run_guarded(True, FOUR); run_guarded(False, FOUR[:1])"
+    code = "from tests.test_kernels import *; run_guarded(True, FOUR); run_guarded(False, FOUR[:1]); "
+    # The effective form: not aligned with the adapters' biases, aligned, one branch alone.
+    code += "four = tuple(replace(case, dropout=False) for case in FOUR); run_guarded(True, four, 'effective'); "
+    code += "run_guarded(False, four[:1], 'effective')"
     run = python(code, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stderr
 
@@ -299,9 +309,17 @@ def test_offsets_past_2_to_the_31(fused):
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
-@FUSED
-@pytest.mark.parametrize("case", [EVERYTHING, ALIGNED], ids=["pointers", "descriptors"])
-def test_no_block_of_offsets_is_multiplied_in_32_bits(monkeypatch, fused, case):
+@pytest.mark.parametrize(
+    ("case", "fused", "form"),
+    [
+        pytest.param(EVERYTHING, True, "composed", id="pointers-triton"),
+        pytest.param(ALIGNED, True, "composed", id="descriptors-triton"),
+        pytest.param(EVERYTHING, False, "composed", id="pointers-hybrid", marks=pytest.mark.slow),
+        pytest.param(ALIGNED, False, "composed", id="descriptors-hybrid", marks=pytest.mark.slow),
+        pytest.param(replace(ALIGNED, dropout=False), False, "effective", id="effective"),
+    ],
+)
+def test_no_block_of_offsets_is_multiplied_in_32_bits(monkeypatch, fused, case, form):
     """Such a product is right at every size that a test can hold in memory.
 
     But for the rows of one tile: times R they never pass 2^31, and where they do times N, the launcher says so.
@@ -321,7 +339,7 @@ def test_no_block_of_offsets_is_multiplied_in_32_bits(monkeypatch, fused, case):
     def run(launch: Launch) -> None:
         launch._replace(arguments=launch.arguments | ({"WIDE": True} if "WIDE" in launch.arguments else {})).run()
 
-    step(t, G, run, fused=fused)
+    step(t, G, run, fused=fused, form=form)
     assert found == set()
 
 

@@ -101,10 +101,42 @@ def test_ours_is_what_is_launched():
     assert finish == products + 4 * r_b + 2 * (N + r_b * N)
 
 
+def test_the_effective_form_reads_W0_once_a_pass_and_adds_nothing_to_its_products():
+    rows = by_method(FC2)
+    names = [kernel[0] for kernel in rows["effective"]["kernels"]]
+    passes = ["down", "cat", "grad_z", "sum_rows", "sum_rows"]
+    assert names == ["effective", "addmm", "rebuild", "mm", *passes, "reduce", "through_weight", "finish"]
+    M, K, N = FC2
+    R, r_b = 16, 8
+    effective, h, rebuild, dx = rows["effective"]["kernels"][:4]
+    D = 2 * (R + r_b) * K
+    adapters = 2 * (N * R + (R - r_b) * K + r_b * N + N)
+    assert effective[1] == 2 * 2 * N * K + adapters + D + 4 * R + 2 * N
+    assert rebuild[1] == 2 * 2 * N * K + 2 * N * R + D
+    assert [h[2], dx[2]] == [2 * M * N * K] * 2  # those of the frozen layer
+    assert [h[1], dx[1]] == [kernel[1] for kernel in rows["frozen"]["kernels"]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "us"), [(FC2, 12), (Shape(25216, 4096, 1024), 61), (SQUARE, 32), (LONG, 71)], ids=str
+)
+def test_one_sweep_reads_x_and_G_once(shape, us):
+    """By hand: x and G, and little else; it takes the place of four passes, which read each of them twice."""
+    rows = by_method(shape)
+    (sweep,) = (kernel for kernel in rows["effective_sweep"]["kernels"] if kernel[0] == "sweep")
+    least = 2 * shape.M * (shape.K + shape.N)
+    assert least < sweep[1] < 1.1 * least
+    assert sweep[3] == pytest.approx(us, rel=0.03)
+    passes = ("down", "grad_z", "sum_rows")
+    spared = sum(kernel[1] for kernel in rows["effective"]["kernels"] if kernel[0] in passes) - sweep[1]
+    assert least < spared < 1.2 * least
+    assert rows["effective_sweep"]["launches"] == rows["effective"]["launches"] - 3
+
+
 def test_a_pass_is_repeated_for_further_blocks_of_ranks():
     few, many = by_method(FC2, ranks=Ranks(32, 32)), by_method(FC2, ranks=Ranks(37, 33))
     assert "triton" in few
-    assert "triton" not in many
+    assert {"triton", "effective", "effective_sweep"}.isdisjoint(many)
     G = FC2.M * FC2.N * 2
     grad_z = [{kernel[0]: kernel[1] for kernel in rows["hybrid"]["kernels"]}["grad_z"] for rows in (few, many)]
     assert grad_z[1] - grad_z[0] > G

@@ -58,7 +58,10 @@ def chosen(M: int = 64, dtype: torch.dtype = F32) -> tuple[str, str]:
 def test_every_candidate_is_measured_and_the_fastest_stored(folder):
     lines = []
     (tuned,) = tune(report=lines.append)
-    assert set(tuned.us) == {"hybrid composed", "triton composed", "aten composed", "aten kept", *native_forms()}
+    assert set(tuned.us) == {
+        *("hybrid composed", "hybrid effective", "triton composed", "aten composed", "aten kept"),
+        *native_forms(),
+    }
     assert tuned.us[f"{tuned.backend} {tuned.form}"] == min(tuned.us.values())
     assert not tuned.failed
     assert lines[0].startswith(f"M=64 K=48 N=32 3+2 float32: {tuned.backend} {tuned.form} (")
@@ -107,6 +110,32 @@ def test_the_fastest_library_is_stored_and_runs(fastest, monkeypatch, folder):
     assert choose(*SHAPE, F32, here(CPU)).plan == ("kept" if fastest == "aten" else f"kept {fastest}")
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_in_low_precision_the_effective_form_wins_for_layers_without_a_bias_alone(dtype, monkeypatch, folder):
+    """Where b0 cancels W0 x it errs more than the naive layer, which random operands do not show."""
+    monkeypatch.setattr(tuning, "CANDIDATES", (("hybrid", "composed"), ("hybrid", "effective")))
+    monkeypatch.setattr(tuning, "_times", lambda steps, *_: {name: 1.0 + ("composed" in name) for name in steps})
+    lines = []
+    (tuned,) = tune(dtype=dtype, report=lines.append)
+    expected = ("effective", "") if dtype == F32 else ("composed", "hybrid effective")
+    assert (tuned.form, tuned.without_bias) == expected
+    assert ("without a bias hybrid effective" in lines[0]) == (dtype == BF16)
+    forms = [choose(*SHAPE, dtype, here(CPU), has_bias=bias).form for bias in (True, False)]
+    assert forms == [expected[0], "effective"]
+    assert hk.explain(*SHAPE, dtype=dtype, bias=False).form == "effective"
+    x, calls, forward = torch.randn(64, 48, dtype=dtype), [], TABLE["hybrid"].forward
+    monkeypatch.setattr(TABLE["hybrid"], "forward", lambda *a: calls.append(a[-1]) or forward(*a))
+    for bias in (True, False):
+        hk.HydraLinear(48, 32, bias=bias, r_a=3, r_b=2, dtype=dtype)(x)
+    assert calls == forms
+
+
+def test_only_candidates_for_layers_without_a_bias_are_no_winner(monkeypatch):
+    monkeypatch.setattr(tuning, "CANDIDATES", (("hybrid", "effective"),))
+    with pytest.raises(RuntimeError, match="nothing computes"):
+        tune(dtype=BF16)
+
+
 def test_the_rule_of_accuracy_by_hand():
     true = torch.tensor([3.0, -4.0], dtype=torch.float64)
     assert accuracy.errors(torch.tensor([3.0, -4.5]), true) == pytest.approx((0.5 / 4, 0.5 / 5))
@@ -144,7 +173,7 @@ def test_a_crashing_candidate_is_named_and_costs_only_itself(monkeypatch):
     monkeypatch.setattr(TABLE["triton"], "forward", crash)
     (tuned,) = tune()
     assert tuned.failed == {"triton composed": "RuntimeError: no kernel image"}
-    assert set(tuned.us) == {"hybrid composed", "aten composed", "aten kept", *native_forms()}
+    assert set(tuned.us) == {"hybrid composed", "hybrid effective", "aten composed", "aten kept", *native_forms()}
 
 
 def test_where_nothing_is_right_it_raises_and_stores_nothing(monkeypatch, folder):
@@ -383,7 +412,7 @@ def test_explain_tells_the_cpu_that_was_measured_from_the_one_that_is_asked(capa
     assert here.endswith(f"on AMD EPYC 9B45, {threads} threads")
     assert "the rules were measured on Intel(R) Xeon(R) Processor, 2 threads; nothing was measured on this" in numbers
     row = (*SHAPE, "float32", f"AMD EPYC 9B45, {threads} threads", "aten", "kept", "aten", {}, {}, {})
-    _store(tuning.Tuned(*row, versions=machine.versions(), date=""))
+    _store(tuning.Tuned(*row, without_bias="", versions=machine.versions(), date=""))
     here, numbers = said()
     assert here.endswith(f"on AMD EPYC 9B45, {threads} threads")
     assert numbers.startswith("numbers   measured on this device for some shapes; the rules for others on Intel")

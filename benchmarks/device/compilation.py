@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from benchmarks.measuring import methods
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.passes import Pass
 from benchmarks.measuring.shapes import Shape
+from hydra_kernels.backend import effective
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
 from hydra_kernels.kernels.configs import Architecture
@@ -96,7 +97,7 @@ Job = Compilation | Rival
 
 
 class Step(NamedTuple):
-    """A forward and a backward of one of the Triton backends; ``fused``: of `triton`, else of `hybrid`."""
+    """A forward and a backward of one of the Triton backends; ``fused``: of `triton`, else of `hybrid` in a form."""
 
     case: Case
     dtype: str
@@ -104,6 +105,7 @@ class Step(NamedTuple):
     # float32 over a low-precision weight, where that differs.
     adapters: torch.dtype | None = None
     trainable_bias: bool = False
+    form: str = "composed"
 
 
 @contextmanager
@@ -136,11 +138,23 @@ def launches_of(step: Step, arch: Architecture) -> list[Launch]:
     needs = {"x"} | {name for name in ADAPTERS if isinstance(t[name], Tensor)}
     needs |= {"bias"} if step.trainable_bias and case.bias else set()
     x, G = new(case.M, case.K, dtype=dtype), new(case.M, case.N, dtype=dtype)
+    found = step_launches(x, G, Operands(**t), needs, step.fused, step.form, arch, precision)
+    return [launch for launch in found if 0 not in launch.grid]
+
+
+def step_launches(
+    x: Tensor, G: Tensor, op: Operands, needs: Set[str], fused: bool, form: str, arch: Architecture, precision: str
+) -> list[Launch]:
+    """What a forward and a backward launch on tensors without data, fp32 products in that precision."""
     found: list[Launch] = []
     with products_of_fp32(precision):
-        _, kept, saved = steps.forward(x, Operands(**t), needs, step.fused, arch, found.append)
-        steps.backward(G, kept, saved, needs, step.fused, arch, found.append)
-    return [launch for launch in found if 0 not in launch.grid]
+        if form == "effective":
+            _, kept, saved = effective.forward(x, op._replace(mask=None), needs, arch, found.append)
+            effective.backward(G, kept, saved, needs, arch, found.append)
+        else:
+            _, kept, saved = steps.forward(x, op, needs, fused, arch, found.append)
+            steps.backward(G, kept, saved, needs, fused, arch, found.append)
+    return found
 
 
 def compilation(launch: Launch, arch: int) -> Compilation:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.choose.accuracy import allowed, errors
 from hydra_kernels.choose.accuracy import slack_of as slack_of_dtype
-from hydra_kernels.kernels import compose, configs, gemm, reduce, skinny
+from hydra_kernels.kernels import compose, configs, effective, gemm, reduce, skinny
 from hydra_kernels.kernels.language import INTERPRETED
 from tests.cases import Case
 from tests.oracle import Tensors
@@ -170,6 +170,41 @@ def check_compose(form: Format, case: Case) -> Finding:
     return b.judge({"A_down": D[: b.r_a], "C": C, "U": U, "d": d, "u": u}, formula)
 
 
+def check_effective(form: Format, case: Case) -> Finding:
+    """In as many ranges of rows as the card takes, and in three; then W again from D."""
+    b = Bench(form, case)
+    if b.R > configs.MAX_RANK_BLOCK:
+        return Finding("skip", reason=f"it takes ranks up to {configs.MAX_RANK_BLOCK}")
+    bias, tiles = b.normal(b.N), b.tiles(b.weight)
+    shapes = {"A_down": (b.r_a, b.K), "A_up": (b.N, b.r_a), "B_down": (b.r_b, b.N), "B_up": (b.N, b.r_b)}
+    t = {name: b.normal(*shape, std=shape[1] ** -0.5) for name, shape in shapes.items()}
+    t |= {"A_down_bias": b.normal(b.r_a), "A_up_bias": b.normal(b.N)}
+    t |= {"B_down_bias": b.normal(b.r_b), "B_up_bias": b.normal(b.N)}
+    out = {}
+    for splits in dict.fromkeys((b.architecture.splits_of_effective(tiles, b.N, b.K), 3)):
+        D, d = b.blank(b.R if form.base == F32 else b.R + b.r_b, b.K), b.blank(b.R, dtype=F32)
+        v, W, again = b.blank(b.N), b.blank(b.N, b.K), b.blank(b.N, b.K)
+        effective.effective(
+            b.weight, bias, t, SCALES, D, d, v, W, splits, tiles.effective, b.precision
+        ).run()  # fmt: skip
+        effective.rebuild(b.weight, t["A_up"], t["B_up"], SCALES, D, again, tiles.rebuild, b.precision).run()
+        C = D[b.r_a : b.R].float() + (0 if form.base == F32 else D[b.R :].float())
+        made = {"A_down": D[: b.r_a], "C": C, "d": d, "b": v, "W": W, "W again": again}
+        out |= {f"{name} in {splits}": value for name, value in made.items()}
+
+    def formula(to, rounded) -> Tensors:
+        a, W0 = {name: to(value) for name, value in t.items()}, to(b.weight)
+        C, d_a = a["B_down"] @ W0, a["A_down_bias"]
+        d_b = a["B_down"] @ to(bias) + a["B_down_bias"]
+        of_a = SCALES[0] * (a["A_up"] @ d_a + a["A_up_bias"])
+        found = {"A_down": a["A_down"], "C": C, "d": torch.cat([d_a, d_b])}
+        found["b"] = to(bias) + of_a + SCALES[1] * (a["B_up"] @ d_b + a["B_up_bias"])
+        found["W"] = W0 + SCALES[0] * a["A_up"] @ a["A_down"] + SCALES[1] * a["B_up"] @ C
+        return {name: found[name.partition(" ")[0]] for name in out}
+
+    return b.judge(out, formula)
+
+
 def check_down(form: Format, case: Case) -> Finding:
     b = Bench(form, case)
     x, D, rest = b.normal(b.M, b.K), b.normal(b.R, b.K, std=b.K**-0.5), b.rest()
@@ -302,7 +337,13 @@ def check_finish(form: Format, case: Case) -> Finding:
 
 
 KERNELS = {
-    **{"compose": check_compose, "down": check_down, "gemm-forward": check_gemm_forward, "gemm-dx": check_gemm_dx},
+    **{
+        "compose": check_compose,
+        "effective": check_effective,
+        "down": check_down,
+        "gemm-forward": check_gemm_forward,
+        "gemm-dx": check_gemm_dx,
+    },
     **{"grad_z": check_grad_z, "sum_rows": check_sum_rows, "reduce": check_reduce},
     **{"through_weight": check_through_weight, "finish": check_finish},
 }

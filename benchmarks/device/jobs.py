@@ -63,9 +63,9 @@ def headline_jobs() -> Mapping[str, Job]:
     return {repr(rival): rival for rival in rivals} | layer_jobs(HEADLINE, GOALS_RANKS)
 
 
-def layer_jobs(shapes: Sequence[Shape], hydra: Ranks) -> Mapping[str, Job]:
+def layer_jobs(shapes: Sequence[Shape], hydra: Ranks, form: str = "composed") -> Mapping[str, Job]:
     return jobs_of(
-        Step(Case((M,), K, N, *ranks, bias=has_bias(Shape(M, K, N))), "bf16", fused=False)
+        Step(Case((M,), K, N, *ranks, bias=has_bias(Shape(M, K, N))), "bf16", fused=False, form=form)
         for (M, K, N), ranks in itertools.product(shapes, equal_rank(hydra).values())
     )
 
@@ -73,8 +73,9 @@ def layer_jobs(shapes: Sequence[Shape], hydra: Ranks) -> Mapping[str, Job]:
 def other_jobs() -> Mapping[str, Job]:
     fused = (Step(Case((M,), K, N, *GOALS_RANKS, bias=has_bias(Shape(M, K, N))), "bf16", True) for M, K, N in HEADLINE)
     ranks = [layer_jobs(HEADLINE, pair) for pair in OTHER_RANKS]
+    effective = layer_jobs(HEADLINE, GOALS_RANKS, "effective")
     found: dict[str, Job] = {}
-    for jobs in (*ranks, layer_jobs(OTHER_SHAPES, GOALS_RANKS), jobs_of(fused)):
+    for jobs in (effective, *ranks, layer_jobs(OTHER_SHAPES, GOALS_RANKS), jobs_of(fused)):
         found |= jobs
     return found
 
@@ -82,7 +83,8 @@ def other_jobs() -> Mapping[str, Job]:
 def tune_jobs() -> Mapping[str, Job]:
     wanted = [(shape, GOALS_RANKS, "bf16") for shape in (*HEADLINE, *OTHER_SHAPES)]
     wanted += [(PAPERS_FC2, ranks, dtype) for dtype in ("bf16", "fp32") for ranks in PAPERS.ranks.values()]
+    ways = ((True, "composed"), (False, "composed"), (False, "effective"))
     return jobs_of(
-        Step(Case((M,), K, N, *ranks), dtype, fused)
-        for ((M, K, N), ranks, dtype), fused in itertools.product(wanted, (True, False))
+        Step(Case((M,), K, N, *ranks), dtype, fused, form=form)
+        for ((M, K, N), ranks, dtype), (fused, form) in itertools.product(wanted, ways)
     )

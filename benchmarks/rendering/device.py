@@ -62,9 +62,11 @@ def tune_block(stored: Sequence[Stored]) -> str:
     def table(rows: Sequence[Any]) -> str:
         cells = []
         for row in rows:
-            by_time = sorted(row["us"].items(), key=lambda item: item[1])
+            winner = f"{row['backend']} {row['form']}"
+            by_time = sorted(row["us"].items(), key=lambda item: (item[0] != winner, item[1]))
             shape = f"{row['M']} x {row['K']} x {row['N']}"
-            others = ", ".join(f"{name} {us:.1f}" for name, us in by_time[1:])
+            alone = {row["without_bias"]: " (without b0 alone)"}
+            others = ", ".join(f"{name} {us:.1f}{alone.get(name, '')}" for name, us in by_time[1:])
             failed = ", ".join(row["failed"])
             cells.append([shape, f"{row['r_a']}+{row['r_b']}", row["dtype"], *by_time[0][:1], f"{by_time[0][1]:.1f}"])
             cells[-1] += [others or "-", failed or "-"]

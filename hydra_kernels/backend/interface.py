@@ -15,8 +15,16 @@ from torch import Tensor
 FORMS = ("auto", "composed", "kept", "effective")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 CPU = torch.device("cpu")
-COMPOSED_ONLY = ("hybrid", "triton")
+BY_TRITON = ("hybrid", "triton")
 MAX_NATIVE_RANK = 64  # of native's kernels on a GPU
+
+
+def rounds_the_sum(form: str, dtype: torch.dtype) -> bool:
+    """Whether a form rounds W0 + U D to a low precision: where b0 cancels W0 x it errs more than the naive layer.
+
+    So `auto` takes it for no layer that has b0. Whoever fixes it, gets it.
+    """
+    return form == "effective" and dtype in LOW_PRECISION
 
 
 # What computes `native`'s products with W0 on a CPU: ATen (MKL in fp32), or oneDNN in the forward or in both passes.

@@ -14,7 +14,18 @@ from torch import Tensor
 from ..private import count_dispatch_modes, dispatch_modes
 from ..weights import Packed, dense
 from .flops import backward_flops, forward_flops
-from .interface import ARGUMENTS, FROM_Z, Backend, Operands, Saved, form_of, joined, read_backwards, split
+from .interface import (
+    ARGUMENTS,
+    FROM_Z,
+    LOW_PRECISION,
+    Backend,
+    Operands,
+    Saved,
+    form_of,
+    joined,
+    read_backwards,
+    split,
+)
 
 _PACKED = "Tensor[] tensors, str format, int[] shape, int[] numbers"
 _CALL = "Tensor?[] tensors, float[] numbers, str needs, str backend, str plan"  # `split` makes the first two
@@ -141,9 +152,13 @@ def _fake_forward(
 ) -> list[Tensor]:
     op = joined(tensors, numbers)
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
-    shapes = {"composed": ((M, R), (R, K)), "kept": ((M, R), (M, N)), "effective": ((R, K), (R,))}[form_of(plan)]
+    rows = R + op.r_b if x.dtype in LOW_PRECISION else R  # of D in the effective form: C is in two parts then
+    shapes = {"composed": ((M, R), (R, K)), "kept": ((M, R), (M, N)), "effective": ((rows, K), (R,))}[form_of(plan)]
     _, *others = _are_saved(form_of(plan), op, set(needs.split(",")))
-    return [x.new_empty(M, N), *(x.new_empty(shape) for shape, saved in zip(shapes, others, strict=True) if saved)]
+    h, *left = (x.new_empty(shape) for shape, saved in zip(((M, N), *shapes), (True, *others), strict=True) if saved)
+    if form_of(plan) == "effective" and others[1]:
+        left[-1] = left[-1].to(torch.promote_types(x.dtype, torch.float32))  # d
+    return [h, *left]
 
 
 def _backward(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, MAX_NATIVE_RANK, Choice
+from ..backend.interface import BY_TRITON, LOW_PRECISION, MAX_NATIVE_RANK, Choice
 
 DATA: dict[str, Any] = json.loads((Path(__file__).parent / "numbers.json").read_text(encoding="utf-8"))
 _COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
@@ -41,17 +41,22 @@ _WHY_ONEDNN_ROWS = f"x W0^T of {_ROWS} and a large W0 is faster by oneDNN (an In
 _WHY_MKL = f"MKL is as fast or more exact, but for {_ROWS} of a large W0 (an Intel Xeon)"
 _WHY_LORA = "without a sequential branch nothing needs y0"
 _WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
+_WHY_MEASURED = "the other one, effective, runs only where it was measured to be faster"
 _WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
 _WHY_COMPOSED = f"M is at least {_COMPOSED_FROM} K: passes over [M, N] are spared"
 
 
 class Measured(NamedTuple):
-    """The winner at M rows on one device; it counts for half to twice as many rows."""
+    """The winner at M rows on one device; it counts for half to twice as many rows.
+
+    ``without_bias`` is the backend and form that won for layers without b0, where that is another one.
+    """
 
     M: int
     backend: str
     form: str
     library: str = "aten"
+    without_bias: tuple[str, str] | None = None
 
 
 # K, N, r_a, r_b, dtype.
@@ -91,6 +96,7 @@ def choose(
     saves_x: bool = True,
     compiling: bool = False,
     drops_input: bool = False,
+    has_bias: bool = True,
 ) -> Choice:
     """The backend and form for x [M, K], weight [N, K], ranks r_a and r_b.
 
@@ -98,11 +104,14 @@ def choose(
 
     M is None where torch.compile keeps it open: one choice then serves every M, since a comparison would compile each
     layer anew on either side of it. ``saves_x`` is False where an up projection trains and no down projection does:
-    the effective form alone would then save x. ``compiling`` is True under torch.compile. A form or backend other than
+    the effective form alone would then save x. ``compiling`` is True under torch.compile. ``has_bias`` is False
+    without b0. A form or backend other than
     "auto" is what the user fixed, and stays.
     """
     why_backend = why_form = "you fixed it"
     winner = _winner(machine, (K, N, r_a, r_b, dtype), M) if machine.measured else None
+    if winner is not None and winner.without_bias is not None and not has_bias and not masked:
+        winner = winner._replace(backend=winner.without_bias[0], form=winner.without_bias[1])
     if r_b == 0 and form == "kept":
         form, why_form = "composed", _WHY_LORA
     if backend == "auto":
@@ -122,8 +131,8 @@ def choose(
         small = M is not None and M * K * N < _SMALL_WORK and r_a + r_b <= MAX_NATIVE_RANK
         backend, why_backend = _backend(dtype, machine, form, few_rows, small, native_serves)
     native_on_gpu = backend == "native" and machine.capability is not None
-    if form == "auto" and (backend in COMPOSED_ONLY or native_on_gpu):
-        form, why_form = "composed", "it is the only form of this backend"
+    if form == "auto" and (backend in BY_TRITON or native_on_gpu):
+        form, why_form = "composed", _WHY_MEASURED if backend == "hybrid" else "it is the only form of this backend"
     elif form == "auto":
         form, why_form = _form(M, K, N, r_a, r_b, dtype, backend, saves_x and not masked)
     return Choice(backend, form, why_backend, why_form, *_library((M, K, N), dtype, machine, backend, winner))
@@ -152,6 +161,8 @@ def _backend(
         return "aten", "the kernels have no float64"
     if form == "kept":
         return "aten", "only aten has the kept form"
+    if form == "effective":
+        return "hybrid", "on a GPU only hybrid has the effective form"
     if machine.reasons["hybrid"] is not None:
         return "aten", "the Triton kernels cannot run on this device"
     if few_rows:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..backend import TABLE
-from ..backend.interface import COMPOSED_ONLY, LOW_PRECISION, Choice
+from ..backend.interface import BY_TRITON, LOW_PRECISION, Choice
 from ..backend.triton import too_old
 from ..checks import check_dropout
 from .choice import DATA, Machine, choose
@@ -29,6 +29,7 @@ def explain(
     *,
     r: int | None = None,
     input_dropout: float = 0.0,
+    bias: bool = True,
 ) -> Choice:
     """Prints what ``backend="auto"``, ``form="auto"`` run for x [M, K], weight [N, K], why, and what would change it.
 
@@ -40,6 +41,7 @@ def explain(
             this machine.
         r: LoRA's rank, in place of r_a and r_b: ``r_a=r, r_b=0``.
         input_dropout: that of the layer in training, which not every backend and form has.
+        bias: whether the frozen layer has b0. In bfloat16 and float16 the effective form may be right without it alone.
 
     Returns:
         The `Choice` that was explained.
@@ -66,8 +68,8 @@ def explain(
     if dtype not in (torch.float64, torch.float32, *LOW_PRECISION):
         raise TypeError(f"dtype: expected torch.float64, float32, float16 or bfloat16, got {dtype}")
     drops = input_dropout > 0 and r_a > 0
-    choice = choose(M, K, N, r_a, r_b, dtype, machine, masked=drops, drops_input=drops)
-    dropped = f", input dropout {input_dropout}" if drops else ""
+    choice = choose(M, K, N, r_a, r_b, dtype, machine, masked=drops, drops_input=drops, has_bias=bias)
+    dropped = ("" if bias else ", no bias") + (f", input dropout {input_dropout}" if drops else "")
     print(f"x [{M}, {K}], weight [{N}, {K}], ranks {r_a}+{r_b}{dropped}, {dtype}, on {machine.name}")
     print(f"runs      {choice.backend}, {choice.form} form")
     print(f"backend   {choice.why_backend}")
@@ -84,7 +86,7 @@ def _machine(capability: Capability) -> Machine:
     if capability is None:
         return here(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU)
     if capability == "cpu":
-        reasons = {**here(CPU).reasons, **dict.fromkeys(COMPOSED_ONLY, "it needs an NVIDIA GPU")}
+        reasons = {**here(CPU).reasons, **dict.fromkeys(BY_TRITON, "it needs an NVIDIA GPU")}
         return Machine(device_name(CPU), None, reasons, here(CPU).measured, here(CPU).cpu)
     card = _card(capability) if isinstance(capability, str) else None
     if card is not None:
@@ -100,7 +102,7 @@ def _machine(capability: Capability) -> Machine:
     number = f"{capability[0]}.{capability[1]}"
     card = card or next((name for name, of in DATA["cards"].items() if tuple(of) == capability), None)
     name = f"compute capability {number}" + (f", as {card}" if card else "")
-    reasons = {backend: too_old(capability) if backend in COMPOSED_ONLY else None for backend in TABLE}
+    reasons = {backend: too_old(capability) if backend in BY_TRITON else None for backend in TABLE}
     measured = table((row for row in DATA["measured"] if row["device"] == card), tf32=False)
     return Machine(name, capability, reasons, measured)
 

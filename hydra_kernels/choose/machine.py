@@ -120,10 +120,14 @@ def table(rows: Iterable[Mapping[str, Any]], tf32: bool) -> list[tuple[Key, tupl
     for row in rows:
         dtype = torch.float32 if row["dtype"] == "tf32" else getattr(torch, row["dtype"])
         M, K, N, r_a, r_b = (int(row[key]) for key in ("M", "K", "N", "r_a", "r_b"))
-        library = row.get("library", "aten")
-        if row["backend"] not in TABLE or row["form"] not in FORMS[1:] or library not in LIBRARIES:
-            raise ValueError(f"unknown backend {row['backend']!r}, form {row['form']!r} or library {library!r}")
+        library, names = row.get("library", "aten"), (row.get("without_bias") or "").split()
+        without_bias = (names[0], names[1]) if names else None
+        for backend, form in filter(None, ((row["backend"], row["form"]), without_bias)):
+            if backend not in TABLE or form not in FORMS[1:] or library not in LIBRARIES:
+                raise ValueError(f"unknown backend {backend!r}, form {form!r} or library {library!r}")
         if dtype == torch.float32 and (row["dtype"] == "tf32") != tf32:
             continue
-        found.setdefault((K, N, r_a, r_b, dtype), {})[M] = Measured(M, row["backend"], row["form"], library)
+        found.setdefault((K, N, r_a, r_b, dtype), {})[M] = Measured(
+            M, row["backend"], row["form"], library, without_bias
+        )
     return [(key, tuple(by_M[M] for M in sorted(by_M))) for key, by_M in found.items()]

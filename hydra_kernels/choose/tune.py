@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import extension, reference
 from ..autograd import computed_in
 from ..backend import TABLE
-from ..backend.interface import LIBRARIES, Choice, Operands
+from ..backend.interface import LIBRARIES, Choice, Operands, rounds_the_sum
 from ..functional import hydra_linear
 from ..layers import HydraLinear, QuantisedBase
 from ..weights import dtype_of
@@ -30,7 +30,7 @@ from . import accuracy, machine
 
 Shape = tuple[int, int, int, int, int]
 CANDIDATES = (
-    *(("hybrid", "composed"), ("triton", "composed"), ("aten", "composed"), ("aten", "kept")),
+    *(("hybrid", "composed"), ("hybrid", "effective"), ("triton", "composed"), ("aten", "composed"), ("aten", "kept")),
     *(("native", "composed"), ("native", "kept"), ("native", "effective")),
 )
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -42,6 +42,7 @@ class Tuned(NamedTuple):
     """One shape: medians of a step in microseconds by candidate, the winner, and why the others failed.
 
     ``library`` computes `native`'s products with W0 on a CPU; ``library_us`` are its form's medians with each.
+    ``without_bias`` names the candidate that is faster than the winner, but right only in layers without b0; or "".
     """
 
     M: int
@@ -57,6 +58,7 @@ class Tuned(NamedTuple):
     us: dict[str, float]
     library_us: dict[str, float]
     failed: dict[str, str]
+    without_bias: str
     versions: dict[str, str | None]
     date: str
 
@@ -117,7 +119,8 @@ def line_of(tuned: Tuned) -> str:
     failed = "".join(f"; {name} FAILED: {why}" for name, why in tuned.failed.items())
     shape = f"M={tuned.M} K={tuned.K} N={tuned.N} {tuned.r_a}+{tuned.r_b} {tuned.dtype}"
     plan = Choice(tuned.backend, tuned.form, "", "", tuned.library).plan
-    return f"{shape}: {tuned.backend} {plan} ({times}{failed})"
+    without = f", without a bias {tuned.without_bias}" if tuned.without_bias else ""
+    return f"{shape}: {tuned.backend} {plan}{without} ({times}{failed})"
 
 
 def _jobs(
@@ -186,10 +189,13 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
         else:
             steps[name] = lambda run=run: _step(run, t, G)  # type: ignore[misc]
     del exact
-    if not steps:
+    if all(rounds_the_sum(name.split()[1], dtype) for name in steps):
         raise RuntimeError(f"tune: nothing computes {shape} in {dtype} on {device} rightly: {failed}")
     us = _times(steps, device, rounds)
-    backend, form = min(us, key=lambda name: us[name]).split()
+    fastest = min(us, key=lambda name: us[name])
+    right = [name for name in us if not rounds_the_sum(name.split()[1], dtype)]
+    winner = min(right, key=lambda name: us[name])
+    backend, form = winner.split()
     library, library_us, native = "aten", {}, extension.load()
     if backend == "native" and device.type == "cpu" and dtype == torch.float32 and native and native.onednn():
         library_us = _times(_libraries(native.apply, form, t, G), device, rounds)
@@ -204,6 +210,7 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
         us={name: round(v, 3) for name, v in us.items()},
         library_us={name: round(v, 3) for name, v in library_us.items()},
         failed=failed,
+        without_bias="" if fastest == winner else fastest,
         versions=machine.versions(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )

@@ -65,7 +65,7 @@ class Tiles(NamedTuple):
     sum_rows: Skinny  # a row of its tile is one line of 128 bytes
     through: Skinny
     reduce: Reduce  # and every other kernel that works element by element
-    # The effective form's W. Its columns are few, since a program finds them in L2 again: 64 bytes a row, not measured.
+    # The effective form's W, not measured. Its blocks have few columns, 64 bytes a row, so that there are many of them.
     effective: Skinny
     rebuild: Skinny
     gemm_few: Gemm | None = None  # for outputs where `gemm` leaves many multiprocessors idle in the last round
@@ -154,8 +154,8 @@ _SMALL = Tiles(
     sum_rows=Skinny(32, 32, 4, 2),
     through=Skinny(32, 64, 4, 2, max_registers=255),
     reduce=Reduce(128, 32, 4, 1),
-    effective=Skinny(64, 32, 8, 2),
-    rebuild=Skinny(64, 32, 4, 1),
+    effective=Skinny(64, 32, 8, 2, max_registers=255),
+    rebuild=Skinny(32, 32, 8, 1, max_registers=255),
 )
 _HALF = Tiles(
     gemm=Gemm(128, 128, 32, 8, 4),
@@ -175,7 +175,7 @@ _TF32 = _HALF._replace(
     grad_z=Skinny(64, 32, 4, 3, max_registers=255),
     sum_rows=Skinny(64, 32, 4, 3),
     through=Skinny(64, 64, 4, 3, max_registers=255),
-    effective=Skinny(128, 32, 8, 3),
+    effective=Skinny(64, 32, 8, 3, max_registers=255),
     rebuild=Skinny(64, 64, 4, 1),
     sum_rows_dropping=None,
 )
