@@ -39,10 +39,10 @@ def roofline_markdown(environment: Environment, rows: Sequence[RooflineRow]) -> 
             Table("", ["M x K x N", *COLUMNS.values()], cells).markdown(),
             f"Nothing here was measured: bytes and operations of every launch at {row['tflops']:g} TFLOP/s and "
             f"{row['gigabytes_per_second']:g} GB/s, {gaps}, {cache}, `triton`'s GEMM at {row['gemm_efficiency']:g} of "
-            f"cuBLAS (`python -m benchmarks.roofline`; {commit_note(environment)}). Effective: `hybrid` so; "
-            "with one sweep: as if a kernel made Z, dZ, dU and dD that reads x and G once. Floor: of the composed form, "
-            "the frozen layer's kernels with all of the arithmetic and two more reads of W0; where M is small the kept "
-            "form needs less.",
+            f"cuBLAS (`python -m benchmarks.roofline`; {commit_note(environment)}). Effective: that form of "
+            "`hybrid`; with one sweep: as if a kernel that reads x and G once made Z, dZ, dU and dD. Floor: of the "
+            "composed form, the frozen layer's kernels with all of the arithmetic and two more reads of W0; where M is "
+            "small the kept form needs less.",
         ]
     )
 

@@ -27,7 +27,7 @@ def forward(
     from ..kernels import effective
 
     op, precision = contiguous(op), precision_of(x.dtype)
-    (N, K), R, from_Z = op.weight.shape, op.r_a + op.r_b, not needs.isdisjoint(FROM_Z)  # type: ignore[union-attr]
+    (N, K), R, from_Z = op.weight.shape, op.r_a + op.r_b, not needs.isdisjoint(FROM_Z)
     down_biases = op.A_down_bias is not None or op.B_down_bias is not None
     with_d = down_biases or (op.bias is not None and op.r_b > 0)
     with_b = down_biases or any(t is not None for t in (op.bias, op.A_up_bias, op.B_up_bias))
