@@ -125,9 +125,9 @@ def test_the_effective_form_on_a_gpu_runs_where_it_is_fixed_or_was_measured_with
     assert chosen(*call, BUILT, form="effective") == ("hybrid", "effective")
     assert chosen(*call[:-1], F32, H100, form="effective") == ("hybrid", "effective")
     assert chosen(*call, H100, form="effective", backend="triton") == ("triton", "effective")  # refused later
-    won = [Measured(8192, "hybrid", "composed", without_bias=("hybrid", "effective"))]
+    won = [Measured(8192, "triton", "composed", without_bias=("hybrid", "effective"))]
     card = H100._replace(measured=[(call[1:], won)])
-    assert chosen(*call, card) == chosen(*call, card, has_bias=False, masked=True) == ("hybrid", "composed")
+    assert chosen(*call, card) == chosen(*call, card, has_bias=False, masked=True) == ("triton", "composed")
     assert chosen(*call, card, has_bias=False) == ("hybrid", "effective")
     assert chosen(*call, card, has_bias=False, form="composed") == ("hybrid", "composed")
     assert "measured to be faster" in choose(*call, H100).why_form
