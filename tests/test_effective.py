@@ -235,7 +235,7 @@ def test_a_model_of_three_layers(compiled):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_gradient_of_an_expanded_output_is_copied_once():
+def test_no_pass_reads_an_expanded_gradient_element_by_element():
     t, G = operands(PLAINLY, BF16)
     found = []
 

@@ -53,8 +53,6 @@ def backward(
 
     x, D, d = saved
     precision, R, Z = precision_of(G.dtype), op.r_a + op.r_b, None
-    if 0 in G.stride():
-        G = G.contiguous()  # once here, and not again in each product
     grads: dict[str, Tensor] = {}
     if "x" in needs:
         W = torch.empty_like(op.weight, memory_format=torch.contiguous_format)
