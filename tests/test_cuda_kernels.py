@@ -29,6 +29,7 @@ from .cuda_on_host.library import (  # noqa: F401 (test_native_gpu takes the bui
     compiled,
     count,
     cuda_headers,
+    framed,
     library,
     poisoned,
 )
@@ -37,6 +38,7 @@ from .cuda_on_host.passes import (
     F16,
     F32,
     Case,
+    Truth,
     chosen,
     gradients,
     operands,
@@ -45,6 +47,8 @@ from .cuda_on_host.passes import (
     run_grad_w,
     run_grad_z,
     run_reduce,
+    run_sm90_sweep,
+    sweep_sizes,
     truths,
     values,
     with_partials,
@@ -106,6 +110,36 @@ def test_grad_w(case):
     made = operands(case)
     true, terms = truths(case, made, "grad_w")
     check("dD", run_grad_w(case, made)["dD"].double().sum(0).to(F32), true["dD"], terms["dD"])
+
+
+def serves(case: Case, computes_Z: bool = False) -> bool:
+    return count("sm90_sweep_blocks", *sweep_sizes(case, computes_Z)) > 0
+
+
+@pytest.mark.parametrize("computes_Z", [False, True], ids=["of Z", "of x"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sm90_sweep(case, computes_Z):
+    made = operands(case)
+    if not serves(case, computes_Z):
+        assert case.R > 31 or (computes_Z and case.dtype == F32)
+        call("sm90_sweep", {}, {}, status=1, **values(case, "M", "N", "K", "r_a", "r_b", "type"), g_ptr=8, D_ptr=8 * computes_Z)
+        return
+    got = run_sm90_sweep(case, made, computes_Z)
+    true, terms = truths(case, made, "grad_z")
+    if computes_Z:
+        down, of_down = truths(case, made, "down")
+        check("Z", got["Z"], down["Z"], of_down["Z"])
+        made |= {"Z": framed(got["Z"])}  # as rounded
+        for of, absolute in ((true, False), (terms, True)):
+            of |= {name: Truth(case, made, absolute).grad_z()[name] for name in ("dU", "scales")}
+    check("dZ", got["dZ"], true["dZ"], terms["dZ"])
+    for name in ("dU", "g", "scales"):
+        check(name, got[name].double().sum(0).to(F32), true[name], terms[name])
+    check("up_bias", got["up_bias"].double().sum((0, 1)).to(F32), true["up_bias"], terms["up_bias"])
+    of_rounded = got["dZ"].double()
+    check("z_sums", got["z_sums"].double().sum(0).to(F32), of_rounded.sum(0), of_rounded.abs().sum(0))
+    x = made["x"].t.double()
+    check("dD", got["dD"].double().sum(0).to(F32), of_rounded.t() @ x, of_rounded.abs().t() @ x.abs())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,6 +6,7 @@
 //   backward    hydra_grad_z    dZ, partial sums of dU = G^T Z, sum_m G, sum_m dZ, scales   reads G once
 //               hydra_grad_w    partial sums of dD = dZ^T x                                 reads x once
 //               hydra_reduce    every gradient of adapters, scales and b0 from the partial sums    reads W0 once
+//   on sm_90    hydra_sm90_sweep  in place of grad_z and grad_w, for R up to 32                   reads x and G once
 //
 // Every launcher enqueues on `stream` (a cudaStream_t) of the current device, allocates nothing, reads no device memory
 // on the host, and returns a cudaError_t (0: enqueued; 1, cudaErrorInvalidValue: R > 64, or no such type).
@@ -113,6 +114,45 @@ struct HydraGradWArguments {
   HydraType type;
 };
 
+// Where D is given, Z is computed as hydra_down computes it, else read. For `blocks` of hydra_sm90_sweep_blocks and
+// P = hydra_sm90_sweep_partials, both of R, or of R + 1 where g or up_bias is wanted, there are P partial sums of dU, g
+// and dD, P * blocks of z_sums and scales, and P * blocks of up_bias: for hydra_reduce P_z = P * blocks, Q = blocks, S = P.
+struct HydraSm90SweepArguments {
+  const void* x_ptr;          // [M, K]
+  const void* G_ptr;          // [M, N]
+  void* Z_ptr;                // [M, R], of down; where D is given it is written, or null
+  const void* D_ptr;          // [R, K], of compose; or null
+  const void* rest_ptr;       // [r_b, K], of compose; or null
+  const float* d_ptr;         // [R], of compose; or null
+  const void* A_up_ptr;       // as for grad_z, with all that follows
+  const void* B_up_ptr;
+  const void* A_up_bias_ptr;
+  const void* B_up_bias_ptr;
+  const void* scale_a_ptr;
+  const void* scale_b_ptr;
+  const void* mask_ptr;
+  void* dZ_ptr;          // [M, R], written, or null
+  float* dU_ptr;         // [P, N, R], written
+  float* dD_ptr;         // [P, R, K], written
+  float* g_ptr;          // [P, N], written, or null
+  float* z_sums_ptr;     // [P * blocks, R], written, or null
+  float* scales_ptr;     // [P * blocks, R], written, or null
+  float* up_bias_ptr;    // [P, blocks, 2], written, or null
+  int64_t M;
+  int64_t N;
+  int64_t K;
+  int64_t stride_xm;
+  int64_t stride_gm;
+  int32_t r_a;
+  int32_t r_b;
+  int32_t mask_bytes;
+  float mask_scale;
+  float scale_a;
+  float scale_b;
+  HydraType type;
+  HydraType adapter_type;
+};
+
 struct HydraReduceArguments {
   const float* dU_ptr;      // of grad_z; null where dA_up and dB_up both are
   const float* g_ptr;       // null where dbias, dA_up_bias and dB_up_bias all are
@@ -157,6 +197,7 @@ int hydra_compose(const HydraComposeArguments*, void* stream);
 int hydra_down(const HydraDownArguments*, void* stream);
 int hydra_grad_z(const HydraGradZArguments*, void* stream);
 int hydra_grad_w(const HydraGradWArguments*, void* stream);
+int hydra_sm90_sweep(const HydraSm90SweepArguments*, void* stream);
 int hydra_reduce(const HydraReduceArguments*, void* stream);
 
 // The number of parts into which a pass divides its sums; no CUDA call. Where M = 0, sums over M have 0 parts.
@@ -167,4 +208,7 @@ int64_t hydra_grad_z_sums(int64_t M);
 int64_t hydra_grad_z_splits(int64_t M, int64_t N, int64_t R, HydraType type);
 int64_t hydra_grad_w_splits(int64_t M, int64_t K);
 int64_t hydra_reduce_splits(int64_t N, int64_t K);
+// Blocks of a cluster; 0 where hydra_sm90_sweep does not serve these sizes.
+int64_t hydra_sm90_sweep_blocks(int64_t N, int64_t K, int64_t ranks, bool computes_Z, HydraType type);
+int64_t hydra_sm90_sweep_partials(int64_t M, int64_t N, int64_t K, int64_t ranks, bool computes_Z, HydraType type);
 }

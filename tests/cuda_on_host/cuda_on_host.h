@@ -1,14 +1,15 @@
 // What the CUDA kernels of csrc/cuda need to compile and run on the host, for tests: a C++ compiler builds them.
 //
-// Blocks run one after another, their threads as fibers (fibers.h). The order in which both take turns is
-// CUDA_ON_HOST_ORDER: 0 forward, 1 reversed, else the seed of a shuffle. A barrier that not all threads reach ends the
-// launch with status 1 and a line that says so.
+// Clusters of blocks run one after another, a cluster's threads as fibers (fibers.h). The order in which all take turns
+// is CUDA_ON_HOST_ORDER: 0 forward, 1 reversed, else the seed of a shuffle. A barrier that not all threads reach ends the
+// launch with status 1 and a line that says so. cluster.h has what only sm_90 has.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -40,28 +41,40 @@ inline std::vector<int> turns(int count, int order) {
 
 }  // namespace cuda_on_host
 
+// Blocks of a grid, those of a cluster side by side in x.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, void*, Arguments... arguments) {
+int launch_grid(void (*kernel)(Parameters...), dim3 grid, unsigned of_cluster, Arguments... arguments) {
   using namespace cuda_on_host;
   const char* chosen = std::getenv("CUDA_ON_HOST_ORDER");
   const int order = chosen ? std::atoi(chosen) : 0;
   auto run = [&] { kernel(arguments...); };
   call = [](const void* f) { (*static_cast<const decltype(run)*>(f))(); };
   body = &run;
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535) return 9;  // cudaErrorInvalidConfiguration, as on a card
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.x % of_cluster != 0) return 9;  // cudaErrorInvalidConfiguration
   gridDim = grid;
   ON_TSAN(scheduler.tsan_fiber = __tsan_get_current_fiber();)
-  static const std::unique_ptr<Block> spare(new Block);
-  std::vector<std::unique_ptr<Block>> blocks;  // ThreadSanitizer: memory used twice would tie two blocks together
+  static std::vector<std::unique_ptr<Block>> spare;
+  std::vector<std::unique_ptr<Block>> used;  // ThreadSanitizer: memory used twice would tie two clusters together
   bool complete = true;
-  for (unsigned i : turns(grid.x * grid.y, order)) {
-    Block* one = spare.get();
-    ON_TSAN(one = blocks.emplace_back(new Block).get();)
-    complete = complete && run_block(one, {i % grid.x, i / grid.x, 0}, turns(THREADS, order));
+  for (unsigned i : turns(grid.x * grid.y / of_cluster, order)) {
+    ON_TSAN(std::move(spare.begin(), spare.end(), std::back_inserter(used)); spare.clear();)
+    cluster.clear();
+    for (unsigned j = 0; j < of_cluster; ++j) {
+      if (j == spare.size()) spare.emplace_back(new Block);
+      const unsigned at = i * of_cluster + j;
+      cluster.push_back(spare[j].get());
+      start_block(cluster[j], {at % grid.x, at / grid.x, 0});
+    }
+    complete = complete && run_cluster(turns(of_cluster, order), turns(THREADS, order));
   }
   ON_TSAN(__tsan_acquire(&launch_end);)
   if (!complete) std::fprintf(stderr, "cuda_on_host: a thread waits at a barrier that not all threads reach\n");
   return complete ? 0 : 1;
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, void*, Arguments... arguments) {
+  return launch_grid(kernel, grid, 1, arguments...);
 }
 
 // c += a b with fragments as PTX lays out those of mma.m16n8k16: lane 4 g + t holds of a the rows g, g + 8 and the
@@ -71,7 +84,7 @@ template <typename T>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   using namespace cuda_on_host;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  auto& lanes = block->fragments[warp][block->threads[threadIdx.x].barriers[0] % 2];
+  auto& lanes = block->fragments[warp][block->threads[threadIdx.x].barriers[AT_WARP_BARRIER] % 2];
   std::copy(a, a + 4, lanes[lane]);
   std::copy(b, b + 2, lanes[lane] + 4);
   barrier(AT_WARP_BARRIER);
@@ -88,3 +101,5 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     }
   }
 }
+
+#include "cluster.h"

@@ -1,8 +1,9 @@
-// A block of CUDA threads as fibers on one thread of the host, and what the sanitizers are told of them.
+// Blocks of CUDA threads as fibers on one thread of the host, and what the sanitizers are told of them.
 //
-// A fiber runs up to its next barrier. Shared memory is NaN when a block starts, and to AddressSanitizer each array has
-// exactly its size. To ThreadSanitizer barriers are all that orders two threads of a block, and nothing orders two
-// blocks.
+// The blocks of a cluster run together, others one after another. A fiber runs up to its next barrier. Shared memory is
+// NaN when a block starts, and to AddressSanitizer each array has exactly its size, from the moment when a thread of its
+// block comes to its declaration until the block ends. To ThreadSanitizer barriers are all that orders two threads of a
+// block or of a cluster, and nothing orders two clusters.
 #pragma once
 
 #include <ucontext.h>
@@ -36,7 +37,7 @@ namespace cuda_on_host {
 
 constexpr int THREADS = 128, WARP = 32, WARPS = THREADS / WARP;
 constexpr size_t SHARED_BYTES = 48 * 1024, REDZONE = 64, MAX_ARRAYS = 16, STACK_BYTES = 32 * 1024;
-enum State { RUNNABLE, AT_WARP_BARRIER, AT_BLOCK_BARRIER, DONE };
+enum State { AT_WARP_BARRIER, AT_BLOCK_BARRIER, AT_CLUSTER_BARRIER, BARRIERS, RUNNABLE = BARRIERS, DONE };
 
 struct Fiber {
   ucontext_t context;
@@ -45,9 +46,18 @@ struct Fiber {
   size_t stack_bytes;
 };
 
+// A copy that was started and not yet waited for.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, group;
+};
+
 struct Thread : Fiber {
   State state;
-  int barriers[2];  // passed so far: of its warp, of its block
+  int barriers[BARRIERS];  // passed so far, of each kind
+  int groups;              // of copies, ended so far
+  std::vector<Copy> copies;
   char own_stack[STACK_BYTES];
 };
 
@@ -55,13 +65,17 @@ struct Block {
   alignas(16) unsigned char arena[SHARED_BYTES + MAX_ARRAYS * (REDZONE + 16)];
   struct { const void* key; void* data; } arrays[MAX_ARRAYS];
   size_t used, bytes;
-  uint64_t block_barrier[2], warp_barrier[WARPS][2];  // addresses on which ThreadSanitizer orders threads
-  uint32_t fragments[WARPS][2][WARP][6];              // what lanes hand to a product, two products at a time
+  // Addresses on which ThreadSanitizer orders threads; the first block's of a cluster for all of it.
+  uint64_t cluster_barrier[2], block_barrier[2], warp_barrier[WARPS][2];
+  uint32_t fragments[WARPS][2][WARP][6];     // what lanes hand to a product, two products at a time
+  const void* rows[WARPS][2][WARP];          // of which lanes load matrices, two loads at a time
   Thread threads[THREADS];
+  uint3 index;
 };
 
-inline Block* block;  // that runs
-inline int current;   // its thread that runs
+inline Block* block;                 // that runs
+inline std::vector<Block*> cluster;  // to which it belongs
+inline int current;                  // its thread that runs
 inline Fiber scheduler;
 inline uint64_t launch_end;
 inline void (*call)(const void*);  // runs a kernel's body
@@ -105,31 +119,43 @@ UNSEEN void run_thread() {
 }
 
 UNSEEN void barrier(State kind) {
-  const bool of_block = kind == AT_BLOCK_BARRIER;
-  const int parity = block->threads[current].barriers[of_block]++ % 2;
-  uint64_t* const orders = of_block ? block->block_barrier : block->warp_barrier[current / WARP];
+  const int parity = block->threads[current].barriers[kind]++ % 2;
+  uint64_t* const orders = kind == AT_CLUSTER_BARRIER ? cluster[0]->cluster_barrier
+                           : kind == AT_BLOCK_BARRIER ? block->block_barrier
+                                                      : block->warp_barrier[current / WARP];
   ON_TSAN(__tsan_release(orders + parity);)
   leave(kind);
   ON_TSAN(__tsan_acquire(orders + parity);)
   (void)orders, (void)parity;
 }
 
-UNSEEN bool release(State kind, int first, int count) {  // those that wait, if all of them do
-  Thread* threads = block->threads + first;
+UNSEEN bool release(Block* one, State kind, int first, int count) {  // those that wait, if all of them do
+  Thread* threads = one->threads + first;
   const bool all = std::all_of(threads, threads + count, [=](const Thread& thread) { return thread.state == kind; });
   for (int i = 0; all && i < count; ++i) threads[i].state = RUNNABLE;
   return all;
 }
 
-UNSEEN void start_block() {
-  block->used = block->bytes = 0;
-  std::memset(block->arrays, 0, sizeof block->arrays);
-  ON_ASAN(__asan_unpoison_memory_region(block->arena, sizeof block->arena);)
-  std::memset(block->arena, 0xff, sizeof block->arena);
-  ON_ASAN(__asan_poison_memory_region(block->arena, sizeof block->arena);)
-  for (Thread& thread : block->threads) {
+UNSEEN bool release_cluster() {
+  const auto waits = [](const Thread& thread) { return thread.state == AT_CLUSTER_BARRIER; };
+  for (Block* one : cluster)
+    if (!std::all_of(one->threads, one->threads + THREADS, waits)) return false;
+  for (Block* one : cluster) release(one, AT_CLUSTER_BARRIER, 0, THREADS);
+  return true;
+}
+
+UNSEEN void start_block(Block* one, uint3 index) {
+  one->index = index;
+  one->used = one->bytes = 0;
+  std::memset(one->arrays, 0, sizeof one->arrays);
+  ON_ASAN(__asan_unpoison_memory_region(one->arena, sizeof one->arena);)
+  std::memset(one->arena, 0xff, sizeof one->arena);
+  ON_ASAN(__asan_poison_memory_region(one->arena, sizeof one->arena);)
+  for (Thread& thread : one->threads) {
     thread.state = RUNNABLE;
-    thread.barriers[0] = thread.barriers[1] = 0;
+    std::fill_n(thread.barriers, BARRIERS, 0);
+    thread.groups = 0;
+    thread.copies.clear();
     getcontext(&thread.context);
     thread.stack = thread.context.uc_stack.ss_sp = thread.own_stack;
     thread.stack_bytes = thread.context.uc_stack.ss_size = STACK_BYTES;
@@ -138,21 +164,38 @@ UNSEEN void start_block() {
   }
 }
 
-UNSEEN bool run_block(Block* one, uint3 index, const std::vector<int>& order) {
+// Runs every thread of a block that can go on up to its next barrier; whether a barrier of the block then lets any go on.
+UNSEEN bool run_block(Block* one, const std::vector<int>& order) {
   block = one;
-  blockIdx = index;
-  start_block();
-  for (bool going = true; going;) {
-    for (int i : order) {
-      if (block->threads[i].state != RUNNABLE) continue;
+  blockIdx = one->index;
+  bool ended = true;
+  for (int i : order) {
+    if (one->threads[i].state == RUNNABLE) {
       threadIdx.x = current = i;
-      switch_fibers(scheduler, block->threads[i], false);
+      switch_fibers(scheduler, one->threads[i], false);
     }
-    going = release(AT_BLOCK_BARRIER, 0, THREADS);
-    for (int warp = 0; warp < WARPS; ++warp) going |= release(AT_WARP_BARRIER, warp * WARP, WARP);
+    ended = ended && one->threads[i].state == DONE;
   }
-  ON_TSAN(for (Thread& thread : block->threads) __tsan_destroy_fiber(thread.tsan_fiber);)
-  return release(DONE, 0, THREADS);
+  // Nobody may write to the shared memory of a block that has ended.
+  ON_ASAN(if (ended) __asan_poison_memory_region(one->arena, sizeof one->arena);)
+  bool going = release(one, AT_BLOCK_BARRIER, 0, THREADS);
+  for (int warp = 0; warp < WARPS; ++warp) going |= release(one, AT_WARP_BARRIER, warp * WARP, WARP);
+  return going;
+}
+
+// Blocks that run together, in this order. Each is started before any runs, as far as memory for its threads goes.
+UNSEEN bool run_cluster(const std::vector<int>& blocks, const std::vector<int>& order) {
+  for (bool going = true; going;) {
+    going = false;
+    for (int i : blocks) going |= run_block(cluster[i], order);
+    going |= release_cluster();
+  }
+  bool complete = true;
+  for (Block* one : cluster) {
+    ON_TSAN(for (Thread& thread : one->threads) __tsan_destroy_fiber(thread.tsan_fiber);)
+    complete = complete && release(one, DONE, 0, THREADS);
+  }
+  return complete;
 }
 
 }  // namespace cuda_on_host

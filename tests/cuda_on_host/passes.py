@@ -232,6 +232,34 @@ def run_grad_w(case: Case, made: dict[str, Framed]) -> Tensors:
     return call("grad_w", chosen(made, "x", "dZ"), outputs, **values(case, "M", "K", "stride_xm", "R", "type"))
 
 
+SWEPT = ("dZ", "g", "z_sums", "scales", "up_bias")  # that may be wanted or not
+
+
+def sweep_sizes(case: Case, computes_Z: bool, wanted: tuple[str, ...] = SWEPT) -> tuple[int, ...]:
+    """What the numbers of parts of sm90_sweep depend on, but M."""
+    ranks = case.R + ("g" in wanted or "up_bias" in wanted)
+    return case.N, case.K, ranks, computes_Z, TYPES[case.dtype]
+
+
+def run_sm90_sweep(
+    case: Case, made: dict[str, Framed], computes_Z: bool = False, wanted: tuple[str, ...] = SWEPT
+) -> Tensors:
+    sizes = sweep_sizes(case, computes_Z, wanted)
+    blocks, P = count("sm90_sweep_blocks", *sizes), count("sm90_sweep_partials", case.M, *sizes)
+    shapes = {"dU": (P, case.N, case.R), "dD": (P, case.R, case.K), "g": (P, case.N), "up_bias": (P, blocks, 2)}
+    shapes |= dict.fromkeys(("z_sums", "scales"), (P * blocks, case.R))
+    outputs = {name: poisoned(*shape) for name, shape in shapes.items() if name in ("dU", "dD", *wanted)}
+    if "dZ" in wanted:
+        outputs["dZ"] = poisoned(case.M, case.R, dtype=case.dtype)
+    if computes_Z:
+        outputs["Z"] = poisoned(case.M, case.R, dtype=case.dtype)
+    names = ["x", "G", "A_up", "B_up", "scale_a", "scale_b", "mask", *(["D", "rest", "d"] if computes_Z else ["Z"])]
+    names += ["A_up_bias", "B_up_bias"] if "up_bias" in wanted else []
+    numbers = values(case, "M", "N", "K", "stride_xm", "stride_gm", "r_a", "r_b", "mask_bytes", "mask_scale")
+    numbers |= values(case, "scale_a", "scale_b", "type", "adapter_type")
+    return call("sm90_sweep", chosen(made, *names), outputs, **numbers)
+
+
 # What each gradient is computed from, but scales.
 SOURCES_OF = {
     **{"dA_down": ("dD",), "dA_up": ("dU",), "dB_up": ("dU",), "dB_down": ("dD", "w", "bias", "z_sums")},
