@@ -36,7 +36,8 @@ struct Call {
 // Visits each number of a call. A double holds every one of them exactly.
 template <class SomeCall, class Visit>
 void each_number(SomeCall& call, const Visit& visit) {
-  visit(call.plan.form), visit(call.plan.library), visit(call.needs.bits), visit(call.given), visit(call.kept), visit(call.saved), visit(call.forms_tensors);
+  visit(call.plan.form), visit(call.plan.library), visit(call.plan.sweep), visit(call.needs.bits), visit(call.given);
+  visit(call.kept), visit(call.saved), visit(call.forms_tensors);
   each_operand([&](Gradient, auto& operand) {
     if constexpr (is_number<decltype(operand)>) visit(operand);
     else if constexpr (std::is_same_v<std::remove_cvref_t<decltype(operand)>, Scale>) visit(operand.value);
@@ -139,7 +140,7 @@ Gradients backward(const at::Tensor& gradient, const Operands& op, const Saved& 
   // A ZeroTensor has no elements in memory.
   const at::Tensor G = gradient._is_zerotensor() ? at::zeros(gradient.sizes(), gradient.options()) : gradient;
 #ifdef HYDRA_WITH_CUDA
-  if (!G.is_cpu()) return gpu::backward(G, op, saved, needs);
+  if (!G.is_cpu()) return gpu::backward(G, op, saved, needs, plan.sweep);
 #endif
   return cpu::backward(G, op, saved, needs, plan);
 }

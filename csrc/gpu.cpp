@@ -3,6 +3,7 @@
 //   forward    compose, down, then h = Z U^T + u, h += x W0^T. The GEMM adds to the adapter's part before it rounds, so
 //              that small updates survive low precision. With a b0, which may cancel W0 x, x W0^T + b0 comes first.
 //   backward   grad_z, dx = dZ D, dx += G W0, grad_w, reduce
+//   by sweep   sm90_sweep, dx = dZ D, dx += G W0, reduce; where it serves the sizes and dU and dD both are wanted
 #ifdef HYDRA_WITH_CUDA
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
@@ -157,7 +158,7 @@ Forward forward(const at::Tensor& x_any, const Operands& op, Needs needs) {
           {needs.any(A_DOWN, B_DOWN) ? x_any : at::Tensor(), from_Z ? Z : at::Tensor(), needs.any(X) ? D : at::Tensor()}};
 }
 
-Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& saved, Needs needs) {
+Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& saved, Needs needs, bool sweep) {
   const c10::OptionalDeviceGuard guard(G_any.device());
   const at::Tensor G = rows(G_any), x = needs.any(A_DOWN, B_DOWN) ? rows(saved[0]) : at::Tensor();
   const at::Tensor Z = contiguous(saved[1]), D = contiguous(saved[2]);
@@ -165,16 +166,21 @@ Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& sav
   const Call c(G, op, N);
   const int64_t R = c.R();
 
-  const int64_t P = hydra_grad_z_partials(M, R, c.type), P_z = hydra_grad_z_sums(M);
-  const int64_t Q = hydra_grad_z_splits(M, N, R, c.type), S = x.defined() ? hydra_grad_w_splits(M, K) : 0;
-  const bool of_scales = needs.any(SCALE_A, SCALE_B);
+  const bool of_scales = needs.any(SCALE_A, SCALE_B), of_g = needs.any(BIAS, A_UP_BIAS, B_UP_BIAS);
+  const int64_t ranks = R + (of_g || of_scales);  // of the sweep
+  const int64_t blocks = sweep && x.defined() && needs.any(A_UP, B_UP)
+                             ? hydra_sm90_sweep_blocks(N, K, ranks, false, c.type) : 0;
+  const int64_t P = blocks ? hydra_sm90_sweep_partials(M, N, K, ranks, false, c.type) : hydra_grad_z_partials(M, R, c.type);
+  const int64_t P_z = blocks ? P * blocks : hydra_grad_z_sums(M), Q = blocks ? blocks : hydra_grad_z_splits(M, N, R, c.type);
+  const int64_t S = blocks ? P : x.defined() ? hydra_grad_w_splits(M, K) : 0;
   const bool z_sums_wanted = needs.any(A_DOWN_BIAS, B_DOWN_BIAS) ||
                              (c.r_b && (needs.any(BIAS) || (needs.any(B_DOWN) && c.bias.defined())));
-  const bool dZ_wanted = z_sums_wanted || x.defined() || needs.any(X);
+  const bool dZ_wanted = blocks ? needs.any(X) : z_sums_wanted || x.defined() || needs.any(X);
   const at::Tensor dZ = c.empty(dZ_wanted, {M, R});
-  const at::Tensor dU = c.floats(needs.any(A_UP, B_UP), {P, N, R}), g = c.floats(needs.any(BIAS, A_UP_BIAS, B_UP_BIAS), {P, N});
+  const at::Tensor dU = c.floats(needs.any(A_UP, B_UP), {P, N, R}), g = c.floats(of_g, {P, N});
   const at::Tensor z_sums = c.floats(z_sums_wanted, {P_z, R}), scales = c.floats(of_scales, {P_z, R});
-  const at::Tensor up_bias = c.floats(of_scales, {P, Q, 2}), dz = c.floats(dZ_wanted || of_scales, {Q, M, R});
+  const at::Tensor up_bias = c.floats(of_scales, {P, Q, 2}), dz = c.floats(!blocks && (dZ_wanted || of_scales), {Q, M, R});
+  const at::Tensor dD = c.floats(x.defined(), {S, R, K});
   const HydraGradZArguments grad_z{
       .G_ptr = pointer(G),
       .A_up_ptr = pointer(c.A_up),
@@ -204,15 +210,50 @@ Gradients backward(const at::Tensor& G_any, const Operands& op, const Saved& sav
       .type = c.type,
       .adapter_type = c.adapter_type,
   };
-  check(hydra_grad_z(&grad_z, c.stream), "grad_z");
+  const HydraSm90SweepArguments swept{
+      .x_ptr = pointer(x),
+      .G_ptr = grad_z.G_ptr,
+      .Z_ptr = const_cast<void*>(pointer(Z)),  // read, since D is absent
+      .D_ptr = nullptr,
+      .rest_ptr = nullptr,
+      .d_ptr = nullptr,
+      .A_up_ptr = grad_z.A_up_ptr,
+      .B_up_ptr = grad_z.B_up_ptr,
+      .A_up_bias_ptr = grad_z.A_up_bias_ptr,
+      .B_up_bias_ptr = grad_z.B_up_bias_ptr,
+      .scale_a_ptr = grad_z.scale_a_ptr,
+      .scale_b_ptr = grad_z.scale_b_ptr,
+      .mask_ptr = grad_z.mask_ptr,
+      .dZ_ptr = grad_z.dZ_ptr,
+      .dU_ptr = grad_z.dU_ptr,
+      .dD_ptr = output<float>(dD),
+      .g_ptr = grad_z.g_ptr,
+      .z_sums_ptr = grad_z.z_sums_ptr,
+      .scales_ptr = grad_z.scales_ptr,
+      .up_bias_ptr = grad_z.up_bias_ptr,
+      .M = M,
+      .N = N,
+      .K = K,
+      .stride_xm = x.defined() ? x.stride(0) : 0,
+      .stride_gm = grad_z.stride_gm,
+      .r_a = c.r_a,
+      .r_b = c.r_b,
+      .mask_bytes = grad_z.mask_bytes,
+      .mask_scale = c.mask_scale,
+      .scale_a = c.scale_a,
+      .scale_b = c.scale_b,
+      .type = c.type,
+      .adapter_type = c.adapter_type,
+  };
+  if (blocks) check(hydra_sm90_sweep(&swept, c.stream), "sm90_sweep");
+  else check(hydra_grad_z(&grad_z, c.stream), "grad_z");
 
   Gradients grads;
   if (needs.any(X)) {
     grads[X] = at::mm(dZ, D);
     at::addmm_out(grads[X], grads[X], G, c.weight);
   }
-  const at::Tensor dD = c.floats(x.defined(), {S, R, K});
-  if (x.defined()) {
+  if (x.defined() && !blocks) {
     const HydraGradWArguments grad_w{
         .x_ptr = pointer(x),
         .dZ_ptr = pointer(dZ),

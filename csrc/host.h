@@ -15,9 +15,9 @@ Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, 
 #ifdef HYDRA_WITH_CUDA
 namespace gpu {
 // Only the composed form: x [M, K] and G [M, N] in float32, float16 or bfloat16, adapters of that dtype or float32,
-// R = r_a + r_b <= 64.
+// R = r_a + r_b <= 64. With `sweep` the backward is cuda/sm90_sweep.cu's where that serves it, on sm_90 alone.
 Forward forward(const at::Tensor& x, const Operands& op, Needs needs);
-Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs);
+Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, bool sweep);
 }  // namespace gpu
 #endif
 

@@ -106,6 +106,7 @@ enum class Library { aten, onednn_forward, onednn };
 struct Plan {
   Form form = Form::composed;
   Library library = Library::aten;
+  bool sweep = false;  // on a GPU: the backward by one sweep over x and G, where its kernel serves the sizes
 };
 
 // Undefined tensors stand for None.

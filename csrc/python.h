@@ -66,13 +66,15 @@ inline const std::array<py::str, GRADIENTS>& gradient_names() {
   return *names;
 }
 
-// A form's name, and after a blank the library's where it is not ATen: "composed", "kept onednn", "kept onednn-forward".
+// A form's name, and after a blank the library's where it is not ATen, or "sweep": "composed", "kept onednn",
+// "kept onednn-forward", "composed sweep".
 inline Plan plan_named(const std::string& name) {
   const std::string form = name.substr(0, name.find(' '));
   return {form == "composed" ? Form::composed : form == "effective" ? Form::effective : Form::kept,
           name == form + " onednn"           ? Library::onednn
           : name == form + " onednn-forward" ? Library::onednn_forward
-                                             : Library::aten};
+                                             : Library::aten,
+          name == form + " sweep"};
 }
 
 inline py::dict wrapped(const Gradients& grads) {

@@ -68,19 +68,19 @@ def on_host() -> ModuleType:
 
 
 class OnHost(torch.autograd.Function):
-    """(names of the operands, constant scales, *operands) -> h, as HydraFunction calls a backend."""
+    """(names of the operands, constant scales, whether to sweep, *operands) -> h, as HydraFunction calls a backend."""
 
     @staticmethod
-    def forward(ctx, names, scales, *tensors):
+    def forward(ctx, names, scales, sweep, *tensors):
         t = {**scales, **dict(zip(names, tensors, strict=True))}
         x = t.pop("x")
         op = Operands(**dict.fromkeys(Operands._fields[:6]) | t)
-        needs = frozenset(name for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True) if needed)
+        needs = frozenset(name for name, needed in zip(names, ctx.needs_input_grad[3:], strict=True) if needed)
         flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
         h, saved = on_host().forward(flat, op, _bits(needs))
         through_W0 = "B_down" in needs
         op = op._replace(weight=op.weight if through_W0 or "x" in needs else None, bias=op.bias if through_W0 else None)
-        ctx.call, ctx.names, ctx.shape = (op, saved, _bits(needs)), names, x.shape
+        ctx.call, ctx.names, ctx.shape = (op, saved, _bits(needs), sweep), names, x.shape
         return h.reshape(*x.shape[:-1], h.shape[-1])
 
     @staticmethod
@@ -88,22 +88,21 @@ class OnHost(torch.autograd.Function):
         grads = on_host().backward(G.reshape(-1, G.shape[-1]) if G.dim() != 2 else G, *ctx.call)
         if "x" in grads:
             grads["x"] = grads["x"].reshape(ctx.shape)
-        return None, None, *(grads.get(name) for name in ctx.names)
+        return None, None, None, *(grads.get(name) for name in ctx.names)
 
 
-def ours(t: Tensors, case: Case) -> torch.Tensor:
-    return OnHost.apply(
-        tuple(t), case.constant_scales if "scale_a" not in t and "scale_b" not in t else {}, *t.values()
-    )
+def ours(t: Tensors, case: Case, sweep: bool = False) -> torch.Tensor:
+    scales = case.constant_scales if "scale_a" not in t and "scale_b" not in t else {}
+    return OnHost.apply(tuple(t), scales, sweep, *t.values())
 
 
-def three_ways(case: Case, dtypes, wanted: set[str] | None = None, seed: int = 0):
+def three_ways(case: Case, dtypes, wanted: set[str] | None = None, seed: int = 0, sweep: bool = False):
     t, G = operands(case, *dtypes, seed=seed)
     wanted = trainable(t) if wanted is None else wanted
     doubles = {name: v.double() for name, v in t.items()}
     true = differentiate(lambda t: hydra(t, **case.constant_scales), doubles, G.double(), wanted)
     naive = differentiate(lambda t: call(hk.reference.hydra_linear, t, case), t, G, wanted)
-    got = differentiate(lambda t: ours(t, case), t, G, wanted)
+    got = differentiate(lambda t: ours(t, case, sweep), t, G, wanted)
     assert {name: v.dtype for name, v in got.items()} == {name: v.dtype for name, v in naive.items()}
     return true, naive, got
 
@@ -151,6 +150,37 @@ def test_cancelling_bias_and_huge_channels(case, dtypes):
 def test_cancelling_bias_and_huge_channels_in_fp32(case):
     draws = [three_ways(case, (F32, F32), seed=seed) for seed in range(31)]
     assert median_violations(((got, naive, true) for true, naive, got in draws), F32) == []
+
+
+@pytest.mark.parametrize(("case", "dtypes"), DRAWN)
+def test_the_sweep_gives_every_gradient(case, dtypes):
+    true, naive, got = three_ways(case, dtypes, sweep=True)
+    assert not violations(got, naive, true, dtypes[0])
+
+
+@pytest.mark.parametrize("case", ROUNDING, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES[1:3], ids=str)
+def test_the_sweep_where_a_bias_cancels_or_channels_are_huge(case, dtypes):
+    true, naive, got = three_ways(case, dtypes, sweep=True)
+    assert not violations(got, naive, true, dtypes[0])
+
+
+@pytest.mark.parametrize("wanted", SUBSETS[::3], ids=lambda wanted: "+".join(sorted(wanted)) or "nothing")
+def test_the_sweep_gives_any_subset_of_gradients(wanted):
+    case = everything("composed")
+    true, naive, got = three_ways(case, (F32, F32), wanted, sweep=True)
+    assert not violations(got, naive, true, F32)
+
+
+def test_the_sweep_runs_where_it_is_asked_for_and_serves():
+    """Its sums have another order than the passes': other bits. More ranks than it takes give the passes' own."""
+    for case, other in ((replace(PLAIN, lead=(300,)), True), (replace(PLAIN, lead=(300,), r_a=20, r_b=20), False)):
+        t, G = operands(case, F32, F32)
+        by_sweep, by_passes = (
+            differentiate(lambda t, sweep=sweep: ours(t, case, sweep), t, G, trainable(t)) for sweep in (True, False)
+        )
+        names = ("A_down", "A_up", "B_down", "B_up")
+        assert all(torch.equal(by_sweep[name], by_passes[name]) != other for name in names)
 
 
 @pytest.mark.parametrize("wanted", SUBSETS, ids=lambda wanted: "+".join(sorted(wanted)) or "nothing")

@@ -69,7 +69,12 @@ template <typename... Parameters, typename... Arguments>
 int launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int cluster, int threads, int64_t bytes, void* stream,
                     Arguments... arguments) {
   auto* const function = reinterpret_cast<const void*>(kernel);
-  cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  int device, major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess && major != 9) return static_cast<int>(cudaErrorNoKernelImageForDevice);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status == cudaSuccess) status = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (status == cudaSuccess) {
     cudaLaunchAttribute attribute{};

@@ -29,13 +29,17 @@ def rounds_the_sum(form: str, dtype: torch.dtype) -> bool:
 
 # What computes `native`'s products with W0 on a CPU: ATen (MKL in fp32), or oneDNN in the forward or in both passes.
 LIBRARIES = ("aten", "onednn-forward", "onednn")
+# How `native`'s backward reads x and G on a GPU: pass by pass, or both in one sweep, on compute capability 9.x alone.
+BACKWARDS = ("passes", "sweep")
+MAX_SWEEP_RANK = 32
 
 
 class Choice(NamedTuple):
     """What runs, and why.
 
     ``backend`` is a key of ``hydra_kernels.backends()``, ``form`` one of FORMS but "auto", ``library`` one of
-    LIBRARIES. ``why_library`` is empty where there is nothing to choose.
+    LIBRARIES, ``backward`` one of BACKWARDS. ``why_library`` and ``why_backward`` are empty where there is nothing to
+    choose.
     """
 
     backend: str
@@ -44,10 +48,14 @@ class Choice(NamedTuple):
     why_form: str
     library: str = "aten"
     why_library: str = ""
+    backward: str = "passes"
+    why_backward: str = ""
 
     @property
     def plan(self) -> str:
-        """The form, and after a blank the library if it is not ATen: what a backend is told."""
+        """The form, and after a blank the library if it is not ATen, or "sweep": what a backend is told."""
+        if self.backward == "sweep":
+            return f"{self.form} sweep"
         return self.form if self.library == "aten" else f"{self.form} {self.library}"
 
 

@@ -36,6 +36,15 @@ def unavailable(device: torch.device) -> str | None:
     return extension.why_not("cuda") or too_old(capability) or extension.why_not_on(capability)
 
 
+def no_sweep(capability: tuple[int, int]) -> str | None:
+    """Why the one sweep over x and G (csrc/cuda/sm90_sweep.cu) cannot run on such a GPU; None where it can."""
+    if capability[0] != 9:
+        return f"the sweep is for compute capability 9.x, and this GPU has {capability[0]}.{capability[1]}"
+    if not {"sm_90", "sm_90a"} & set(extension.record().get("architectures", ())):
+        return f"the compiled part has no code for sm_90, which the sweep needs; {extension.REBUILD}"
+    return None
+
+
 def refusal(
     form: str,
     dtype: torch.dtype,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backend.interface import BY_TRITON, LOW_PRECISION, MAX_NATIVE_RANK, Choice
+from ..backend.interface import BY_TRITON, LOW_PRECISION, MAX_NATIVE_RANK, MAX_SWEEP_RANK, Choice
 
 DATA: dict[str, Any] = json.loads((Path(__file__).parent / "numbers.json").read_text(encoding="utf-8"))
 _COMPOSED_FROM: float = DATA["composed_from_M_over_K"]
@@ -80,6 +80,8 @@ class Machine(NamedTuple):
     reasons: Mapping[str, str | None]  # why a backend cannot run on it, None where it can
     measured: Sequence[tuple[Key, Sequence[Measured]]]  # in rising M; torch.compile cannot trace look-ups in a mapping
     cpu: Cpu | None = None  # None for a GPU, and without the compiled part
+    backward: str = "auto"  # of `native` on a GPU: one of BACKWARDS that the user fixed, or "auto"
+    no_sweep: str | None = None  # why its sweep cannot run here; None where it can
 
 
 def choose(
@@ -123,7 +125,8 @@ def choose(
         if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
             why = "it won where it was measured on this device"
             library = _library((M, K, N), dtype, machine, winner.backend, winner)
-            return Choice(winner.backend, winner.form, why, why, *library)
+            swept = _backward(machine, winner.backend, r_a + r_b)
+            return Choice(winner.backend, winner.form, why, why, *library, *swept)
         if compiling and form == "auto" and not masked and _inductor_is_best(M, K, N, dtype, machine):
             return Choice("reference", "kept", _WHY_PLAIN, "plain operators have no form")
         # The composed form reads W0 twice more. For a smaller W0 that takes less time than the kept form's launches.
@@ -135,7 +138,8 @@ def choose(
         form, why_form = "composed", _WHY_MEASURED if backend == "hybrid" else "it is the only form of this backend"
     elif form == "auto":
         form, why_form = _form(M, K, N, r_a, r_b, dtype, backend, saves_x and not masked)
-    return Choice(backend, form, why_backend, why_form, *_library((M, K, N), dtype, machine, backend, winner))
+    library = _library((M, K, N), dtype, machine, backend, winner)
+    return Choice(backend, form, why_backend, why_form, *library, *_backward(machine, backend, r_a + r_b))
 
 
 def _winner(machine: Machine, key: Key, M: int | None) -> Measured | None:
@@ -216,6 +220,17 @@ def _library(
     if M is not None and few <= M <= many and K * N >= _ONEDNN_WEIGHT:
         return "onednn-forward", _WHY_ONEDNN_ROWS
     return "aten", _WHY_MKL
+
+
+def _backward(machine: Machine, backend: str, ranks: int) -> tuple[str, str]:
+    """How `native` reads x and G in its backward on a GPU, and why: by the sweep where the user asks for it alone."""
+    if machine.backward != "sweep" or backend != "native" or machine.capability is None:
+        return "passes", ""
+    if machine.no_sweep is not None:
+        return "passes", machine.no_sweep
+    if ranks > MAX_SWEEP_RANK:
+        return "passes", f"the sweep takes ranks up to {MAX_SWEEP_RANK}, and r_a + r_b is {ranks}"
+    return "sweep", "$HYDRA_KERNELS_BACKWARD fixes it; what the sweep does not serve takes the passes"
 
 
 def _form(

@@ -76,6 +76,8 @@ def explain(
     print(f"form      {choice.why_form}")
     if choice.why_library:
         print(f"products  by {_LIBRARY_NAMES[choice.library]}: {choice.why_library}")
+    if choice.why_backward:
+        print(f"backward  by {choice.backward}: {choice.why_backward}")
     print(f"numbers   {_whose_numbers(machine)}")
     print(f"to change hk.tune([({M}, {K}, {N}, {r_a}, {r_b})], dtype={dtype}) there measures every candidate")
     return choice

@@ -18,7 +18,8 @@ import torch
 from .. import extension
 from ..backend import TABLE
 from ..backend.interface import CPU as CPU
-from ..backend.interface import FORMS, LIBRARIES
+from ..backend.interface import BACKWARDS, FORMS, LIBRARIES
+from ..backend.native import no_sweep
 from ..version import VERSION
 from .choice import DATA, Cpu, Key, Machine, Measured
 
@@ -41,9 +42,10 @@ def _here(device: torch.device, tf32: bool, threads: int) -> Machine:
     reasons = {name: backend.unavailable(device) for name, backend in TABLE.items()}
     name = device_name(device)
     rows = [row for row in DATA["measured"] if row["device"] == name]
-    return Machine(
-        name, capability, reasons, table([*rows, *cached(name)], tf32), cpu() if device.type == "cpu" else None
-    )
+    measured = table([*rows, *cached(name)], tf32)
+    if capability is None:
+        return Machine(name, None, reasons, measured, cpu() if device.type == "cpu" else None)
+    return Machine(name, capability, reasons, measured, backward=fixed_backward(), no_sweep=no_sweep(capability))
 
 
 def cpu() -> Cpu | None:
@@ -56,6 +58,14 @@ def cpu() -> Cpu | None:
         return None
     vendor = next((vendor for vendor in ("AMD", "Intel") if vendor in name), "")
     return Cpu(vendor, native.matrix_units(), native.onednn(), library)
+
+
+def fixed_backward() -> str:
+    """How `native`'s backward reads x and G on a GPU, as ``$HYDRA_KERNELS_BACKWARD`` says; ValueError for another word."""
+    backward = os.environ.get("HYDRA_KERNELS_BACKWARD") or "auto"
+    if backward not in ("auto", *BACKWARDS):
+        raise ValueError(f"$HYDRA_KERNELS_BACKWARD: expected auto, {', '.join(BACKWARDS)}, got {backward!r}")
+    return backward
 
 
 def forget() -> None:
