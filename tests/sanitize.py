@@ -33,6 +33,12 @@ QUICK = [
     for shape in ("67x129x131-3+5", "300x328x200-16+0")
     for dtype in ("float32", "bfloat16")
 ]
+QUICK += [
+    f"{FILE}::test_sm90_sweep[{shape}-{dtype}-{dtype}-{Z}]"
+    for shape in ("67x129x131-3+5", "300x328x200-16+0")
+    for dtype, Z in (("float32", "Z given"), ("bfloat16", "Z given"), ("bfloat16", "Z computed"))
+]
+QUICK += [f"{FILE}::test_sm90_sweep[33x200x900-8+8-bfloat16-bfloat16-Z computed]"]  # by clusters of 16
 
 
 class Planted(NamedTuple):
@@ -61,6 +67,22 @@ PLANTED = [
         "two blocks write one element", "thread", "data race", "grad_z.cu",
         "p.dz_ptr[(split * p.M + m) * R + r] = v", "p.dz_ptr[m * R + r] = v",
         "grad_z[67x129x131-3+5-float32-float32]",
+    ),
+    Planted(
+        "sums of another block's warps are read before they are there", "thread", "data race", "sm90_sweep.cu",
+        "    cluster_barrier();\n#pragma unroll\n    for (int j = 0; j < OWNED; ++j) {  // 3\n",
+        "#pragma unroll\n    for (int j = 0; j < OWNED; ++j) {  // 3\n",
+        "sm90_sweep[67x129x131-3+5-bfloat16-bfloat16-Z given]",
+    ),
+    Planted(
+        "rows are overwritten while a warp reads them", "thread", "data race", "sm90_sweep.cu",
+        "    __syncthreads();  // nobody reads the tile before this one any more\n", "",
+        "sm90_sweep[300x328x200-16+0-float32-float32-Z given]",
+    ),
+    Planted(
+        "a block writes into one that has not begun", "address", "AddressSanitizer", "sm90_sweep.cu",
+        "  cluster_barrier();  // a block's shared memory may be written from now on: the block runs\n", "",
+        "sm90_sweep[67x129x131-3+5-float32-float32-Z given]",
     ),
     Planted(
         "a barrier that some threads skip", "address", "waits at a barrier", "tiles.cuh",

@@ -34,6 +34,7 @@ from .cuda_on_host.library import (  # noqa: F401 (test_native_gpu takes the bui
     poisoned,
 )
 from .cuda_on_host.passes import (
+    BF16,
     CASES,
     F16,
     F32,
@@ -57,6 +58,7 @@ from .cuda_on_host.passes import (
 MAP_NORESERVE = 0x4000  # Linux's; Python's mmap has no name for it
 OTHERS = (80, 100, 120)  # than sm_90
 KERNELS = ("compose", "down", "grad_z", "grad_w", "reduce")
+SWEEP = "sm90_sweep"
 
 
 def check(name: str, got: Tensor, want: Tensor, terms: Tensor) -> None:
@@ -116,13 +118,23 @@ def serves(case: Case, computes_Z: bool = False) -> bool:
     return count("sm90_sweep_blocks", *sweep_sizes(case, computes_Z)) > 0
 
 
-@pytest.mark.parametrize("computes_Z", [False, True], ids=["of Z", "of x"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+# So wide that clusters have 16 blocks: with Z given, and with Z computed.
+WIDE = [Case(33, 200, 1100, 8, 8, padding=3), Case(33, 200, 900, 8, 8, padding=3, dtype=BF16, adapter_dtype=BF16)]
+SWEEPS = [
+    pytest.param(case, computes_Z, id=f"{case}-{'Z computed' if computes_Z else 'Z given'}", marks=marks)
+    for computes_Z in (False, True)
+    for case in [*CASES, *WIDE]
+    for marks in [pytest.mark.slow if case.adapter_dtype != case.dtype or (computes_Z and case.dtype == F16) else ()]
+]
+
+
+@pytest.mark.parametrize(("case", "computes_Z"), SWEEPS)
 def test_sm90_sweep(case, computes_Z):
     made = operands(case)
     if not serves(case, computes_Z):
         assert case.R > 31 or (computes_Z and case.dtype == F32)
-        call("sm90_sweep", {}, {}, status=1, **values(case, "M", "N", "K", "r_a", "r_b", "type"), g_ptr=8, D_ptr=8 * computes_Z)
+        sizes = values(case, "M", "N", "K", "r_a", "r_b", "type")
+        call(SWEEP, {}, {}, status=1, **sizes, g_ptr=8, D_ptr=8 * computes_Z)
         return
     got = run_sm90_sweep(case, made, computes_Z)
     true, terms = truths(case, made, "grad_z")
@@ -159,6 +171,40 @@ def test_grad_z_writes_what_is_wanted_with_the_same_bits(case, wanted):
     assert all(torch.equal(got[name], everything[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[12]], ids=str)
+@pytest.mark.parametrize("wanted", [(), ("dZ",), ("z_sums",), ("scales",), ("dZ", "z_sums", "scales")], ids=str)
+def test_sm90_sweep_writes_what_is_wanted_with_the_same_bits(case, wanted):
+    """g and up_bias take a rank more, which may divide the columns anew."""
+    made = operands(case)
+    everything, got = (run_sm90_sweep(case, made, wanted=w) for w in (("dZ", "z_sums", "scales"), wanted))
+    assert got.keys() == {"dU", "dD", *wanted}
+    assert all(torch.equal(t, everything[name]) for name, t in got.items())
+    with_g = run_sm90_sweep(case, made, wanted=("g",))
+    check("dU", with_g["dU"].double().sum(0).to(F32), *(of["dU"] for of in truths(case, made, "grad_z")))
+
+
+def test_sm90_sweep_without_what_is_optional():
+    case = replace(CASES[2], biases=False, bias=False, mask=None, pointers=False)
+    made = {name: v for name, v in operands(case).items() if name not in ("d", "rest")}
+    true, terms = truths(case, made, "down")
+    check("Z", run_sm90_sweep(case, made, True, ("dZ",))["Z"], true["Z"], terms["Z"])
+
+
+def test_sm90_sweep_divides_the_columns_in_every_way():
+    """By clusters of 8 and of 16, by 64, 32 and 16 rows at once: each of these ways, and nothing, at the cases' sizes."""
+    found = set()
+    for case in [*CASES, *WIDE]:
+        sizes = sweep_sizes(case, False)
+        blocks = count("sm90_sweep_blocks", *sizes)
+        rows = next((M for M in (16, 32, 64) if blocks and count("sm90_sweep_partials", M + 1, *sizes) > 1), None)
+        found.add((blocks, rows))
+    assert found == {(8, 64), (8, 32), (8, 16), (16, 16), (0, None)}
+    assert count("sm90_sweep_blocks", 10**6, 8, 8, False, 2) == count("sm90_sweep_blocks", 8, 8, 33, False, 2) == 0
+    assert count("sm90_sweep_partials", 0, 8, 8, 8, False, 2) == 0
+    for M in (1, 16, 17, 64, 257, 6400, 10**6):
+        assert 1 <= count("sm90_sweep_partials", M, 8, 8, 8, False, 2) <= min(4, -(-M // 16))
+
+
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_reduce_reads_what_a_gradient_needs(case):
     made = with_partials(case, operands(case))
@@ -185,7 +231,8 @@ def test_optional_operands_of_the_forward_may_be_absent():
 def run_all(case: Case, made: dict[str, Framed]) -> Tensors:
     """Every output of every kernel."""
     made = with_partials(case, made)
-    runs = (run_compose, run_down, run_grad_z, run_grad_w, run_reduce)
+    runs = [run_compose, run_down, run_grad_z, run_grad_w, run_reduce]
+    runs += [run_sm90_sweep] if serves(case) else []
     return {f"{run.__name__} {name}": t for run in runs for name, t in run(case, made).items()}
 
 
@@ -214,9 +261,12 @@ def test_offsets_past_2_to_the_31():
     assert all(torch.equal(got[name], t) for name, t in expected.items())
 
 
-@pytest.mark.parametrize("kernel", ["compose", "down", "grad_z", "grad_w", "reduce"])
+@pytest.mark.parametrize("kernel", [*KERNELS, SWEEP])
 def test_what_no_kernel_serves_is_refused(kernel):
     ranks = {"R": 65} if kernel in ("down", "grad_w") else {"r_a": 40, "r_b": 25}
+    if kernel == SWEEP:
+        call(kernel, {}, {}, status=1, r_a=20, r_b=13)
+        call(kernel, {}, {}, status=1, r_a=2, r_b=2, N=10**6, type=2)
     call(kernel, {}, {}, status=1, **ranks)
     call(kernel, {}, {}, status=1, type=3, **dict.fromkeys(ranks, 2))
 
@@ -231,6 +281,24 @@ def test_results_are_independent_of_the_card():
                 assert (splits - 1) * -(-tiles // splits) < tiles
             assert 1 <= count("grad_w_splits", M, N) <= blocks
         assert 1 <= count("grad_z_sums", M) <= 8
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc was found")
+@pytest.mark.slow
+def test_the_sweep_compiled_for_every_architecture(tmp_path):
+    """Only sm_90 has more of it than a trap: barriers of clusters, and copies past the registers."""
+    said, sass = nvcc_report(SOURCES / f"{SWEEP}.cu", (80, 90), tmp_path)
+    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert memory == [("0",) * 3] * 12
+    bodies = re.findall(r"Function : (\S+)(.*?)(?=Function :|$)", sass, re.DOTALL)
+    swept = [(kernel, code) for kernel, code in bodies if "LDGSTS.E" in code]
+    assert len(swept) == 6
+    for kernel, code in swept:
+        assert "UCGABAR_ARV" in code and "UCGABAR_WAIT" in code, f"{kernel}: cluster barriers"
+        assert ("HMMA" in code) == ("LDSM" in code) == ("sweep_kernelIf" not in kernel), f"{kernel}: tensor cores"
+    others = [code for kernel, code in bodies if "LDGSTS.E" not in code]
+    assert all("BPT.TRAP" in code for code in others)
+    assert len(others) == 6
 
 
 def nvcc_report(source: Path, architectures: tuple[int, ...], folder: Path) -> tuple[str, str]:

@@ -43,29 +43,29 @@ inline std::vector<int> turns(int count, int order) {
 
 // Blocks of a grid, those of a cluster side by side in x.
 template <typename... Parameters, typename... Arguments>
-int launch_grid(void (*kernel)(Parameters...), dim3 grid, unsigned of_cluster, Arguments... arguments) {
+int launch_grid(void (*kernel)(Parameters...), dim3 grid, int blocks, Arguments... arguments) {
   using namespace cuda_on_host;
   const char* chosen = std::getenv("CUDA_ON_HOST_ORDER");
   const int order = chosen ? std::atoi(chosen) : 0;
   auto run = [&] { kernel(arguments...); };
   call = [](const void* f) { (*static_cast<const decltype(run)*>(f))(); };
   body = &run;
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.x % of_cluster != 0) return 9;  // cudaErrorInvalidConfiguration
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.x % blocks || blocks > CLUSTER) return 9;  // cudaErrorInvalidConfiguration
   gridDim = grid;
+  of_cluster = blocks;
   ON_TSAN(scheduler.tsan_fiber = __tsan_get_current_fiber();)
   static std::vector<std::unique_ptr<Block>> spare;
   std::vector<std::unique_ptr<Block>> used;  // ThreadSanitizer: memory used twice would tie two clusters together
   bool complete = true;
-  for (unsigned i : turns(grid.x * grid.y / of_cluster, order)) {
+  for (unsigned i : turns(grid.x * grid.y / blocks, order)) {
     ON_TSAN(std::move(spare.begin(), spare.end(), std::back_inserter(used)); spare.clear();)
-    cluster.clear();
-    for (unsigned j = 0; j < of_cluster; ++j) {
-      if (j == spare.size()) spare.emplace_back(new Block);
-      const unsigned at = i * of_cluster + j;
-      cluster.push_back(spare[j].get());
+    while (static_cast<int>(spare.size()) < blocks) spare.emplace_back(new Block);
+    for (int j = 0; j < blocks; ++j) cluster[j] = spare[j].get();
+    for (int j = 0; j < blocks; ++j) {
+      const unsigned at = i * blocks + j;
       start_block(cluster[j], {at % grid.x, at / grid.x, 0});
     }
-    complete = complete && run_cluster(turns(of_cluster, order), turns(THREADS, order));
+    complete = complete && run_cluster(turns(blocks, order), turns(THREADS, order));
   }
   ON_TSAN(__tsan_acquire(&launch_end);)
   if (!complete) std::fprintf(stderr, "cuda_on_host: a thread waits at a barrier that not all threads reach\n");

@@ -36,6 +36,7 @@ inline uint3 threadIdx, blockIdx;
 namespace cuda_on_host {
 
 constexpr int THREADS = 128, WARP = 32, WARPS = THREADS / WARP;
+constexpr int CLUSTER = 16;  // blocks at most
 constexpr size_t SHARED_BYTES = 48 * 1024, REDZONE = 64, MAX_ARRAYS = 16, STACK_BYTES = 32 * 1024;
 enum State { AT_WARP_BARRIER, AT_BLOCK_BARRIER, AT_CLUSTER_BARRIER, BARRIERS, RUNNABLE = BARRIERS, DONE };
 
@@ -73,9 +74,10 @@ struct Block {
   uint3 index;
 };
 
-inline Block* block;                 // that runs
-inline std::vector<Block*> cluster;  // to which it belongs
-inline int current;                  // its thread that runs
+inline Block* block;             // that runs
+inline Block* cluster[CLUSTER];  // to which it belongs, of_cluster blocks
+inline int of_cluster;
+inline int current;  // its thread that runs
 inline Fiber scheduler;
 inline uint64_t launch_end;
 inline void (*call)(const void*);  // runs a kernel's body
@@ -138,9 +140,9 @@ UNSEEN bool release(Block* one, State kind, int first, int count) {  // those th
 
 UNSEEN bool release_cluster() {
   const auto waits = [](const Thread& thread) { return thread.state == AT_CLUSTER_BARRIER; };
-  for (Block* one : cluster)
-    if (!std::all_of(one->threads, one->threads + THREADS, waits)) return false;
-  for (Block* one : cluster) release(one, AT_CLUSTER_BARRIER, 0, THREADS);
+  for (int i = 0; i < of_cluster; ++i)
+    if (!std::all_of(cluster[i]->threads, cluster[i]->threads + THREADS, waits)) return false;
+  for (int i = 0; i < of_cluster; ++i) release(cluster[i], AT_CLUSTER_BARRIER, 0, THREADS);
   return true;
 }
 
@@ -183,17 +185,18 @@ UNSEEN bool run_block(Block* one, const std::vector<int>& order) {
   return going;
 }
 
-// Blocks that run together, in this order. Each is started before any runs, as far as memory for its threads goes.
+// Blocks that run together: in this order, each as far as it can go without the others, so that the first one to run
+// finds that the others have not begun.
 UNSEEN bool run_cluster(const std::vector<int>& blocks, const std::vector<int>& order) {
-  for (bool going = true; going;) {
-    going = false;
-    for (int i : blocks) going |= run_block(cluster[i], order);
-    going |= release_cluster();
-  }
+  do {
+    for (int i : blocks)
+      while (run_block(cluster[i], order)) {
+      }
+  } while (release_cluster());
   bool complete = true;
-  for (Block* one : cluster) {
-    ON_TSAN(for (Thread& thread : one->threads) __tsan_destroy_fiber(thread.tsan_fiber);)
-    complete = complete && release(one, DONE, 0, THREADS);
+  for (int i = 0; i < of_cluster; ++i) {
+    ON_TSAN(for (Thread& thread : cluster[i]->threads) __tsan_destroy_fiber(thread.tsan_fiber);)
+    complete = complete && release(cluster[i], DONE, 0, THREADS);
   }
   return complete;
 }
