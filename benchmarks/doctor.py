@@ -42,9 +42,13 @@ from benchmarks.device.doctor_kernels import (
     slack_of,
 )
 from benchmarks.measuring import bases
+from benchmarks.measuring.backwards import backward_by
 from hydra_kernels import weights
 from hydra_kernels.backend import TABLE
 from hydra_kernels.backend.interface import FORMS, rounds_the_sum
+from hydra_kernels.backend.native import no_sweep
+from hydra_kernels.choose.choice import choose
+from hydra_kernels.choose.machine import here
 from hydra_kernels.kernels import configs
 from tests.cases import INPUT_P, INPUT_SEED, PLAIN, ROUNDING, Case, operands
 from tests.oracle import Tensors, differentiate, hydra, input_mask
@@ -59,6 +63,9 @@ REAL = (Case((6400,), 3072, 768, 8, 8), Case((300,), 4096, 4096, 8, 8), Case((30
 DRY = (Case((40,), 48, 32, 8, 8), EVERYTHING)
 QUICK, QUICK_FORMATS = (EVERYTHING, REAL[0]), ("bf16", "tf32")
 MANY_RANKS = Case((300,), 1024, 512, 37, 33)
+# Each way in which the sweep divides the columns; the last two, the second by clusters of 16 blocks, not in fp32.
+SWEPT = (EVERYTHING, *REAL[:2], Case((700,), 4096, 1024, 8, 8), Case((300,), 4096, 4096, 16, 16))
+SWEPT_WIDE = (Case((300,), 14336, 4096, 8, 8), Case((300,), 14336, 4096, 16, 16))
 DRAWS = 5  # of a small case, where chance can break a single one
 
 Check = Callable[[], Finding]
@@ -274,6 +281,39 @@ def tested() -> list[str]:
     return ["triton", "hybrid", "aten"] + (["native"] if TABLE["native"].unavailable(device()) is None else [])
 
 
+def sweeps() -> bool:
+    """Whether `native`'s backward can run by its one sweep; a dry run goes through the checks by the CPU's backward."""
+    if TABLE["native"].unavailable(device()) is not None:
+        return False
+    return device().type == "cpu" or no_sweep(torch.cuda.get_device_capability()) is None
+
+
+def by_sweep(check: Check, form: Format, case: Case) -> Finding:
+    """A check of `native` whose backward is csrc/cuda/sm90_sweep.cu's: a choice of anything else fails."""
+    with backward_by("sweep"):
+        choice = choose(case.M, case.K, case.N, case.r_a, case.r_b, form.base, here(device()), backend="native")
+        if device().type == "cuda" and choice.backward != "sweep":
+            return Finding("fail", reason=f"it ran by {choice.backward}: {choice.why_backward}")
+        return check()
+
+
+def swept(formats: Sequence[str], dry: bool) -> dict[str, Check]:
+    """`native` with its backward by one sweep, and twice the same bits."""
+    found: dict[str, Check] = {}
+    for name in formats:
+        form = FORMATS[name]
+        if not serves("native", form):
+            continue
+        cases = DRY if dry else SWEPT if form.base == F32 else (*SWEPT, *SWEPT_WIDE, *ROUNDING)
+        for case in cases:
+            draws = DRAWS if case.M < 100 and not dry else 1
+            check = partial(backend_check, "native", form, case, draws)
+            found[f"sweep {name} {case}"] = partial(by_sweep, check, form, case)
+        same = partial(same_bits, "native", form, cases[1])
+        found[f"sweep {name}, same bits"] = partial(by_sweep, same, form, cases[1])
+    return found
+
+
 def machine() -> dict[str, Check]:
     return {"versions": versions, "GPU": gpu, **{name: partial(usable, name) for name in TABLE}}
 
@@ -307,6 +347,8 @@ def quick(dry: bool) -> dict[str, dict[str, Check]]:
             checks[f"{name} {way} {case}"] = partial(backend_check, backend, form, case, draws_of(case, dry), way)
         if checks:
             found[f"{backend} {name}"] = checks
+    if sweeps():
+        found["native by sweep"] = swept(("bf16", "fp32"), dry)
     return found
 
 
@@ -344,7 +386,9 @@ def groups(dry: bool) -> dict[str, dict[str, Check]]:
             wide, elements = (64, 2**12) if dry else (4096, 2**31)
             for name, K, N in (("x", wide, 32), ("h", 32, wide)):
                 use[f"int64 offsets in {name}"] = partial(int64_offsets, backend, FORMATS["bf16"], K, N, elements)
-    # In a group that is there: a process more would cost more than these.
+    # In groups that are there: a process more would cost more than these.
+    if sweeps():
+        found["native" if dry else "native in use"] |= swept(tuple(FORMATS), dry)
     base_case = DRY[0] if dry else Case((512,), 1024, 768, 8, 8)
     over_4_bits = {f"4-bit base {f}": partial(quantised_base, "nf4", FORMATS[f], base_case) for f in ("bf16", "fp32")}
     found["aten" if dry else "aten in use"] |= over_4_bits

@@ -35,6 +35,7 @@ from benchmarks.device.compilation import Job, Step, tell_compilations
 from benchmarks.device.isolated import ROOT, CheckRow, Isolated, line_of
 from benchmarks.device.run import Part, Settings, Stage, attempts, plan_of, run_stage, run_stages
 from benchmarks.measuring import methods, models, timing
+from benchmarks.measuring.backwards import backward_by
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import CeilingRow, HostRow, LayerRow, Table4Row, TuneRow
 from benchmarks.measuring.shapes import (
@@ -63,6 +64,7 @@ CHECK_LIMIT = 90.0
 ALL_BUT_COMPILED = tuple(name for name in methods.LAYER_METHODS if not name.startswith("compiled_"))
 OURS_AND_RIVALS = ("frozen", "naive_lora", "naive_seqlora", "naive_hydra", "ours_hydra")
 OURS_ALONE = ("hybrid", "triton", "native")  # each is measured beside what `auto` runs
+BY_SWEEP = "native sweep"  # a candidate that `auto` never takes: native, with its backward by one sweep
 PAPERS = models.MODELS[table4.DEFAULT_MODEL]
 
 
@@ -160,12 +162,14 @@ def layers(
     form: str = "auto",
 ) -> list[LayerRow]:  # fmt: skip
     """One shape of the layer benchmark in bf16, with the floor of each step where the ceilings are known."""
+    backend, _, backward = backend.partition(" ")
     arguments = ["--device", settings.device.type, "--dtype", "bf16", "--mode", mode]
     arguments += ["--methods", ",".join(methods.measured_in(mode, "bf16", names)), "--backend", backend, "--form", form]
     arguments += ["--time-limit", str(seconds), "--shape", ",".join(map(str, shape))]
     arguments += ["--ranks", f"{ranks.r_a}+{ranks.r_b}", *([] if has_bias(shape) else ["--no-bias"])]
     options, _ = layer.settings_of([*arguments, *_dry(settings)])
-    rows, rates = layer.run(options, _silent()), _ceilings(settings)
+    with backward_by(backward or "auto"):
+        rows, rates = layer.run(options, _silent()), _ceilings(settings)
     for row in rows:
         if rates is not None and row["phase"] == "step":
             floor = roofline.floor_us(shape, Ranks(row["r_a"], row["r_b"]), row["dtype"], *rates)
@@ -190,6 +194,7 @@ def measure_others(settings: Settings) -> Iterator[Part]:
     """In CUDA graphs: the goals' other rank, other shapes, other ranks, and each backend by itself."""
     headline, others = (DRY_SHAPES[:1], DRY_SHAPES[1:]) if settings.dry else (HEADLINE, OTHER_SHAPES)
     kernels = [name for name in OURS_ALONE if _serves(name, settings)]
+    kernels += [BY_SWEEP] if "native" in kernels and doctor.sweeps() else []
     ranks = OTHER_RANKS[:2] if settings.dry else OTHER_RANKS
     parts = [
         *((shape, ranks[0], OURS_AND_RIVALS, "auto") for shape in headline),

@@ -262,7 +262,7 @@ def row_of(
         phase=phase,
         method=entry.method,
         backend=choice and choice.backend,
-        form=choice and choice.form,
+        form=choice and (choice.plan if choice.backward == "sweep" else choice.form),
         median_us=micro and round(micro.median, 3),
         q1_us=micro and round(micro.q1, 3),
         q3_us=micro and round(micro.q3, 3),

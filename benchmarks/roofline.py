@@ -2,7 +2,8 @@
 
 A kernel takes max(bytes / bandwidth, operations / rate), a step the sum of its kernels and a gap a launch. Nothing here
 is measured but the card's two figures. What is launched is recorded, not written down: the naive layers run under
-autograd on tensors without data and every ATen operation counts as a kernel; ours hand over their launches.
+autograd on tensors without data and every ATen operation counts as a kernel; ours hand over their launches. Only those
+of `native` are written down, in native_kernels.py, since csrc makes them itself.
 
 Bytes: each tensor that a kernel reads or writes counts once, and once more for each further block of 64 ranks; programs
 that share a tile are assumed to find it in L2. Nothing stays in L2 from one kernel to the next, unless --l2 says so.
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import hydra_kernels as hk
+from benchmarks import native_kernels
 from benchmarks.measuring import timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import RooflineRow
@@ -34,15 +36,21 @@ from benchmarks.measuring.shapes import CUDA_SHAPES, Shape, ranks_option, shape_
 from benchmarks.rendering.tables import Table, show
 from hydra_kernels.backend import effective
 from hydra_kernels.backend import triton as steps
-from hydra_kernels.backend.interface import Operands
+from hydra_kernels.backend.interface import MAX_NATIVE_RANK, MAX_SWEEP_RANK, Operands
 from hydra_kernels.kernels import configs
 from hydra_kernels.kernels.launch import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-METHODS = ("frozen", "naive_lora", "naive_seqlora", "naive_hydra", "hybrid", "triton")
 # In the effective form, by the passes that there are, and by one sweep over x and G in their place.
 EFFECTIVE = ("effective", "effective_sweep")
-METHODS += (*EFFECTIVE, "floor")
+OURS = ("hybrid", "triton", *EFFECTIVE, "native", "native_sweep")
+METHODS = ("frozen", "naive_lora", "naive_seqlora", "naive_hydra", *OURS, "floor")
+# Where a method ends.
+MOST_RANKS = {
+    **dict.fromkeys(("triton", *EFFECTIVE), configs.MAX_RANK_BLOCK),
+    "native": MAX_NATIVE_RANK,
+    "native_sweep": MAX_SWEEP_RANK,
+}
 ADAPTERS = frozenset({"A_down", "A_up", "B_down", "B_up"})
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
@@ -224,6 +232,11 @@ def sweep_step(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> list[Kernel]:
     return [*(kernel for kernel in kernels[:last] if kernel.name not in swept), sweep, *kernels[last + 1 :]]
 
 
+def native_step(shape: Shape, ranks: Ranks, dtype: torch.dtype, sweep: bool) -> list[Kernel]:
+    t = operands_of(shape, ranks, dtype)
+    return [Kernel(*listed) for listed in native_kernels.native_step(shape, ranks, dtype, t, sweep)]
+
+
 def floor_step(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> list[Kernel]:
     """What no composed step can avoid: the frozen layer's own kernels with all of the arithmetic, every further read of
     x and G hidden behind them, and two passes over W0 with nothing to hide behind: C is wanted before the forward, and
@@ -251,6 +264,8 @@ STEPS: dict[str, Callable[[Shape, Ranks, torch.dtype], list[Kernel]]] = {
     "triton": partial(our_step, fused=True),
     "effective": partial(our_step, fused=False, form="effective"),
     "effective_sweep": sweep_step,
+    "native": partial(native_step, sweep=False),
+    "native_sweep": partial(native_step, sweep=True),
     "floor": floor_step,
 }
 
@@ -301,7 +316,7 @@ def predict(shape: Shape, ranks: Ranks, dtype: str, model: Model) -> list[Roofli
     """A row a method; the fused kernels and the effective form only where they take the ranks."""
     rows: list[RooflineRow] = []
     for method in METHODS:
-        if method in ("triton", *EFFECTIVE) and sum(ranks) > configs.MAX_RANK_BLOCK:
+        if sum(ranks) > MOST_RANKS.get(method, sum(ranks)):
             continue
         kernels = STEPS[method](shape, ranks, DTYPES[dtype])
         times = microseconds(kernels, model, ours=method in ("hybrid", "triton"))
@@ -338,7 +353,7 @@ def step_table(rows: Sequence[RooflineRow]) -> Table:
         cells.append([*cell, f"{row['predicted_us']:.1f}", f"{row['over_frozen']:.3f}"])
     first = rows[0]
     title = f"Predicted, not measured: a training step, Hydra {first['r_a']}+{first['r_b']}, {first['dtype']}"
-    return Table(title, headings, cells, [cell[1] in ("hybrid", "triton", *EFFECTIVE) for cell in cells])
+    return Table(title, headings, cells, [cell[1] in OURS for cell in cells])
 
 
 def kernel_table(rows: Sequence[RooflineRow]) -> Table:

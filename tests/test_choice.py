@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from hydra_kernels import extension
+from hydra_kernels.backend.native import no_sweep
+from hydra_kernels.choose import explain as choose_explain
 from hydra_kernels.choose.choice import Cpu, Machine, Measured, choose
+from hydra_kernels.choose.machine import fixed_backward
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 RUNS = dict.fromkeys(("aten", "native", "hybrid", "triton"))
@@ -194,6 +198,56 @@ def test_library_of_the_large_products(machine, M, N, dtype, library, why):
     assert why in choice.why_library
     assert bool(why) == bool(choice.why_library)
     assert choice.plan == (choice.form if library == "aten" else f"{choice.form} {library}")
+
+
+SWEEPING = BUILT._replace(backward="sweep")
+BY_NATIVE = SWEEPING._replace(measured=[((3072, 768, 8, 8, BF16), [Measured(6400, "native", "composed")])])
+
+
+@pytest.mark.parametrize(
+    ("machine", "backend", "ranks", "backward", "why"),
+    [
+        (BUILT, "native", (8, 8), "passes", ""),
+        (BUILT._replace(backward="passes"), "native", (8, 8), "passes", ""),
+        (SWEEPING, "native", (8, 8), "sweep", "HYDRA_KERNELS_BACKWARD fixes it"),
+        (SWEEPING, "native", (16, 16), "sweep", "HYDRA_KERNELS_BACKWARD fixes it"),
+        (SWEEPING, "native", (16, 17), "passes", "ranks up to 32, and r_a + r_b is 33"),
+        (SWEEPING._replace(no_sweep="no code for sm_90"), "native", (8, 8), "passes", "no code for sm_90"),
+        (SWEEPING, "hybrid", (8, 8), "passes", ""),
+        (SWEEPING, "auto", (8, 8), "sweep", "HYDRA_KERNELS_BACKWARD fixes it"),
+        (BY_NATIVE, "auto", (8, 8), "sweep", "HYDRA_KERNELS_BACKWARD fixes it"),
+        (NATIVE._replace(backward="sweep"), "native", (8, 8), "passes", ""),
+    ],
+)
+def test_the_sweep_runs_where_it_is_asked_for_alone(machine, backend, ranks, backward, why):
+    choice = choose(6400, 3072, 768, *ranks, BF16, machine, backend=backend)
+    assert choice.backward == backward
+    assert why in choice.why_backward
+    assert bool(why) == bool(choice.why_backward)
+    assert choice.plan == (f"{choice.form} sweep" if backward == "sweep" else choice.form)
+
+
+def test_a_backward_of_another_name_is_refused(monkeypatch):
+    monkeypatch.setenv("HYDRA_KERNELS_BACKWARD", "one pass")
+    with pytest.raises(ValueError, match=r"HYDRA_KERNELS_BACKWARD: expected auto, passes, sweep, got 'one pass'"):
+        fixed_backward()
+    for value, found in (("sweep", "sweep"), ("passes", "passes"), ("", "auto")):
+        monkeypatch.setenv("HYDRA_KERNELS_BACKWARD", value)
+        assert fixed_backward() == found
+
+
+def test_the_sweep_needs_compute_capability_9_and_code_for_it(monkeypatch):
+    monkeypatch.setattr(extension, "record", lambda: {"architectures": ["sm_80", "sm_90", "compute_120"]})
+    assert no_sweep((9, 0)) is None
+    assert "for compute capability 9.x, and this GPU has 10.0" in no_sweep((10, 0))
+    monkeypatch.setattr(extension, "record", lambda: {"architectures": ["sm_80", "compute_80"]})
+    assert "no code for sm_90" in no_sweep((9, 0))
+
+
+def test_explain_says_why_the_backward_sweeps(monkeypatch, capsys):
+    monkeypatch.setattr(choose_explain, "_machine", lambda capability: BY_NATIVE)
+    assert choose_explain.explain(6400, 3072, 768, 8, 8, BF16).backward == "sweep"
+    assert "backward  by sweep: $HYDRA_KERNELS_BACKWARD fixes it" in capsys.readouterr().out
 
 
 def test_a_measured_library_wins_for_its_rows():

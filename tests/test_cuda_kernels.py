@@ -191,7 +191,7 @@ def test_sm90_sweep_without_what_is_optional():
 
 
 def test_sm90_sweep_divides_the_columns_in_every_way():
-    """By clusters of 8 and of 16, by 64, 32 and 16 rows at once: each of these ways, and nothing, at the cases' sizes."""
+    """By clusters of 8 and of 16, by 64, 32 and 16 rows at once, and not at all: the cases' sizes take each way."""
     found = set()
     for case in [*CASES, *WIDE]:
         sizes = sweep_sizes(case, False)
@@ -294,7 +294,7 @@ def test_the_sweep_compiled_for_every_architecture(tmp_path):
     swept = [(kernel, code) for kernel, code in bodies if "LDGSTS.E" in code]
     assert len(swept) == 6
     for kernel, code in swept:
-        assert "UCGABAR_ARV" in code and "UCGABAR_WAIT" in code, f"{kernel}: cluster barriers"
+        assert all(name in code for name in ("UCGABAR_ARV", "UCGABAR_WAIT")), f"{kernel}: barriers of clusters"
         assert ("HMMA" in code) == ("LDSM" in code) == ("sweep_kernelIf" not in kernel), f"{kernel}: tensor cores"
     others = [code for kernel, code in bodies if "LDGSTS.E" not in code]
     assert all("BPT.TRAP" in code for code in others)

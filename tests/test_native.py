@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hydra_kernels as hk
 from benchmarks.measuring import timing
 from hydra_kernels import extension
-from hydra_kernels.backend import TABLE
+from hydra_kernels.backend import TABLE, native
 from hydra_kernels.backend.interface import LIBRARIES, Operands
 from hydra_kernels.choose import machine
 
@@ -150,6 +150,18 @@ def test_every_library(form, library, monkeypatch):
     finally:
         monkeypatch.undo()
         machine.forget()
+
+
+def test_a_plan_that_sweeps_is_the_composed_form_on_a_cpu():
+    t, G = operands(replace(PLAIN, lead=(30,)), F32)
+    op, compiled = Operands(**{name: t.get(name) for name in Operands._fields[:6]}), extension.load()
+    results = []
+    for plan in ("composed", "composed sweep"):
+        h, saved = compiled.forward(t["x"], op, native._bits(frozenset({"x", "A_up", "B_down"})), plan)
+        grads = compiled.backward(G, op, saved, native._bits(frozenset({"x", "A_up", "B_down"})), plan)
+        results.append([h, *saved, *grads.values()])
+    assert len(results[0]) == len(results[1])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_library_of_another_name_is_refused(monkeypatch):

@@ -564,18 +564,12 @@ def test_the_predicted_table_is_the_stored_rows_and_says_what_it_is(place, predi
     text = place.page.read_text(encoding="utf-8")
     over = {row["method"]: f"{row['over_frozen']:.2f}" for row in predicted if row["M"] == FC2.M}
     columns = (
-        "naive_lora",
-        "naive_seqlora",
-        "naive_hydra",
-        "hybrid",
-        "triton",
-        "effective",
-        "effective_sweep",
-        "floor",
+        *("naive_lora", "naive_seqlora", "naive_hydra", "hybrid", "triton"),
+        *("effective", "effective_sweep", "native", "native_sweep", "floor"),
     )
     assert f"| 6400 x 3072 x 768 | {' | '.join(over[name] for name in columns)} |" in text
-    titles = "naive LoRA | naive SeqLoRA | naive Hydra | hybrid | triton | effective | effective, one sweep | floor"
-    assert f"| M x K x N | {titles} |" in text
+    ours = "hybrid | triton | effective | effective, one sweep | native | native by one sweep"
+    assert f"| M x K x N | naive LoRA | naive SeqLoRA | naive Hydra | {ours} | floor |" in text
     assert text.startswith("<!-- predicted:roofline -->\nHydra 8+8, bf16: predicted step")
     for fact in ("Nothing here was measured", "790 TFLOP/s", "4300 GB/s", "a CUDA graph", "0123456789ab"):
         assert fact in text

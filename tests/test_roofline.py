@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import roofline
+from benchmarks import native_kernels, roofline
 from benchmarks.measuring import timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import RooflineRow
@@ -131,6 +131,26 @@ def test_one_sweep_reads_x_and_G_once(shape, us):
     spared = sum(kernel[1] for kernel in rows["effective"]["kernels"] if kernel[0] in passes) - sweep[1]
     assert spared == least + 4 * 2 * shape.M * sum(RANKS)  # Z and dZ, each written and read again
     assert rows["effective_sweep"]["launches"] == rows["effective"]["launches"] - 3
+
+
+def test_natives_sweep_reads_x_and_g_once_in_one_launch():
+    """Bytes by hand, beside those of the passes that it stands in for."""
+    (M, K, N), R = FC2, 16
+    passes, sweep = ({k[0]: k for k in by_method(FC2)[name]["kernels"]} for name in ("native", "native_sweep"))
+    assert passes.keys() - sweep.keys() == {"grad_z", "finish dZ", "grad_w"}
+    assert sweep.keys() - passes.keys() == {"sm90_sweep"}
+    ups, P = 2 * N * R, 16  # ranges of rows
+    partials = 4 * (P * R * (K + N) + 128 * R)
+    assert sweep["sm90_sweep"][1] == 2 * (M * K + M * N + M * R) + ups + 2 * M * R + partials
+    assert sweep["sm90_sweep"][2] == 2 * M * 16 * (K + 2 * N)
+    P, Q, S = M // 256, 12, 10
+    assert passes["grad_z"][1] == 2 * (M * N + M * R) + ups + 4 * (P * N * R + Q * M * R)
+    assert passes["finish dZ"][1] == 4 * Q * M * R + 2 * M * R + 4 * (M // 32) * R
+    assert passes["grad_w"][1] == 2 * (M * K + M * R) + 4 * S * R * K
+    saved = sum(passes[name][3] for name in ("grad_z", "finish dZ", "grad_w")) - sweep["sm90_sweep"][3]
+    assert 2 < saved < 8
+    assert "native_sweep" not in by_method(FC2, ranks=Ranks(17, 16))
+    assert {8, 16} == {128 // native_kernels.sweep_ranges(LONG, R) for R in (16, 32)}
 
 
 def test_a_pass_is_repeated_for_further_blocks_of_ranks():

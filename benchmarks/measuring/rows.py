@@ -79,7 +79,7 @@ class LayerRow(TypedDict):
     # "forward", "backward" or "step".
     phase: str
     method: str
-    # Of ours, what ran.
+    # Of ours, what ran; the form is followed by "sweep" where the backward was `native`'s one sweep.
     backend: str | None
     form: str | None
     # Microseconds of one call over the rounds, each the mean of ``calls`` calls.

@@ -18,6 +18,7 @@ from benchmarks.rendering.tables import (
     or_dash,
 )
 from benchmarks.rendering.verdicts import marked
+from hydra_kernels.backend.interface import form_of
 
 BYTES = {"fp32": 4, "bf16": 2}
 # Bytes that a GPU's fast loads take at a time: a row that is no multiple of them is read by slower kernels.
@@ -104,7 +105,7 @@ def saved_over_x(row: LayerRow) -> float:
 
 def floor_share(row: LayerRow | None) -> float | None:
     """The predicted floor over the measured time; None on a CPU and in the kept form, which have no floor."""
-    if row is None or row["floor_us"] is None or row["form"] != "composed":
+    if row is None or row["floor_us"] is None or form_of(row["form"]) != "composed":
         return None
     return row["floor_us"] / row["median_us"]
 

@@ -16,6 +16,8 @@ COLUMNS = {
     "triton": "triton",
     "effective": "effective",
     "effective_sweep": "effective, one sweep",
+    "native": "native",
+    "native_sweep": "native by one sweep",
     "floor": "floor",
 }
 

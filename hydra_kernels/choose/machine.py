@@ -17,8 +17,8 @@ import torch
 
 from .. import extension
 from ..backend import TABLE
-from ..backend.interface import CPU as CPU
 from ..backend.interface import BACKWARDS, FORMS, LIBRARIES
+from ..backend.interface import CPU as CPU
 from ..backend.native import no_sweep
 from ..version import VERSION
 from .choice import DATA, Cpu, Key, Machine, Measured
@@ -61,7 +61,7 @@ def cpu() -> Cpu | None:
 
 
 def fixed_backward() -> str:
-    """How `native`'s backward reads x and G on a GPU, as ``$HYDRA_KERNELS_BACKWARD`` says; ValueError for another word."""
+    """How `native`'s backward reads x and G on a GPU: ``$HYDRA_KERNELS_BACKWARD``. ValueError for another word."""
     backward = os.environ.get("HYDRA_KERNELS_BACKWARD") or "auto"
     if backward not in ("auto", *BACKWARDS):
         raise ValueError(f"$HYDRA_KERNELS_BACKWARD: expected auto, {', '.join(BACKWARDS)}, got {backward!r}")
