@@ -3,7 +3,7 @@
 A kernel takes max(bytes / bandwidth, operations / rate), a step the sum of its kernels and a gap a launch. Nothing here
 is measured but the card's two figures. What is launched is recorded, not written down: the naive layers run under
 autograd on tensors without data and every ATen operation counts as a kernel; ours hand over their launches. Only those
-of `native` are written down, in native_kernels.py, since csrc makes them itself.
+of `native` are written down, in measuring/native_kernels.py, since csrc makes them itself.
 
 Bytes: each tensor that a kernel reads or writes counts once, and once more for each further block of 64 ranks; programs
 that share a tile are assumed to find it in L2. Nothing stays in L2 from one kernel to the next, unless --l2 says so.
@@ -28,8 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import hydra_kernels as hk
-from benchmarks import native_kernels
-from benchmarks.measuring import timing
+from benchmarks.measuring import native_kernels, timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import RooflineRow
 from benchmarks.measuring.shapes import CUDA_SHAPES, Shape, ranks_option, shape_option

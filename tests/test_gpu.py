@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
@@ -11,8 +12,9 @@ import torch
 
 from benchmarks import doctor
 from benchmarks.device import isolated
-from benchmarks.device.doctor_kernels import FORMATS, Compared, judge, slack_of
+from benchmarks.device.doctor_kernels import FORMATS, Compared, Finding, judge, slack_of
 from benchmarks.device.isolated import CheckRow, Isolated
+from hydra_kernels.choose.choice import Machine
 from hydra_kernels.kernels.launch import Launch
 
 # Stands for `benchmarks.doctor`: each check does what its name says.
@@ -119,6 +121,30 @@ def test_the_quick_doctor_checks_every_backend_and_form_in_bf16_and_tf32(dry):
                 assert len(others) == 3
     # A process each, so that all of them run at once on 16 cores.
     assert len(groups) <= 16
+
+
+@pytest.mark.skipif(not doctor.sweeps(), reason="the compiled part is not built")
+def test_the_sweep_is_checked_by_what_a_user_would_set(monkeypatch):
+    """In every format, at both ways to divide the columns; where another backward would run, the check fails."""
+    wanted = {f"sweep {name} {case}" for name in ("bf16", "fp16", "tf32") for case in doctor.SWEPT}
+    wanted |= {f"sweep bf16 {case}" for case in doctor.SWEPT_WIDE} | {"sweep fp32, same bits"}
+    monkeypatch.setattr(doctor, "serves", lambda backend, form: True)  # as on a GPU
+    assert wanted <= doctor.groups(False)["native in use"].keys()
+    assert {f"sweep bf16 {case}" for case in doctor.DRY} <= doctor.quick(True)["native by sweep"].keys()
+
+    def seen() -> Finding:
+        return Finding("pass", reason=os.environ["HYDRA_KERNELS_BACKWARD"])
+
+    case = doctor.DRY[0]
+    assert doctor.by_sweep(seen, FORMATS["bf16"], case).reason == "sweep"
+    assert "HYDRA_KERNELS_BACKWARD" not in os.environ
+    card = Machine("a card", (10, 0), dict.fromkeys(doctor.TABLE), [], backward="sweep", no_sweep="not for 10.0")
+    monkeypatch.setattr(doctor, "here", lambda device: card)
+    monkeypatch.setattr(doctor, "device", lambda: torch.device("cuda"))
+    finding = doctor.by_sweep(seen, FORMATS["bf16"], case)
+    assert (finding.status, finding.reason) == ("fail", "it ran by passes: not for 10.0")
+    monkeypatch.setattr(doctor, "here", lambda device: card._replace(no_sweep=None))
+    assert doctor.by_sweep(seen, FORMATS["bf16"], case) == Finding("pass", reason="sweep")
 
 
 def test_a_form_is_checked_as_itself(monkeypatch):

@@ -22,6 +22,7 @@ from benchmarks.device.compilation import KERNEL_SECONDS, RIVAL_SECONDS, START, 
 from benchmarks.device.isolated import CheckRow
 from benchmarks.device.run import Part, Planned, Settings, Stage
 from benchmarks.measuring import timing
+from benchmarks.measuring.backwards import VARIABLE
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import CeilingRow, HostRow, LayerRow, StageRow, TuneRow
 from benchmarks.measuring.shapes import HEADLINE, Shape
@@ -200,6 +201,21 @@ def test_the_ceilings_come_before_the_layers_whose_floors_they_are(tmp_path, mon
     layers = timing.read_result(here.path("layer"), LayerRow)[1]
     assert len(layers) == 2
     assert all(row["floor_us"] > 0 for row in layers)
+
+
+@pytest.mark.skipif(not doctor.sweeps(), reason="the compiled part is not built")
+def test_the_sweep_is_measured_beside_the_passes(tmp_path, monkeypatch):
+    """As a candidate of its own, under what a user would set; the other candidates run as by themselves."""
+    ran = []
+    row = {"phase": "forward"}
+    monkeypatch.setattr(
+        gpu.layer, "run", lambda options, progress: ran.append((options.backend, os.environ[VARIABLE])) or [row]
+    )
+    monkeypatch.setattr(gpu, "attempts", lambda settings, file, tasks: [task() for _, task in tasks])
+    list(gpu.measure_others(Settings(True, time.monotonic() + 60, tmp_path, None)))
+    assert ran[-1] == ("native", "sweep")
+    assert {backward for _, backward in ran[:-1]} == {"auto"}
+    assert VARIABLE not in os.environ
 
 
 def test_without_a_gpu_only_the_dry_run_and_the_plan_start(capsys):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import native_kernels, roofline
-from benchmarks.measuring import timing
+from benchmarks import roofline
+from benchmarks.measuring import native_kernels, timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import RooflineRow
 from benchmarks.measuring.shapes import Shape
