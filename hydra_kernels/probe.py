@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .layers import HydraLinear
-from .model import has_lora_of_peft, plain_name
+from .model import plain_name
 from .refusals import refuse_wrapped
 from .sharding import is_sharded, tensors_in
 
@@ -53,28 +53,30 @@ class AdapterReport:
 
 @dataclasses.dataclass
 class _Probe:
-    """An adapter, and what is seen of its layer."""
+    """An adapter's parameters, and what is seen of its layer."""
 
-    adapter: Adapter
+    parameters: dict[str, nn.Parameter]
+    ups: list[nn.Parameter]  # zero at the start of training
     layer: nn.Module
     disabled: bool
     called: bool = False
     with_gradients: bool = False
     reached: bool = False
 
-    def watch(self, _layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def watch(self, _layer: nn.Module, _inputs: Any, output: Any) -> None:
         """A forward hook."""
         self.called = True
-        if output.requires_grad:
-            self.with_gradients = True
-            output.register_hook(self._saw)
+        for t in tensors_in(output):
+            if t.requires_grad:
+                self.with_gradients = True
+                t.register_hook(self._saw)
 
     def _saw(self, gradient: Tensor) -> None:
         self.reached = self.reached or bool(gradient.any())
 
     def problem(self) -> str | None:
         """What is wrong, after the backward."""
-        trained = {name: p.grad for name, p in self.adapter.adapters().items() if p.requires_grad}
+        trained = {name: p.grad for name, p in self.parameters.items() if p.requires_grad}
         without = [name for name, gradient in trained.items() if gradient is None or not gradient.any()]
         if self.disabled:
             return DISABLED
@@ -100,8 +102,8 @@ def check_adapters(
     with a larger batch.
 
     Args:
-        model: with adapters, of `inject` or of `hydra_kernels.peft`, whose active ones are checked. Before DDP or FSDP
-            wraps it.
+        model: with adapters of `inject`, of `hydra_kernels.peft` or of PEFT's LoRA. The active ones are checked. Call
+            before DDP or FSDP wraps the model.
         inputs, kwargs: of the model's forward.
         loss: makes a number of the model's output; None for its ``loss`` or, where it has none, a random sum of its
             tensors. A loss that is computed from weights, such as the output layer's, must be given.
@@ -126,7 +128,7 @@ def check_adapters(
         _buffers_kept(model),
         _random_state_kept(model),
         _gradients_kept(model),
-        _random_up_projections([probe.adapter for probe in probes.values()]),
+        _random([up for probe in probes.values() for up in probe.ups]),
         _uncompiled(),
         ExitStack() as hooks,
     ):
@@ -150,21 +152,37 @@ def _probes(model: nn.Module) -> dict[str, _Probe]:
             if layer.merged:
                 raise ValueError(f"model: {name or 'it'} is merged, so its adapters do not run; call unmerge first")
             if layer.adapters():
-                probes[name or "the model"] = _Probe(layer, layer, not layer.adapters_enabled)
-        # PEFT's, which need not be installed.
-        elif isinstance(adapters := getattr(layer, "hydra_adapters", None), nn.ModuleDict):
+                probes[name or "the model"] = _Probe(*_of_adapter(layer), layer, not layer.adapters_enabled)
+        elif kind := next((kind for kind in ("hydra_adapters", "lora_A") if hasattr(layer, kind)), None):
             peft_layer: Any = layer
             if peft_layer.merged_adapters:
                 raise ValueError(f"model: {name} is merged, so its adapters do not run; call unmerge_adapter first")
-            active = [key for key in peft_layer.active_adapters if key in adapters]
-            for key in active:
-                own = f"{name}.hydra_adapters.{key}" if len(active) > 1 else name
-                probes[own] = _Probe(adapters[key], layer, peft_layer.disable_adapters)  # type: ignore[arg-type]
-    if not probes and has_lora_of_peft(model):
-        raise ValueError("model: its adapters are PEFT's LoRA; expected those of inject or of HydraConfig")
+            found = {key: own for key in peft_layer.active_adapters if (own := _of_peft(peft_layer, key)) is not None}
+            for key, own in found.items():
+                unique = f"{name}.{kind}.{key}" if len(found) > 1 else name
+                probes[unique] = _Probe(*own, layer, peft_layer.disable_adapters)
     if not probes:
-        raise ValueError("model: it has no active adapter; call inject or get_peft_model first")
+        raise ValueError("model: it has no active adapter of inject, of HydraConfig or of PEFT's LoRA; add one first")
     return probes
+
+
+def _of_adapter(adapter: Adapter) -> tuple[dict[str, nn.Parameter], list[nn.Parameter]]:
+    return adapter.adapters(), [p for p in (adapter.A_up, adapter.B_up) if p is not None]
+
+
+def _of_peft(layer: Any, key: str) -> tuple[dict[str, nn.Parameter], list[nn.Parameter]] | None:
+    """The parameters and the up projections of one adapter in a layer of PEFT, which need not be installed."""
+    if hasattr(layer, "hydra_adapters"):
+        return _of_adapter(layer.hydra_adapters[key]) if key in layer.hydra_adapters else None
+    if key in layer.lora_A:
+        pair = {"lora_A": layer.lora_A[key], "lora_B": layer.lora_B[key]}
+        return {f"{a}.{b}": p for a, module in pair.items() for b, p in module.named_parameters()}, [
+            pair["lora_B"].weight
+        ]
+    if key in layer.lora_embedding_A:  # of an embedding A is zero at the start
+        down, up = layer.lora_embedding_A[key], layer.lora_embedding_B[key]
+        return {"lora_embedding_A": down, "lora_embedding_B": up}, [down]
+    return None
 
 
 def _refuse(model: nn.Module, probes: Mapping[str, _Probe]) -> None:
@@ -172,8 +190,8 @@ def _refuse(model: nn.Module, probes: Mapping[str, _Probe]) -> None:
     for name, probe in probes.items():
         if any(map(is_sharded, probe.layer.parameters())):
             raise ValueError(f"model: {name} is spread over processes; check the model before it is sharded")
-        if any(p.is_meta for p in probe.adapter.parameters()):
-            raise ValueError(f"model: the adapters of {name} are on the meta device; fill or load them first")
+        if any(p.is_meta for p in probe.layer.parameters()):
+            raise ValueError(f"model: {name} is on the meta device; fill or load its parameters first")
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
@@ -258,10 +276,9 @@ def _gradients_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_up_projections(adapters: list[Adapter]) -> Iterator[None]:
+def _random(ups: list[nn.Parameter]) -> Iterator[None]:
     """Branches of about a tenth of what they read, the same in every call; torch's generators are not used."""
-    up = {id(p): p for adapter in adapters for p in (adapter.A_up, adapter.B_up) if p is not None}
-    own = [(parameter, parameter.data) for parameter in up.values()]
+    own = [(parameter, parameter.data) for parameter in {id(p): p for p in ups}.values()]
     g = torch.Generator().manual_seed(0)
     try:
         for parameter, data in own:

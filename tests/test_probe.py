@@ -222,10 +222,10 @@ def stepping():
 @pytest.mark.parametrize(
     ("make", "loss", "error", "message"),
     [
-        (lambda: nn.Linear(4, 4), None, ValueError, "model: it has no active adapter; call inject"),
+        (lambda: nn.Linear(4, 4), None, ValueError, "model: it has no active adapter of inject"),
         (merged, None, ValueError, "model: second is merged, so its adapters do not run; call unmerge first"),
         (stepping, None, ValueError, "model: first.A_up has a hook that runs after its gradient"),
-        (lambda: net().to("meta"), None, ValueError, "the adapters of first are on the meta device"),
+        (lambda: net().to("meta"), None, ValueError, "model: first is on the meta device"),
         (net, 0.5, TypeError, "loss: expected None or a function of the model's output, got float"),
         (net, lambda out: 1.0, TypeError, "loss: expected a function that returns a tensor of one number, got float"),
         (net, lambda out: out["logits"], TypeError, r"a tensor of one number, got \[12, 9\]"),
@@ -276,4 +276,34 @@ def test_adapters_of_peft():
     model.set_adapter("default")
     model.merge_adapter()
     with pytest.raises(ValueError, match="first is merged, so its adapters do not run; call unmerge_adapter first"):
+        hk.check_adapters(model, TOKENS)
+
+
+@pytest.mark.filterwarnings("ignore:accelerate. PEFT's own, slower forward:UserWarning")
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_adapters_of_pefts_lora(accelerated):
+    peft = pytest.importorskip("peft")
+    from hydra_kernels.peft import accelerate
+
+    config = peft.LoraConfig(r=3, target_modules=["first", "second", "embedding"], lora_bias=False)
+    model = peft.get_peft_model(Net("read"), config)
+    model.add_adapter("more", peft.LoraConfig(r=2, lora_bias=True, target_modules=["second"]))
+    if accelerated:
+        accelerate(model)
+    before = state(model)
+    where = "base_model.model."
+    report = hk.check_adapters(model, TOKENS)
+    assert (report.problems, report.checked) == ({f"{where}first": probe.NOT_CALLED}, 3)
+    assert same(state(model), before)
+    model.base_model.set_adapter(["default", "more"])
+    second = model.get_base_model().second
+    second.lora_B["more"].requires_grad_(False)
+    second.lora_A["more"].requires_grad_(False)
+    report = hk.check_adapters(model, TOKENS)
+    assert report.problems == {f"{where}first": probe.NOT_CALLED, f"{where}second.lora_A.more": probe.FROZEN}
+    second.scaling["default"] = 0.0
+    assert f"{where}second.lora_A.default" in hk.check_adapters(model, TOKENS).problems
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="is merged, so its adapters do not run; call unmerge_adapter first"):
         hk.check_adapters(model, TOKENS)
