@@ -176,9 +176,8 @@ def _of_peft(layer: Any, key: str) -> tuple[dict[str, nn.Parameter], list[nn.Par
         return _of_adapter(layer.hydra_adapters[key]) if key in layer.hydra_adapters else None
     if key in layer.lora_A:
         pair = {"lora_A": layer.lora_A[key], "lora_B": layer.lora_B[key]}
-        return {f"{a}.{b}": p for a, module in pair.items() for b, p in module.named_parameters()}, [
-            pair["lora_B"].weight
-        ]
+        found = {f"{a}.{b}": p for a, module in pair.items() for b, p in module.named_parameters()}
+        return found, [found["lora_B.weight"]]
     if key in layer.lora_embedding_A:  # of an embedding A is zero at the start
         down, up = layer.lora_embedding_A[key], layer.lora_embedding_B[key]
         return {"lora_embedding_A": down, "lora_embedding_B": up}, [down]
