@@ -57,9 +57,9 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Itera
 
     Args:
         model: with adapted layers in it, merged or not.
-        path: the file; an old one is replaced only by a complete new one, a symbolic link is followed and stays. What a
-            killed process was writing remains beside it as ``.NAME.HEX``, which nothing reads: delete it where no save
-            is running (a later save does not, since the file may be another process's).
+        path: the file. An old file is replaced only by a complete new one. A symbolic link is followed and stays. If a
+            process is killed while it writes, a file ``.NAME.HEX`` stays beside it. Nothing reads that file: delete it
+            when no save is running.
         include: dotted names, or parts of them, of other parameters and buffers to store with them, such as the
             ``["classifier"]`` that was trained too.
 

@@ -312,7 +312,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _follower(operands: tuple[object, ...]) -> str | None:
-    """What looks on and can follow plain operators alone: past a kernel it would lose the operands in silence."""
+    """What looks on and can follow plain operators alone: past a kernel it would silently lose the operands."""
     if a_transform_is_on():
         return "a transform of torch.func"
     if is_exporting():

@@ -43,7 +43,7 @@ class HydraLinear(Merging, Adapter):
         scale_a, scale_b: factors of the branches, initial values where ``learnable_scale``.
         learnable_scale: makes the factors trainable 0-dimensional Parameters.
         dropout: probability in [0, 1) of zeroing an element of the rank-r bottleneck in training mode.
-        input_dropout: likewise of an element of x as the parallel branch reads it: LoRA's ``lora_dropout``.
+        input_dropout: likewise, of zeroing an element of x as the parallel branch reads it: LoRA's ``lora_dropout``.
         adapter_bias: puts a trainable bias on each down and each up projection.
         adapter_dtype: of the adapters: None for the base's dtype, or float32 over a bfloat16 or float16 base.
         init_std: standard deviation of the down projections, None for 1/sqrt(fan_in).
@@ -204,7 +204,7 @@ class HydraLinear(Merging, Adapter):
 
         The merged weight and bias stand outside the state_dict; the Parameters do not change, gradients flow to x
         alone. `unmerge`, `train` and `load_state_dict` end the mode. A forward after a Parameter was changed in place
-        raises ValueError; a second merge does nothing, but where one was changed it merges anew.
+        raises ValueError; a second merge then merges again. Otherwise it does nothing.
 
         Raises:
             ValueError: in training mode, under FSDP2, and where a parameter is on the meta device.
@@ -268,7 +268,7 @@ class LoRALinear(HydraLinear):
         in_features, out_features, bias: of the frozen layer, as in ``nn.Linear``.
         r: rank, kept as ``r_a``; 0 leaves the frozen layer alone.
         scale: factor of the branch, such as LoRA's alpha / r; kept as ``scale_a``.
-        options: the others of `HydraLinear`.
+        options: all other options of `HydraLinear`.
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class SeqLoRALinear(HydraLinear):
         in_features, out_features, bias: of the frozen layer, as in ``nn.Linear``.
         r: rank, kept as ``r_b``; 0 leaves the frozen layer alone.
         scale: factor of the branch; kept as ``scale_b``.
-        options: the others of `HydraLinear`.
+        options: all other options of `HydraLinear`.
     """
 
     def __init__(

@@ -96,10 +96,10 @@ def check_adapters(
 ) -> AdapterReport:
     """Says which adapters of model do not train: ``print(hk.check_adapters(model, **batch))``.
 
-    One forward and one backward in training mode, with random up projections, since at the start of training every
-    effect is zero. Parameters, gradients, buffers, random state and modes are afterwards as they were, also where the
-    model raises. What the model skips at random, and experts that get no token, may be named too: call it again, or
-    with a larger batch.
+    It runs one forward and one backward in training mode. The up projections are random meanwhile, since at the start
+    of training they are zero and no adapter has an effect. Afterwards parameters, gradients, buffers, random state and
+    modes are as they were, even if the model raises. A layer that the model skips at random, or an expert that gets no
+    token, may be named too: call it again, or with a larger batch.
 
     Args:
         model: with adapters of `inject`, of `hydra_kernels.peft` or of PEFT's LoRA. The active ones are checked. Call

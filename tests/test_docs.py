@@ -94,6 +94,7 @@ def alone(tmp_path, monkeypatch):
     machine.forget()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT 0.21 reads it
 @pytest.mark.parametrize(
     "run",
     # Inductor compiles C++ for a page that shows torch.compile.

@@ -279,7 +279,7 @@ def test_adapters_of_peft():
         hk.check_adapters(model, TOKENS)
 
 
-@pytest.mark.filterwarnings("ignore:accelerate. PEFT's own, slower forward:UserWarning")
+@pytest.mark.filterwarnings("ignore:accelerate. some layers run PEFT's own:UserWarning")
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_adapters_of_pefts_lora(accelerated):
     peft = pytest.importorskip("peft")

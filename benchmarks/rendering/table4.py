@@ -31,7 +31,11 @@ def table4_table(rows: Sequence[Table4Row]) -> Table:
     projected, paper = (any(row[key] for row in rows) for key in ("projected", "paper_ratio"))
     headings = ["method", "trainable (M)", "head (M)", f"sec/epoch{', projected' if projected else ''} (quartiles)"]
     headings += [] if projected else ["paper's sec/epoch"]
-    headings += ["over naive LoRA (quartiles)", *(["paper's"] if paper else []), "over naive SeqLoRA (quartiles)"]
+    headings += [
+        "over naive LoRA (quartiles)",
+        *(["over LoRA, the paper's"] if paper else []),
+        "over naive SeqLoRA (quartiles)",
+    ]
     headings += ["over its naive (quartiles)", "saved (MB)", "peak (MB)"]
     over, cells = over_rivals(rows), []
     for row in rows:

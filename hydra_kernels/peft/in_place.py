@@ -84,7 +84,7 @@ def _accelerated(kind: type) -> type | None:
 
 @dataclass
 class Report:
-    """What serves the LoRA layers of a model; it prints as a table.
+    """Which forward the LoRA layers of a model run; it prints as a table.
 
     ``layers`` says of each, by its dotted name, "accelerated" or why PEFT's forward runs.
     """
@@ -109,11 +109,11 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, int8: str = "keep") -> Report:
-    """Makes the LoRA layers of a model that PEFT made run on this package's kernels from now on.
+    """Makes the LoRA layers that PEFT put into a model run on this package's kernels.
 
     No parameter is moved, renamed, copied or cast, and every call of PEFT's and transformers' works as before: saving,
-    loading, adding, switching, disabling, merging, deleting, unloading, the ``Trainer``. Layers that are added later
-    wait for another call.
+    loading, adding, switching, disabling, merging, deleting, unloading, the ``Trainer``. For layers
+    that you add later, call it again.
 
     Args:
         model: a PeftModel, a model with ``add_adapter`` or ``inject_adapter_in_model`` behind it, or any module with
@@ -148,7 +148,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, int8: str = "keep") ->
 
 
 def report(model: nn.Module) -> Report:
-    """What serves the LoRA layers of a model in training, with the adapters that are active now; reads alone.
+    """Says which forward each LoRA layer of a model runs in training, with its active adapters; changes nothing.
 
     Raises:
         ValueError: where the model has no LoRA layer of PEFT's.
@@ -203,7 +203,7 @@ def _say(layer: Accelerated, reason: str) -> None:
 
 
 def _words(reason: str) -> str:
-    return f"accelerate: PEFT's own, slower forward runs where this holds: {reason}"
+    return f"accelerate: some layers run PEFT's own, slower forward, because {reason}"
 
 
 def _serving(layer: Any) -> list[str]:

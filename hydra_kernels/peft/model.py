@@ -26,9 +26,9 @@ class HydraModel(BaseTuner):
     """A model with Hydra adapters in it; ``get_peft_model`` makes one.
 
     Raises:
-        TypeError, ValueError: naming a target that is no plain ``nn.Linear`` (Conv1D, an embedding, quantised, adapted
-            by another method, with hooks), one whose weight is read past its forward, or a model that DDP or FSDP has
-            wrapped. The model is then unchanged.
+        TypeError, ValueError: naming a target that cannot be adapted (Conv1D, an embedding, a quantised format that is
+            not served, a layer with hooks or with adapters of another method), a target whose weight is read past its
+            forward, or a model that DDP or FSDP has wrapped. The model is then unchanged.
     """
 
     prefix = "hydra_"
