@@ -4,7 +4,8 @@
 memory, matrix instructions, and how many programs fit a multiprocessor. Triton's own launcher specializes the launches
 of a forward and a backward over tensors without data, so the binaries are those that a GPU would run.
 
-Known spill: in full fp32 products run without matrix instructions, and the GEMM at R = 64 spills up to 200 bytes.
+Known spill: in full fp32 products run without matrix instructions, and at R = 64 the GEMM and one_pass spill up to 200
+bytes.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def operands(dtype: torch.dtype, ranks: Ranks, variant: Variant) -> tuple[Tensor
 def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Launch]:
     """Every launch of a step of the fused backend with all gradients, its GEMMs in each of the architecture's tiles.
 
-    Then what the hybrid backend launches beside those: a pass around cuBLAS, under input dropout, else the effective
-    form's kernels, whose options are all but the mask.
+    Then what the hybrid backend launches beside those: a pass for Z, its GEMM of the forward where it has one, and a
+    pass around cuBLAS under input dropout, else the effective form's kernels, whose options are all but the mask.
     """
     torch_dtype, precision = DTYPES[dtype]
     x, G, op = operands(torch_dtype, ranks, variant)
@@ -169,7 +170,11 @@ def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Laun
     found: list[Launch] = []
     architecture = configs.of(divmod(arch, 10))
     by_cublas = architecture._replace(half=architecture.half._replace(fused_from=None))
-    ways = [*((tiles, True, "composed") for tiles in architecture.with_each_gemm()), (by_cublas, False, "composed")]
+    ways = [(tiles, True, "composed") for tiles in architecture.with_each_gemm()]
+    if architecture.half.fused_from is not None:
+        by_gemm = architecture._replace(half=architecture.half._replace(fused_from=1))
+        ways += [(tiles, False, "composed") for tiles in by_gemm.with_each_gemm()]
+    ways += [(by_cublas, False, "composed")]
     ways += [] if variant.drops_input else [(architecture, False, "effective")]
     for tiles, fused, form in ways:
         step = step_launches(x, G, op, needs, fused, form, tiles, precision)
@@ -182,6 +187,8 @@ def name_of(launch: Launch) -> str:
     name, a = launch.kernel.__name__.removesuffix("_kernel"), launch.arguments
     if name == "gemm":
         return f"{name} {'forward' if a['FORWARD'] else 'dx'}"
+    if name == "compose" and a["stack_ptr"] is not None:
+        return "compose stack"
     if name == "sum_rows":
         # C's is the one over transposed adapters; of the others the wider is dD, here where K is the larger.
         return f"{name} {'C' if a['stride_yr'] != 1 else 'dU' if a['K'] == N else 'dD'}"

@@ -394,7 +394,7 @@ def groups(dry: bool) -> dict[str, dict[str, Check]]:
     found["aten" if dry else "aten in use"] |= over_4_bits
     kernel_formats = ("bf16", "fp32") if dry else ("bf16", "fp16", "fp32", "tf32")
     for kernel, check in KERNELS.items():
-        ranks = REAL[-1] if kernel.startswith("gemm") else MANY_RANKS
+        ranks = REAL[-1] if kernel.startswith(("gemm", "one_pass")) else MANY_RANKS
         cases = (PLAIN, DRY[0]) if dry else (SMALL[1], PLAIN, REAL[0], ranks)
         group = found.setdefault("kernels" if dry else f"kernel {kernel}", {})
         group |= {f"{kernel} {f} {c}": partial(check, FORMATS[f], c) for f in kernel_formats for c in cases}

@@ -42,7 +42,9 @@ from hydra_kernels.kernels.launch import Launch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # In the effective form, by the passes that there are, and by one sweep over x and G in their place.
 EFFECTIVE = ("effective", "effective_sweep")
-OURS = ("hybrid", "triton", *EFFECTIVE, "native", "native_sweep")
+# hybrid_once: hybrid, where outputs of at most so many columns come from the forward that reads x once.
+ONCE_UP_TO = 1024
+OURS = ("hybrid", "hybrid_once", "triton", *EFFECTIVE, "native", "native_sweep")
 METHODS = ("frozen", "naive_lora", "naive_seqlora", "naive_hydra", *OURS, "floor")
 # Where a method ends.
 MOST_RANKS = {
@@ -119,9 +121,10 @@ def _product_operations(name: str, args: Sequence[Any]) -> int:
 
 # What each kernel writes, among its arguments; every other tensor is read.
 WRITTEN = {
-    "compose": ("D_ptr", "rest_ptr", "d_ptr", "U_ptr", "u_ptr"),
+    "compose": ("D_ptr", "rest_ptr", "stack_ptr", "d_ptr", "U_ptr", "u_ptr"),
     "effective": ("D_ptr", "d_ptr", "b_ptr", "out_ptr"),
     "rebuild": ("out_ptr",),
+    "one_pass": ("h", "Z_ptr"),
     "down": ("Z_ptr",),
     "grad_z": ("dZ_ptr", "g_ptr", "z_sums_ptr", "scales_ptr"),
     "sum_rows": ("out_ptr", "v_sums_ptr"),
@@ -163,6 +166,12 @@ def _launch_operations(name: str, launch: Launch, passes: int) -> int:
         of_C = launch.grid[1] * ranks_b if name == "effective" else 0  # each range of rows sums all of C
         parts = 1 if a["out_ptr"].dtype == torch.float32 else 2
         return 2 * a["N"] * a["K"] * (of_C + parts * (ranks_a + ranks_b))
+    if name == "one_pass":
+        inner = triton.cdiv(a["K"], a["BLOCK_K"]) * a["BLOCK_K"]
+        tiles = triton.cdiv(a["M"], a["BLOCK_M"]) * triton.cdiv(a["N"], a["BLOCK_N"])
+        # Z's columns in every tile: of x stack^T, and under input dropout of x' D^T.
+        columns = a["HALVES"] * R * a["SEQUENTIAL"] + R * (a["D"] is not None)
+        return tiles * 2 * a["BLOCK_M"] * (inner * (a["BLOCK_N"] + columns) + a["BLOCK_N"] * R)
     if name == "down":
         return 2 * a["M"] * a["K"] * R * passes * (1 + (a["rest_ptr"] is not None))
     if name == "grad_z":
@@ -196,8 +205,11 @@ def eager_step(shape: Shape, ranks: Ranks, dtype: torch.dtype) -> list[Kernel]:
     return recorder.kernels
 
 
-def our_step(shape: Shape, ranks: Ranks, dtype: torch.dtype, fused: bool, form: str = "composed") -> list[Kernel]:
+def our_step(
+    shape: Shape, ranks: Ranks, dtype: torch.dtype, fused: bool, form: str = "composed", once_up_to: int | None = None
+) -> list[Kernel]:
     """A backend's forward and backward on Hopper."""
+    arch = configs.SM90._replace(half=configs.SM90.half._replace(once_up_to=once_up_to))
     t = {name: None if v is None else v.detach() for name, v in operands_of(shape, ranks, dtype).items()}
     x, absent = t.pop("x"), dict.fromkeys(("A_down_bias", "A_up_bias", "B_down_bias", "B_up_bias", "mask"))
     op = Operands(**t, **absent, scale_a=1.0, scale_b=1.0, mask_scale=1.0)
@@ -205,11 +217,11 @@ def our_step(shape: Shape, ranks: Ranks, dtype: torch.dtype, fused: bool, form: 
     G = torch.empty(shape.M, shape.N, dtype=dtype, device="meta")
     with Recorder() as recorder:
         if form == "effective":
-            _, op, saved = effective.forward(x, op, needs, configs.SM90, recorder.launch)
-            effective.backward(G, op, saved, needs, configs.SM90, recorder.launch)
+            _, op, saved = effective.forward(x, op, needs, arch, recorder.launch)
+            effective.backward(G, op, saved, needs, arch, recorder.launch)
         else:
-            _, op, saved = steps.forward(x, op, needs, fused, configs.SM90, recorder.launch)
-            steps.backward(G, op, saved, needs, fused, configs.SM90, recorder.launch)
+            _, op, saved = steps.forward(x, op, needs, fused, arch, recorder.launch)
+            steps.backward(G, op, saved, needs, fused, arch, recorder.launch)
     return recorder.kernels
 
 
@@ -260,6 +272,7 @@ STEPS: dict[str, Callable[[Shape, Ranks, torch.dtype], list[Kernel]]] = {
     "naive_seqlora": lambda shape, ranks, dtype: eager_step(shape, Ranks(0, sum(ranks)), dtype),
     "naive_hydra": eager_step,
     "hybrid": partial(our_step, fused=False),
+    "hybrid_once": partial(our_step, fused=False, once_up_to=ONCE_UP_TO),
     "triton": partial(our_step, fused=True),
     "effective": partial(our_step, fused=False, form="effective"),
     "effective_sweep": sweep_step,
@@ -299,7 +312,7 @@ def microseconds(kernels: Iterable[Kernel], model: Model, ours: bool) -> list[fl
     """Of each kernel, without gaps."""
     cache, found = L2(model.l2_bytes), []
     for kernel in kernels:
-        efficiency = model.gemm_efficiency if ours and kernel.name.startswith("gemm") else 1.0
+        efficiency = model.gemm_efficiency if ours and kernel.name.startswith(("gemm", "one_pass")) else 1.0
         memory = cache.missed(kernel) / (model.card.gigabytes * 1e3)
         found.append(max(memory, kernel.operations / (model.card.tflops * 1e6 * efficiency)))
     return found
@@ -318,7 +331,7 @@ def predict(shape: Shape, ranks: Ranks, dtype: str, model: Model) -> list[Roofli
         if sum(ranks) > MOST_RANKS.get(method, sum(ranks)):
             continue
         kernels = STEPS[method](shape, ranks, DTYPES[dtype])
-        times = microseconds(kernels, model, ours=method in ("hybrid", "triton"))
+        times = microseconds(kernels, model, ours=method in OURS)
         total = sum(times) + model.launch_us * len(kernels)
         rows.append(
             RooflineRow(

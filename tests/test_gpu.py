@@ -91,7 +91,7 @@ def test_every_check_is_reported_once_when_it_is_known():
 @pytest.mark.parametrize("dry", [True, False])
 def test_every_kernel_and_backend_is_checked(dry):
     groups = doctor.groups(dry)
-    kernels = ("compose", "down", "gemm-forward", "gemm-dx", "grad_z", "sum_rows", "reduce")
+    kernels = ("compose", "down", "one_pass", "gemm-forward", "gemm-dx", "grad_z", "sum_rows", "reduce")
     kernels += ("through_weight", "finish")
     alone = {check.split()[0] for group, found in groups.items() if group.startswith("kernel") for check in found}
     assert alone == set(kernels)
@@ -100,7 +100,7 @@ def test_every_kernel_and_backend_is_checked(dry):
         assert all(
             name in checks for name in (*FORMATS, "same bits", "stream", "CUDA graph", "no sync", "torch.compile")
         )
-    assert len(groups) <= 29
+    assert len(groups) <= 30
 
 
 @pytest.mark.parametrize("dry", [True, False])

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import hydra_kernels as hk
 from hydra_kernels.backend import TABLE, philox
 from hydra_kernels.backend.interface import Operands
-from hydra_kernels.kernels import configs, gemm, skinny
+from hydra_kernels.kernels import configs, gemm, one_pass, skinny
 from hydra_kernels.kernels import philox as kernels
 from hydra_kernels.kernels.philox import NONE, InputDropout
 
@@ -97,9 +97,14 @@ def test_each_kernel_has_the_mask_to_the_bit(given, M, K, seed):
     if given == "values":
         drop = InputDropout(1, None, mask * scale, 0, 1.0)
     expected, one = mask * torch.tensor(scale), torch.ones(M, K)
-    found = {name: torch.full((M, K), math.nan) for name in ("down", "sum_rows", "gemm", "dropped_product")}
+    found = {name: torch.full((M, K), math.nan) for name in ("down", "one_pass", "sum_rows", "gemm", "dropped_product")}
     eye, dZ, D = torch.eye(K), torch.ones(M, 2), torch.tensor([[1.0], [100.0]]).expand(2, K).contiguous()
     skinny.down(one, eye, None, None, None, 1.0, found["down"], tiles.down, "ieee", drop._replace(r_dropped=K)).run()
+    of_h = torch.zeros(3, K), torch.empty(M, 3)
+    one_pass.forward(
+        *(one, of_h[0], None, eye, eye, None, None, 1.0, torch.zeros(3, K), found["one_pass"], of_h[1]),
+        *(tiles.gemm, 1, "ieee", drop._replace(r_dropped=K)),
+    ).run()
     rows = found["sum_rows"].view(1, M, K)
     skinny.sum_rows(one, torch.eye(M), rows, tiles.sum_rows, "ieee", drop=drop._replace(r_dropped=M)).run()
     zero = torch.zeros(M, 3), torch.zeros(3, K)

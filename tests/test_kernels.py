@@ -27,7 +27,7 @@ import hydra_kernels as hk
 from hydra_kernels.backend import effective
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.backend.interface import Operands
-from hydra_kernels.kernels import configs, gemm, language, reduce
+from hydra_kernels.kernels import configs, gemm, language, one_pass, reduce
 from hydra_kernels.kernels import launch as launch_module
 from hydra_kernels.kernels.launch import Launch
 
@@ -45,7 +45,8 @@ ALL = frozenset(("x", *reduce.GRADIENTS))
 WRITTEN = {
     "effective_kernel": {"D_ptr", "d_ptr", "b_ptr", "out_ptr"},
     "rebuild_kernel": {"out_ptr"},
-    "compose_kernel": {"D_ptr", "rest_ptr", "d_ptr", "U_ptr", "u_ptr"},
+    "compose_kernel": {"D_ptr", "rest_ptr", "stack_ptr", "d_ptr", "U_ptr", "u_ptr"},
+    "one_pass_kernel": {"h", "Z_ptr"},
     "gemm_kernel": {"out"},
     "down_kernel": {"Z_ptr"},
     "grad_z_kernel": {"dZ_ptr", "g_ptr", "z_sums_ptr", "scales_ptr"},
@@ -54,7 +55,11 @@ WRITTEN = {
     "through_weight_kernel": {"partials_ptr"},
     "finish_kernel": {"dB_down_ptr"},
 }
-FORWARD = ["sum_rows", "compose", "down", "gemm"]
+FORWARD = ["sum_rows", "compose", "one_pass"]
+# hybrid with our GEMM for every output: `triton` has neither `down` nor the GEMM's forward.
+BY_GEMM = configs.INTERPRETER._replace(
+    **{kind: getattr(configs.INTERPRETER, kind)._replace(fused_from=1) for kind in ("half", "tf32", "small")}
+)
 
 
 def step(
@@ -85,14 +90,65 @@ def launched(needs: Set[str], fused: bool = True, case: Case = EVERYTHING, form:
     return launches
 
 
+def name_of(launch: Launch) -> str:
+    return launch.kernel.__name__.removesuffix("_kernel")
+
+
 def names(launches: list[Launch]) -> list[str]:
-    return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
+    return [name_of(launch) for launch in launches]
 
 
-def test_a_step_takes_four_and_seven_launches():
+def test_a_step_takes_three_and_seven_launches():
     backward = ["grad_z", "sum_rows", "gemm", "sum_rows", "reduce", "through_weight", "finish"]
     assert names(launched(ALL)) == [*FORWARD, *backward]
-    assert names(launched(ALL, False)) == [*FORWARD[:3], *(name for name in backward if name != "gemm")]  # and 4
+    by_cublas = ["sum_rows", "compose", "down", *(name for name in backward if name != "gemm")]  # and 4 of cuBLAS's
+    assert names(launched(ALL, False)) == by_cublas
+
+
+@pytest.mark.parametrize("case", [*FOUR, replace(ALIGNED, lead=(150,), N=264)], ids=str)
+def test_the_forward_of_triton_reads_x_once(case):
+    """One launch takes x, and no later one; on every architecture, with every tile, under dropout of either kind."""
+    t, G = operands(replace(case, input_dropout="mask" if case.r_a else ""), BF16)
+    t = {name: v.to("meta") for name, v in t.items()}
+    for arch in (*SHIPPED.values(), *configs.SM90.with_each_gemm()):
+        launches: list[Launch] = []
+        step(t, G.to("meta"), launches.append, arch=arch)
+        readers = [name_of(launch) for launch in launches if reads(launch, t["x"])]
+        assert readers == ["one_pass", "sum_rows"]  # the second is dD, in the backward
+        launches.clear()
+        step(t, G.to("meta"), launches.append, fused=False, arch=arch)
+        assert next(name_of(launch) for launch in launches if reads(launch, t["x"])) == "down"
+
+
+def reads(launch: Launch, t: Tensor) -> bool:
+    """Whether a launch takes t, itself or by a descriptor."""
+    found = [v.base if isinstance(v, TensorDescriptor) else v for v in launch.arguments.values()]
+    return any(v is t for v in found)
+
+
+@pytest.mark.parametrize(("columns", "taken"), [(None, False), (79, False), (80, True)])
+def test_hybrid_reads_x_once_only_where_a_configuration_says_so(columns, taken):
+    """No architecture that ships does: it was not measured to be faster."""
+    arch = configs.INTERPRETER._replace(half=configs.INTERPRETER.half._replace(once_up_to=columns))
+    t, G = operands(ALIGNED, BF16)
+    launches: list[Launch] = []
+    step({name: v.to("meta") for name, v in t.items()}, G.to("meta"), launches.append, fused=False, arch=arch)
+    assert [name for name in names(launches) if name in ("down", "one_pass")] == ["one_pass" if taken else "down"]
+    if taken:
+        by_triton, ours = (step(t, G, needs={"A_up"}, fused=fused, arch=arch) for fused in (True, False))
+        assert all(torch.equal(ours[name], by_triton[name]) for name in ("h", "A_up"))
+    assert all(tiles.once_up_to is None for a in SHIPPED.values() for tiles in (a.half, a.tf32, a.small))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+def test_infinity_stays_in_its_row_and_makes_no_nan_of_its_own():
+    """The columns that pad Z are x's products with zeros."""
+    t, G = operands(replace(ALIGNED, r_b=0, dropout=False, adapter_bias=False), BF16)
+    t = {name: v.abs() for name, v in t.items()}
+    t["x"][5, 7] = torch.inf
+    h = step(t, G)["h"]
+    assert h[5].isinf().all()
+    assert h[[m for m in range(48) if m != 5]].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +187,8 @@ def test_an_expanded_gradient_is_copied_once():
         got = step(t, expanded, lambda launch: (launches.append(launch), launch.run()))
         expected = step(t, expanded.clone(memory_format=torch.contiguous_format))
         assert all(torch.equal(got[name], v) for name, v in expected.items())
-        assert launches[6].arguments["DESCRIPTORS"]
+        (dx,) = (launch for launch in launches if name_of(launch) == "gemm")
+        assert dx.arguments["DESCRIPTORS"]
         read = [v for launch in launches for v in launch.arguments.values() if isinstance(v, Tensor)]
         assert not any(v.data_ptr() == expanded.data_ptr() for v in read)
 
@@ -164,6 +221,7 @@ def test_tiles_know_how_many_multiprocessors_the_card_has(monkeypatch):
 def test_nothing_is_launched_or_written_for_what_needs_no_gradient(wanted, backward, written):
     launches = launched({wanted})
     assert names(launches) == [*FORWARD, *backward]
+    assert (launches[2].arguments["Z_ptr"] is not None) == (wanted in ("A_up", "B_up", "scale_b"))
     if "grad_z" in backward:
         grad_z = launches[len(FORWARD)].arguments
         assert {name for name in WRITTEN["grad_z_kernel"] if grad_z[name] is not None} == written
@@ -183,22 +241,22 @@ def test_strided_inputs_are_read_where_they_are(layout):
     launches: list[Launch] = []
     step({**t, "x": x}, G, lambda launch: (launches.append(launch), launch.run()))
     read = [[v.data_ptr() for v in launch.arguments.values() if isinstance(v, Tensor)] for launch in launches]
-    assert [place for place, pointers in enumerate(read) if x.data_ptr() in pointers] == [2, 3, 7]  # down, gemm, dD
-    assert [place for place, pointers in enumerate(read) if G.data_ptr() in pointers] == [4, 5, 6]  # dZ, dU, dx
+    assert [place for place, pointers in enumerate(read) if x.data_ptr() in pointers] == [2, 6]  # one_pass, dD
+    assert [place for place, pointers in enumerate(read) if G.data_ptr() in pointers] == [3, 4, 5]  # dZ, dU, dx
 
 
-# Both launch the same kernels but for the GEMM.
-FUSED = pytest.mark.parametrize(
-    "fused", [pytest.param(True, id="triton"), pytest.param(False, id="hybrid", marks=pytest.mark.slow)]
-)
+# With our GEMM hybrid launches the same kernels but in the forward.
+ROUTES = {"triton": {"fused": True}, "hybrid": {"fused": False, "arch": BY_GEMM}}
+BOTH = pytest.mark.parametrize("route", list(ROUTES.values()), ids=list(ROUTES))
+ROUTES["effective"] = {"fused": False, "form": "effective"}
 
 
-@FUSED
+@BOTH
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])
-def test_programs_run_in_any_order(order, fused, monkeypatch):
+def test_programs_run_in_any_order(order, route, monkeypatch):
     """A program that leans on what an earlier one wrote would give other bits."""
     t, G = operands(ALIGNED, BF16)
-    expected = step(t, G, fused=fused)
+    expected = step(t, G, **route)
     in_order = interpreter_builder.set_grid_idx
 
     def set_grid_idx(*index):
@@ -212,7 +270,7 @@ def test_programs_run_in_any_order(order, fused, monkeypatch):
         in_order(x, *divmod(rest, dims[2]))
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
-    got = step(t, G, fused=fused)
+    got = step(t, G, **route)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
@@ -232,7 +290,7 @@ def guarded(t: Tensor, at_end: bool) -> Tensor:
     return copy.copy_(t)
 
 
-def run_guarded(at_end: bool, cases: tuple[Case, ...], form: str = "composed") -> None:
+def run_guarded(at_end: bool, cases: tuple[Case, ...], route: dict) -> None:
     """Steps in which every argument of every kernel lies beside a protected page: a stray access ends the process."""
 
     def run(launch: Launch) -> None:
@@ -244,7 +302,7 @@ def run_guarded(at_end: bool, cases: tuple[Case, ...], form: str = "composed") -
             elif isinstance(v, Tensor) and v.numel() and v.is_contiguous():
                 arguments[name] = guarded(v.fill_(torch.nan) if name in written else v, at_end)
         launch._replace(arguments=arguments).run()
-        for name in written:
+        for name in written & launch.arguments.keys():
             described = isinstance(launch.arguments[name], TensorDescriptor)
             old, new = ((v.base if described else v) for v in (launch.arguments[name], arguments[name]))
             if isinstance(old, Tensor) and old.numel():
@@ -254,7 +312,7 @@ def run_guarded(at_end: bool, cases: tuple[Case, ...], form: str = "composed") -
 
     for case in cases:
         t, G = operands(case, F16)
-        expected, got = step(t, G, form=form), step(t, G, run, form=form)
+        expected, got = step(t, G, **route), step(t, G, run, **route)
         for name, value in expected.items():
             if not torch.equal(got[name], value):
                 raise AssertionError(f"{name} differs")
@@ -267,10 +325,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_kernel_strays_over_the_edge_of_an_argument():
-    code = "from tests.test_kernels import *; run_guarded(True, FOUR); run_guarded(False, FOUR[:1]); "
-    # The effective form: not aligned with the adapters' biases, aligned, one branch alone.
-    code += "four = tuple(replace(case, dropout=False) for case in FOUR); run_guarded(True, four, 'effective'); "
-    code += "run_guarded(False, four[:1], 'effective')"
+    code = """
+from tests.test_kernels import *
+four = tuple(replace(case, dropout=False) for case in FOUR)
+# The effective form: not aligned with the adapters' biases, aligned, one branch alone.
+for route, cases in (("triton", FOUR), ("hybrid", FOUR[:2]), ("effective", four)):
+    run_guarded(True, cases, ROUTES[route])
+    run_guarded(False, cases[:1], ROUTES[route])
+"""
     run = python(code, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stderr
 
@@ -284,12 +346,12 @@ def test_a_stray_access_would_be_seen():
     assert python(code.format(20), TRITON_INTERPRET="1").returncode < 0
 
 
-@FUSED
-def test_offsets_past_2_to_the_31(fused):
+@BOTH
+def test_offsets_past_2_to_the_31(route):
     """x and G with rows 2^29 elements apart in a sparse mapping give the bits of the compact ones."""
     rows, far = 9, 2**29
     t, G = operands(replace(EVERYTHING, lead=(rows,)), F16)
-    expected = step(t, G, fused=fused)
+    expected = step(t, G, **route)
     sparse = {}
     for v in (t["x"], G):
         buffer = mmap.mmap(-1, rows * far * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
@@ -305,21 +367,19 @@ def test_offsets_past_2_to_the_31(fused):
                 arguments |= {name: sparse[arguments[name].data_ptr()], stride: far}
         launch._replace(arguments=arguments).run()
 
-    got = step(t, G, run, fused=fused)
+    got = step(t, G, run, **route)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
-    ("case", "fused", "form"),
+    ("case", "route"),
     [
-        pytest.param(EVERYTHING, True, "composed", id="pointers-triton"),
-        pytest.param(ALIGNED, True, "composed", id="descriptors-triton"),
-        pytest.param(EVERYTHING, False, "composed", id="pointers-hybrid", marks=pytest.mark.slow),
-        pytest.param(ALIGNED, False, "composed", id="descriptors-hybrid", marks=pytest.mark.slow),
-        pytest.param(replace(ALIGNED, dropout=False), False, "effective", id="effective"),
+        *(pytest.param(EVERYTHING, name, id=f"pointers-{name}") for name in ("triton", "hybrid")),
+        *(pytest.param(ALIGNED, name, id=f"descriptors-{name}") for name in ("triton", "hybrid")),
+        pytest.param(replace(ALIGNED, dropout=False), "effective", id="effective"),
     ],
 )
-def test_no_block_of_offsets_is_multiplied_in_32_bits(monkeypatch, fused, case, form):
+def test_no_block_of_offsets_is_multiplied_in_32_bits(monkeypatch, route, case):
     """Such a product is right at every size that a test can hold in memory.
 
     But for the rows of one tile: times R they never pass 2^31, and where they do times N, the launcher says so.
@@ -339,7 +399,7 @@ def test_no_block_of_offsets_is_multiplied_in_32_bits(monkeypatch, fused, case, 
     def run(launch: Launch) -> None:
         launch._replace(arguments=launch.arguments | ({"WIDE": True} if "WIDE" in launch.arguments else {})).run()
 
-    step(t, G, run, fused=fused, form=form)
+    step(t, G, run, **ROUTES[route])
     assert found == set()
 
 
@@ -347,9 +407,13 @@ def test_a_gemm_is_told_where_the_rows_of_a_tile_span_2_to_the_31():
     for N, wide in ((2**24 - 1, False), (2**24, True)):
         x, out = (torch.empty(1, columns, dtype=F16, device="meta") for columns in (16, N))
         weight, Z = torch.empty(N, 16, dtype=F16, device="meta"), torch.empty(1, 8, dtype=F16, device="meta")
-        U = torch.empty(N, 8, dtype=F16, device="meta")
-        launch = gemm.forward(x, weight, None, Z, U, out, configs.SM80.half.gemm, 1, "ieee")
-        assert launch.arguments["WIDE"] == wide
+        U, D = (torch.empty(rows, columns, dtype=F16, device="meta") for rows, columns in ((N, 8), (8, 16)))
+        config = configs.SM80.half.gemm
+        for launch in (
+            gemm.forward(x, weight, None, Z, U, out, config, 1, "ieee"),
+            one_pass.forward(x, weight, None, D, D, None, None, 1.0, U, Z, out, config, 1, "ieee"),
+        ):
+            assert launch.arguments["WIDE"] == wide
 
 
 SHIPPED = {arch.name: arch for arch in configs.BY_CAPABILITY.values()}
@@ -383,12 +447,18 @@ def complete(t: Tensors) -> dict[str, Tensor | None]:
 
 def test_descriptors_are_what_aligned_operands_are_loaded_through():
     t, G = operands(ALIGNED, BF16)
-    for v, expected in ((t["x"], True), (t["x"].clone()[:, :95], True), (t["x"].repeat(1, 2)[:, 1:97], False)):
-        launches: list[Launch] = []
+    for v, by_gemm, once in (
+        (t["x"], True, True),
+        (t["x"].clone()[:, :95], True, False),  # nor are the rows of D then
+        (t["x"].repeat(1, 2)[:, 1:97], False, False),
+    ):
         weight = torch.cat([t["weight"]] * 2, 1)[:, : v.shape[1]]
         downs = {name: t[name][:, : v.shape[1]] for name in ("A_down",)}
-        step({**t, "x": v, "weight": weight, **downs}, G, lambda launch, to=launches: (to.append(launch), launch.run()))
-        assert launches[3].arguments["DESCRIPTORS"] is expected
+        for route, kernel, expected in (("hybrid", "gemm", by_gemm), ("triton", "one_pass", once)):
+            found: list[Launch] = []
+            run = lambda launch, to=found: (to.append(launch), launch.run())  # noqa: E731
+            step({**t, "x": v, "weight": weight, **downs}, G, run, **ROUTES[route])
+            assert next(launch for launch in found if name_of(launch) == kernel).arguments["DESCRIPTORS"] is expected
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["triton", "hybrid"])
@@ -414,18 +484,25 @@ def test_a_sum_over_rows_past_the_range_of_float16(backend):
     assert not violations(ours, naive, true, F16)
 
 
-def test_tf32_keeps_what_its_products_would_round():
+@BOTH
+def test_tf32_keeps_what_its_products_would_round(route):
     """The interpreter multiplies in full fp32: with C and T in two parts nothing may change but their split."""
     t, G = operands(ALIGNED, F32)
     launches: list[Launch] = []
     setting = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        got = step(t, G, lambda launch: (launches.append(launch), launch.run()))
+        got = step(t, G, lambda launch: (launches.append(launch), launch.run()), **route)
     finally:
         torch.backends.cuda.matmul.fp32_precision = setting
     assert {launch.arguments["PRECISION"] for launch in launches if "PRECISION" in launch.arguments} == {"tf32"}
-    D, rest = launches[1].arguments["D_ptr"], launches[1].arguments["rest_ptr"]
+    written = launches[1].arguments
+    D, rest = written["D_ptr"], written["rest_ptr"]
+    if route["fused"]:
+        stack = written["stack_ptr"]
+        assert torch.equal(stack[:16], D)
+        assert not stack[16:24].any()
+        rest = stack[24:]
     assert not (D[8:].view(torch.int32) & 0x1FFF).any()
     C = t["B_down"].double() @ t["weight"].double()
     torch.testing.assert_close(D[8:].double() + rest.double(), C, rtol=1e-6, atol=1e-6)
@@ -459,12 +536,12 @@ def test_a_few_programs_walk_over_all_tiles(case):
         launch.run()
 
     expected = step(t, G, run, arch=configs.INTERPRETER._replace(multiprocessors=100))
-    tiles = {launch.grid[0] for launch in launches if launch.kernel.__name__ == "gemm_kernel"}
+    tiles = {launch.grid[0] for launch in launches if name_of(launch) in ("gemm", "one_pass")}
     assert 3 < max(tiles) < 100
     for programs in (1, 3):
         launches.clear()
         got = step(t, G, run, arch=configs.INTERPRETER._replace(multiprocessors=programs))
-        assert {launch.grid[0] for launch in launches if launch.kernel.__name__ == "gemm_kernel"} == {programs}
+        assert {launch.grid[0] for launch in launches if name_of(launch) in ("gemm", "one_pass")} == {programs}
         assert all(torch.equal(got[name], expected[name]) for name in ("h", "x"))
 
 
@@ -482,14 +559,15 @@ def test_bfloat16_is_rounded_to_nearest_even():
 
 @pytest.mark.parametrize(("N", "descriptors"), [(80, True), (72, False)])
 def test_the_rows_of_h_decide_too(N, descriptors):
-    assert launched(ALL, case=replace(ALIGNED, N=N))[3].arguments["DESCRIPTORS"] is descriptors
+    assert launched(ALL, case=replace(ALIGNED, N=N))[2].arguments["DESCRIPTORS"] is descriptors
 
 
 def test_a_number_of_rows_compiles_nothing_anew():
     """Asked of a process that compiles: interpreted kernels have no parameters to specialize."""
     code = """
-from hydra_kernels.kernels import gemm, reduce, skinny
-kernels = (gemm.gemm_kernel, skinny.down_kernel, skinny.grad_z_kernel, skinny.sum_rows_kernel, reduce.reduce_kernel)
+from hydra_kernels.kernels import gemm, one_pass, reduce, skinny
+kernels = (gemm.gemm_kernel, one_pass.one_pass_kernel, skinny.down_kernel, skinny.grad_z_kernel)
+kernels += (skinny.sum_rows_kernel, reduce.reduce_kernel)
 for kernel in kernels:
     print(*(p.name for p in kernel.params if p.name in ("M", "P", "Q", "S") and not p.do_not_specialize), end="")
 """
@@ -526,6 +604,22 @@ def test_tiles_follow_from_the_operands():
     assert [configs.SM90.splits_of_columns(half, N, K) for N, K in ((4096, 4096), (768, 3072), (64, 100))] == [5, 22, 2]
 
 
+def test_tiles_of_the_one_pass_follow_from_the_output_and_the_ranks():
+    """Those of sm_90 hold every rank; before it the sums of 64 ranks take the room of half the rows."""
+    half, once = configs.SM90.half, configs.SM90.half.one_pass
+    found = [configs.SM90.one_pass(half, M, N, R, False) for M, N, R in ((6400, 768, 16), (8192, 4096, 64))]
+    assert found == [once.few, once.plain]
+    assert configs.SM90.one_pass(half, 8192, 4096, 64, True) is once.dropping
+    half, once = configs.SM80.half, configs.SM80.half.one_pass
+    found = [
+        configs.SM80.one_pass(half, 8192, 4096, *rest) for rest in ((32, False), (33, False), (32, True), (33, True))
+    ]
+    assert found == [once.plain, once.many, once.plain, once.dropping_many]
+    small = configs.SM80.small
+    found = [configs.SM80.one_pass(small, 64, 64, *rest) for rest in ((32, True), (33, True), (33, False))]
+    assert found == [small.one_pass.plain, small.one_pass.many, small.one_pass.many]
+
+
 @pytest.mark.parametrize("backend", ["triton", "hybrid"])
 def test_without_gpu_and_interpreter_the_forward_says_why(backend):
     code = f"import torch, hydra_kernels as hk; hk.HydraLinear(8, 8, backend={backend!r})(torch.randn(2, 8))"
@@ -547,6 +641,6 @@ def test_a_first_compilation_is_announced_once(caplog, monkeypatch):
         first = [record.getMessage() for record in caplog.records]
         step(t, G, needs={"x"})
     kernels = [message.split()[1] for message in first]
-    assert kernels == ["sum_rows_kernel", *(f"{name}_kernel" for name in ("compose", "down", "gemm", "grad_z", "gemm"))]
+    assert kernels == [f"{name}_kernel" for name in (*FORWARD, "grad_z", "gemm")]
     assert all("torch.float16" in message for message in first)
     assert len(caplog.records) == len(first)

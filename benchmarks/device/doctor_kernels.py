@@ -19,7 +19,7 @@ from torch import Tensor
 from hydra_kernels.backend import triton as steps
 from hydra_kernels.choose.accuracy import allowed, errors
 from hydra_kernels.choose.accuracy import slack_of as slack_of_dtype
-from hydra_kernels.kernels import compose, configs, effective, gemm, reduce, skinny
+from hydra_kernels.kernels import compose, configs, effective, gemm, one_pass, reduce, skinny
 from hydra_kernels.kernels.language import INTERPRETED
 from tests.cases import Case
 from tests.oracle import Tensors
@@ -150,16 +150,21 @@ def check_compose(form: Format, case: Case) -> Finding:
     shapes |= {"A_down_bias": (b.r_a,), "A_up_bias": (b.N,), "B_down_bias": (b.r_b,), "B_up_bias": (b.N,)}
     t = {name: b.normal(*shape) for name, shape in shapes.items()}
     D, U, rest = b.blank(b.R, b.K), b.blank(b.N, b.R), b.blank(b.r_b, b.K) if low else None
+    stack = b.blank(one_pass.rows_of_stack(b.R), b.K) if low else None
     d, u, S = b.blank(b.R, dtype=F32), b.blank(b.N, dtype=F32), 3
     C_parts, b_sums = b.normal(S, b.r_b, b.K, dtype=F32), b.normal(S, b.r_b, dtype=F32)
     config = b.tiles(b.weight).reduce
-    compose.compose(bias, t, SCALES, C_parts, b_sums, D, rest, d, U, u, True, config, b.precision).run()
+    for to, stacked in ((rest, None), (None, stack)):
+        compose.compose(bias, t, SCALES, C_parts, b_sums, D, to, stacked, d, U, u, True, config, b.precision).run()
 
     def formula(to, rounded) -> Tensors:
         a = {name: to(v) for name, v in t.items()}
         return {
-            "A_down": a["A_down"],
-            "C": to(C_parts).sum(0),
+            **{name: a["A_down"] for name in ("A_down", "stacked A_down")},
+            **{name: to(C_parts).sum(0) for name in ("C", "stacked C")},
+            "zeros": torch.zeros(
+                one_pass.rows_of_stack(b.R) - b.R - b.r_b, b.K, dtype=to(bias).dtype, device=bias.device
+            ),
             "U": torch.cat([SCALES[0] * a["A_up"], SCALES[1] * a["B_up"]], 1),
             "d": torch.cat([a["A_down_bias"], to(b_sums).sum(0) + a["B_down_bias"]]),
             "u": to(bias) + SCALES[0] * a["A_up_bias"] + SCALES[1] * a["B_up_bias"],
@@ -167,7 +172,12 @@ def check_compose(form: Format, case: Case) -> Finding:
 
     # C is held in two parts, whose sum has fp32's exactness but for what matrix instructions lose.
     C = D[b.r_a :].float() + (0 if rest is None else rest.float())
-    return b.judge({"A_down": D[: b.r_a], "C": C, "U": U, "d": d, "u": u}, formula)
+    outputs = {"A_down": D[: b.r_a], "C": C, "U": U, "d": d, "u": u}
+    if stack is not None:
+        upper, lower = stack[: len(stack) - b.R], stack[len(stack) - b.R :]
+        outputs |= {"stacked A_down": upper[: b.r_a], "stacked C": upper[b.r_a : b.R].float() + lower[b.r_a :].float()}
+        outputs |= {"zeros": torch.cat([upper[b.R :], lower[: b.r_a]])}
+    return b.judge(outputs, formula)
 
 
 def check_effective(form: Format, case: Case) -> Finding:
@@ -211,6 +221,31 @@ def check_down(form: Format, case: Case) -> Finding:
     d, mask, Z = b.normal(b.R, dtype=F32), b.mask(), b.blank(b.M, b.R)
     skinny.down(x, D, rest, d, mask, MASK_SCALE, Z, b.tiles(x, b.weight).down, b.precision).run()
     return b.judge({"Z": Z}, lambda to, rounded: {"Z": bottleneck(x, D, rest, d, mask, to)})
+
+
+def check_one_pass(form: Format, case: Case) -> Finding:
+    b = Bench(form, case)
+    x, D, rest = b.normal(b.M, b.K), b.normal(b.R, b.K, std=b.K**-0.5), b.rest()
+    d, mask, U, u = b.normal(b.R, dtype=F32), b.mask(), b.normal(b.N, b.R), b.normal(b.N, dtype=F32)
+    stack, outputs = D, {}
+    if rest is not None:
+        zeros = D.new_zeros(one_pass.rows_of_stack(b.R) - b.R - b.r_b, b.K)
+        stack = torch.cat([D, zeros, rest])
+    for arch in b.architecture.with_each_gemm():
+        h, Z = b.blank(b.M, b.N), b.blank(b.M, b.R)
+        config = arch.one_pass(arch.tiles(b.dtype, b.precision, [x, b.weight, h, D]), b.M, b.N, b.R, False)
+        one_pass.forward(
+            x, b.weight, u, D, stack, d, mask, MASK_SCALE, U, Z, h, config, arch.multiprocessors, b.precision
+        ).run()
+        tile = f"{config.BLOCK_M} x {config.BLOCK_N}"
+        outputs |= {f"h by {tile}": h, f"Z by {tile}": Z}
+
+    def formula(to, rounded) -> Tensors:
+        Z = bottleneck(x, D, rest, d, mask, to)
+        h = to(x) @ to(b.weight).t() + rounded(Z) @ to(U).t() + to(u)
+        return {name: h if name.startswith("h") else Z for name in outputs}
+
+    return b.judge(outputs, formula)
 
 
 def check_gemm_forward(form: Format, case: Case) -> Finding:
@@ -337,13 +372,8 @@ def check_finish(form: Format, case: Case) -> Finding:
 
 
 KERNELS = {
-    **{
-        "compose": check_compose,
-        "effective": check_effective,
-        "down": check_down,
-        "gemm-forward": check_gemm_forward,
-        "gemm-dx": check_gemm_dx,
-    },
+    **{"compose": check_compose, "effective": check_effective, "down": check_down, "one_pass": check_one_pass},
+    **{"gemm-forward": check_gemm_forward, "gemm-dx": check_gemm_dx},
     **{"grad_z": check_grad_z, "sum_rows": check_sum_rows, "reduce": check_reduce},
     **{"through_weight": check_through_weight, "finish": check_finish},
 }

@@ -2,13 +2,15 @@
 
 `hybrid` has the effective form too: `effective`.
 
-forward     sum_rows: C    compose: D, C's rounding rest, d, U, u    down: Z    gemm: h
+forward     sum_rows: C    compose: D, C's rounding rest, d, U, u    one_pass: Z and h
 backward    grad_z: dZ, sums over rows    sum_rows: dU    gemm: dx    sum_rows: dD
             reduce: every other gradient but dB_down      through_weight, finish: dB_down
 
-So 4 + 7 launches where every gradient is wanted, and fewer where not. `triton` always computes h and dx in `gemm`;
-`hybrid` computes each of them there where that was measured to be faster (`Tiles.fuses`), else in two GEMMs of
-cuBLAS.
+So 3 + 7 launches where every gradient is wanted, and fewer where not. That is `triton`: x is read once in the forward.
+
+`hybrid` takes Z from a pass of its own, `down`. It computes h, and also dx, in `gemm` where that was measured to be
+faster (`Tiles.fuses`), else in two GEMMs of cuBLAS. A configuration can make it read x once too, where h has few
+columns (`Tiles.once_up_to`); none does.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 from ..kernels import configs
 from ..kernels.configs import Architecture, cdiv
 from ..kernels.launch import Launch
-from .interface import CPU, LOW_PRECISION, Operands, Saved, read_backwards
+from .interface import CPU, FROM_Z, LOW_PRECISION, Operands, Saved, read_backwards
 from .philox import threshold
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ _ADAPTERS = ("A_down", "A_up", "B_down", "B_up", "A_down_bias", "A_up_bias", "B_
 
 
 class TritonBackend:
-    """``always_fused`` (`triton`): h and dx always by our GEMM. Else (`hybrid`) where it is faster, for any rank."""
+    """``always_fused`` (`triton`): h with Z, and dx, by our kernels. Else (`hybrid`) where it is faster, any rank."""
 
     def __init__(self, always_fused: bool) -> None:
         self.always_fused = always_fused
@@ -109,18 +111,26 @@ def forward(
     x: Tensor, op: Operands, needs: Set[str], always_fused: bool, arch: Architecture, run: Run = Launch.run
 ) -> tuple[Tensor, Operands, Saved]:
     # Triton is imported at the first use, not with the package.
-    from ..kernels import compose, gemm, skinny
+    from ..kernels import compose, gemm, one_pass, skinny
 
     op = contiguous(op)
     precision = precision_of(x.dtype)
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
     h = x.new_empty(M, N)
+    D, U = x.new_empty(R, K), x.new_empty(N, R)
     tiles = arch.tiles(x.dtype, precision, [x, op.weight, h])
-    fuse_h = always_fused or tiles.fuses(N, R)
+    once = always_fused or tiles.reads_once(N, R)
+    if once:
+        tiles = arch.tiles(x.dtype, precision, [x, op.weight, h, D])
+    fuse_h = once or tiles.fuses(N, R)
     up_bias = op.A_up_bias is not None or op.B_up_bias is not None
     down_bias = op.A_down_bias is not None or op.B_down_bias is not None or (op.bias is not None and op.r_b > 0)
-    D, U = x.new_empty(R, K), x.new_empty(N, R)
-    rest = x.new_empty(op.r_b, K) if op.r_b > 0 and (x.dtype in LOW_PRECISION or precision == "tf32") else None
+    rest = stack = None
+    if op.r_b > 0 and (x.dtype in LOW_PRECISION or precision == "tf32"):
+        if once:
+            stack = x.new_empty(one_pass.rows_of_stack(R), K)
+        else:
+            rest = x.new_empty(op.r_b, K)
     d = x.new_empty(R, dtype=torch.float32) if down_bias else None
     u = None
     if up_bias or (fuse_h and op.bias is not None):
@@ -135,19 +145,27 @@ def forward(
         b_sums = None if op.bias is None else x.new_empty(S, op.r_b, dtype=torch.float32)
         run(skinny.sum_rows(op.weight, B_down.t(), C, tiles.sum_rows, precision, op.bias, b_sums))
     run(compose.compose(
-        op.bias, adapters, scales, C, b_sums, D, rest, d, U, u, with_bias, tiles.reduce, precision
+        op.bias, adapters, scales, C, b_sums, D, rest, stack, d, U, u, with_bias, tiles.reduce, precision
     ))  # fmt: skip
 
-    Z = x.new_empty(M, R)
-    config = tiles.under(op.drops_input).down
-    run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, config, precision, input_dropout(op)))
-    if fuse_h:
-        run(gemm.forward(x, op.weight, u, Z, U, h, arch.gemm(tiles, M, N), arch.multiprocessors, precision))
+    saves_Z = not needs.isdisjoint(FROM_Z)
+    Z = x.new_empty(M, R) if saves_Z or not once else None
+    if once:
+        config = arch.one_pass(tiles, M, N, R, op.drops_input)
+        run(one_pass.forward(
+            x, op.weight, u, D, D if stack is None else stack, d, op.mask, op.mask_scale, U, Z, h,
+            config, arch.multiprocessors, precision, input_dropout(op),
+        ))  # fmt: skip
     else:
-        _around_cublas(x, op.weight, op.bias, Z, U, u, h)
+        config = tiles.under(op.drops_input).down
+        run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, config, precision, input_dropout(op)))
+        if fuse_h:
+            run(gemm.forward(x, op.weight, u, Z, U, h, arch.gemm(tiles, M, N), arch.multiprocessors, precision))
+        else:
+            _around_cublas(x, op.weight, op.bias, Z, U, u, h)
     saved = (
         x if "A_down" in needs or "B_down" in needs else None,
-        Z if not needs.isdisjoint(("A_up", "B_up", "scale_a", "scale_b")) else None,
+        Z if saves_Z else None,
         D if "x" in needs else None,
     )
     return h, read_backwards(op, needs, "composed"), saved

@@ -40,6 +40,19 @@ class Gemm(NamedTuple):
     max_registers: int | None = None  # 255 where ptxas would spill a few bytes for an occupancy that nothing uses
 
 
+class OnePass(NamedTuple):
+    """The tiles of `one_pass`, the forward that sums Z beside h: Z's columns take registers and shared memory too.
+
+    None of them was measured.
+    """
+
+    plain: Gemm
+    few: Gemm | None = None  # for outputs where `plain` leaves many multiprocessors idle in the last round
+    many: Gemm | None = None  # for more than half of MAX_RANK_BLOCK ranks; None: `plain` and `few`
+    dropping: Gemm | None = None  # under input dropout; None: `plain`
+    dropping_many: Gemm | None = None  # both; None: `dropping`, `many` or `plain`, the first that there is
+
+
 class Skinny(NamedTuple):
     BLOCK_ROWS: int
     BLOCK_COLUMNS: int
@@ -60,6 +73,7 @@ class Tiles(NamedTuple):
     """One configuration of each kernel. BLOCK_ROWS and BLOCK_COLUMNS are those of the wide operand: x, G or W0."""
 
     gemm: Gemm
+    one_pass: OnePass
     down: Skinny
     grad_z: Skinny
     sum_rows: Skinny  # a row of its tile is one line of 128 bytes
@@ -70,6 +84,10 @@ class Tiles(NamedTuple):
     rebuild: Skinny
     gemm_few: Gemm | None = None  # for outputs where `gemm` leaves many multiprocessors idle in the last round
     fused_from: int | None = None  # columns of output from which on `gemm` was measured to beat cuBLAS; None: nowhere
+    # Columns of output up to which `hybrid` reads x once in its forward too; None: nowhere. No architecture sets it: at
+    # 25216x4096x1024 on an H200 the first form of `one_pass` took 372 us, `down` and cuBLAS 351, `down` and `gemm` 338
+    # later, and today's form was not measured.
+    once_up_to: int | None = None
     # Of down, sum_rows and dx's gemm under input dropout, which needs more registers; None: the same. Not measured.
     down_dropping: Skinny | None = None
     sum_rows_dropping: Skinny | None = None
@@ -78,6 +96,10 @@ class Tiles(NamedTuple):
     def fuses(self, N: int, R: int) -> bool:
         """Whether an output of N columns is faster from `gemm` than from cuBLAS and a second pass over the output."""
         return self.fused_from is not None and self.fused_from <= N and R <= MAX_RANK_BLOCK
+
+    def reads_once(self, N: int, R: int) -> bool:
+        """Whether `hybrid` computes an output of N columns in `one_pass`."""
+        return self.once_up_to is not None and self.once_up_to >= N and R <= MAX_RANK_BLOCK
 
     def under(self, input_dropout: bool) -> Tiles:
         """These tiles, or those of the kernels that have input dropout."""
@@ -110,16 +132,32 @@ class Architecture(NamedTuple):
 
     def gemm(self, tiles: Tiles, M: int, N: int) -> Gemm:
         """Which GEMM of the tiles computes an output [M, N]."""
-        if tiles.gemm_few is None:
-            return tiles.gemm
-        count = cdiv(M, tiles.gemm.BLOCK_M) * cdiv(N, tiles.gemm.BLOCK_N)
+        return self._filling(tiles.gemm, tiles.gemm_few, M, N)
+
+    def one_pass(self, tiles: Tiles, M: int, N: int, R: int, input_dropout: bool) -> Gemm:
+        """Which tile of `one_pass` computes an output [M, N] and R columns of Z."""
+        plain, few, many, dropping, dropping_many = tiles.one_pass
+        of_many = 2 * R > MAX_RANK_BLOCK
+        if input_dropout:
+            return (of_many and (dropping_many or dropping or many)) or dropping or plain
+        return (of_many and many) or self._filling(plain, few, M, N)
+
+    def _filling(self, gemm: Gemm, few: Gemm | None, M: int, N: int) -> Gemm:
+        """The larger tile gemm where it gives all multiprocessors work for an output [M, N], else few."""
+        if few is None:
+            return gemm
+        count = cdiv(M, gemm.BLOCK_M) * cdiv(N, gemm.BLOCK_N)
         rounds = cdiv(count, self.multiprocessors)
-        return tiles.gemm if count >= _FULL * rounds * self.multiprocessors else tiles.gemm_few
+        return gemm if count >= _FULL * rounds * self.multiprocessors else few
 
     def with_each_gemm(self) -> list[Architecture]:
-        """For checks: this architecture once for each of its GEMM tiles, which then computes outputs of every size."""
-        gemms = [config for config in (self.half.gemm, self.half.gemm_few) if config is not None]
-        return [self._replace(half=self.half._replace(gemm=config, gemm_few=None)) for config in gemms]
+        """For checks: this architecture with its larger GEMM tiles for every output, and with those for few."""
+        half, once = self.half, self.half.one_pass
+        found = [self._replace(half=half._replace(gemm_few=None, one_pass=once._replace(few=None)))]
+        if half.gemm_few is not None and once.few is not None:
+            of_few = half._replace(gemm=half.gemm_few, one_pass=once._replace(plain=once.few))
+            found.append(found[0]._replace(half=of_few._replace(gemm_few=None)))
+        return found
 
     def splits(self, tiles: Tiles, M: int, K: int) -> int:
         """Into how many ranges sum_rows divides the M rows: as few as give `programs` programs."""
@@ -149,6 +187,7 @@ def aligned(t: Tensor) -> bool:
 # the precision). down and grad_z have 8 warps: with fewer, tiles of R = 64 in full fp32 would spill.
 _SMALL = Tiles(
     gemm=Gemm(32, 64, 16, 4, 3, max_registers=255),
+    one_pass=OnePass(Gemm(32, 64, 16, 4, 3, max_registers=255), many=Gemm(32, 64, 16, 8, 3, max_registers=255)),
     down=Skinny(32, 32, 8, 2, max_registers=255),
     grad_z=Skinny(32, 32, 8, 2, max_registers=255),
     sum_rows=Skinny(32, 32, 4, 2),
@@ -157,8 +196,10 @@ _SMALL = Tiles(
     effective=Skinny(64, 32, 8, 2, max_registers=255),
     rebuild=Skinny(32, 32, 8, 1, max_registers=255),
 )
+# Tiles of 128 x 128 and 64 ranks would spill in one_pass.
 _HALF = Tiles(
     gemm=Gemm(128, 128, 32, 8, 4),
+    one_pass=OnePass(Gemm(128, 128, 32, 8, 4), many=Gemm(64, 128, 32, 8, 4), dropping_many=Gemm(32, 128, 32, 8, 4)),
     down=Skinny(64, 64, 4, 4),
     grad_z=Skinny(64, 64, 4, 4),
     sum_rows=Skinny(128, 64, 4, 3),
@@ -171,6 +212,11 @@ _HALF = Tiles(
 # Elements of 4 bytes: a line holds half as many columns.
 _TF32 = _HALF._replace(
     gemm=Gemm(128, 128, 16, 8, 3, max_registers=255),
+    one_pass=OnePass(
+        Gemm(128, 128, 16, 8, 3, max_registers=255),
+        many=Gemm(64, 128, 16, 8, 3, max_registers=255),
+        dropping_many=Gemm(32, 128, 16, 8, 3, max_registers=255),
+    ),
     down=Skinny(64, 32, 4, 3),
     grad_z=Skinny(64, 32, 4, 3, max_registers=255),
     sum_rows=Skinny(64, 32, 4, 3),
@@ -191,13 +237,25 @@ SM80 = Architecture(
     multiprocessors=108,
 )
 # 100 KiB of shared memory: one stage less.
-SM86 = SM80._replace(name="sm_86", half=SM80.half._replace(gemm=Gemm(128, 128, 32, 8, 3)), multiprocessors=128)
+SM86 = SM80._replace(
+    name="sm_86",
+    half=SM80.half._replace(
+        gemm=Gemm(128, 128, 32, 8, 3),
+        one_pass=OnePass(Gemm(128, 128, 32, 8, 3), many=Gemm(64, 128, 32, 8, 3), dropping_many=Gemm(32, 128, 32, 8, 3)),
+    ),
+    multiprocessors=128,
+)
 # wgmma takes 128 x 256 with two warpgroups, loaded by the tensor memory accelerator; 227 KiB of shared memory.
 SM90 = Architecture(
     "sm_90",
     _HALF._replace(
         gemm=Gemm(128, 256, 64, 8, 3, descriptors=True, persistent=True, GROUP_M=16),
         gemm_few=Gemm(128, 128, 64, 4, 3, descriptors=True),
+        one_pass=OnePass(
+            Gemm(128, 256, 64, 8, 3, descriptors=True, persistent=True, GROUP_M=16),
+            few=Gemm(128, 128, 64, 8, 3, descriptors=True),
+            dropping=Gemm(128, 128, 64, 8, 3, descriptors=True),
+        ),
         down=Skinny(64, 128, 4, 4),
         grad_z=Skinny(64, 128, 4, 4),
         fused_from=1024,
@@ -211,7 +269,10 @@ SM90 = Architecture(
 # The accumulators live in tensor memory, so registers leave room for a wide tile; 227 KiB of shared memory.
 SM100 = Architecture(
     "sm_100",
-    _HALF._replace(gemm=Gemm(128, 128, 64, 8, 3, descriptors=True, max_registers=255)),
+    _HALF._replace(
+        gemm=Gemm(128, 128, 64, 8, 3, descriptors=True, max_registers=255),
+        one_pass=OnePass(Gemm(128, 128, 64, 8, 3, descriptors=True, max_registers=255)),
+    ),
     _TF32,
     _SMALL,
     multiprocessors=148,
@@ -221,6 +282,7 @@ SM120 = SM86._replace(name="sm_120", multiprocessors=170)
 # So small that the shapes of tests have several tiles in each direction, and a remainder.
 _TINY = Tiles(
     gemm=Gemm(32, 32, 16, 1, 1, descriptors=True, persistent=True, GROUP_M=2),
+    one_pass=OnePass(Gemm(32, 32, 16, 1, 1, descriptors=True, persistent=True, GROUP_M=2)),
     down=Skinny(32, 32, 1, 1),
     grad_z=Skinny(32, 32, 1, 1),
     sum_rows=Skinny(16, 32, 1, 1),
@@ -229,7 +291,8 @@ _TINY = Tiles(
     effective=Skinny(32, 16, 1, 1),
     rebuild=Skinny(32, 32, 1, 1),
 )
-_TINY_POINTERS = _TINY._replace(gemm=_TINY.gemm._replace(descriptors=False, persistent=False))
+_TINY_GEMM = _TINY.gemm._replace(descriptors=False, persistent=False)
+_TINY_POINTERS = _TINY._replace(gemm=_TINY_GEMM, one_pass=OnePass(_TINY_GEMM))
 INTERPRETER = Architecture("interpreter", _TINY, _TINY, _TINY_POINTERS, multiprocessors=2)
 
 BY_CAPABILITY = {

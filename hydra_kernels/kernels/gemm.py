@@ -6,8 +6,9 @@ dx, G [M, N], W0 [N, K]:         dx = G W0 + dZ D          dZ [M, R], D [R, K]
 
 Both are one kernel. It calls the rows of its output M, the columns N and the inner dimension K; for dx, N and K are
 therefore swapped. A persistent configuration starts as many programs as there are multiprocessors, and each computes
-many tiles: on an H200 the forward then takes 0.8 of the time that one program for each tile takes. Z comes from a pass
-of its own. To sum it in the K loop would save that pass over x, but costs more, except where N is small.
+many tiles: on an H200 the forward then takes 0.8 of the time that one program for each tile takes.
+
+The forward is `hybrid`'s, and Z comes from a pass of its own, `skinny.down`. `triton` sums Z beside h: `one_pass`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ from .configs import Gemm, cdiv, rank_block
 from .language import dot, rounded
 from .launch import Launch
 from .philox import NONE, InputDropout, dropped
+
+
+@triton.jit
+def place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of a tile: they are numbered down GROUP_M blocks of rows, then across, so that W's stay in L2."""
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first_m = tile // (GROUP_M * blocks_n) * GROUP_M
+    group = min(blocks_m - first_m, GROUP_M)
+    return first_m + tile % (GROUP_M * blocks_n) % group, tile % (GROUP_M * blocks_n) // group
 
 
 @triton.jit
@@ -43,12 +53,8 @@ def compute_tile(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out. Tiles are numbered down GROUP_M blocks of rows, then across, so that blocks of W stay in L2."""
-    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    first_m = tile // (GROUP_M * blocks_n) * GROUP_M
-    group = min(blocks_m - first_m, GROUP_M)
-    pid_m = first_m + tile % (GROUP_M * blocks_n) % group
-    pid_n = tile % (GROUP_M * blocks_n) // group
+    """One tile of out."""
+    pid_m, pid_n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first, rows = pid_m.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
     if WIDE:  # not always: in int64 these offsets cost registers, and two programs would no longer fit on sm_80
         rows = rows.to(tl.int64)
@@ -169,8 +175,8 @@ def _launch(
     tiles = cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)
     return Launch.of(
         gemm_kernel, (min(tiles, programs) if config.persistent else tiles,), config,
-        x=_operand(x, (BLOCK_M, BLOCK_K), config), w=_operand(w, w_block, config), bias_ptr=bias,
-        out=_operand(out, (BLOCK_M, BLOCK_N), config), p_ptr=p, q_ptr=q,
+        x=operand(x, (BLOCK_M, BLOCK_K), config), w=operand(w, w_block, config), bias_ptr=bias,
+        out=operand(out, (BLOCK_M, BLOCK_N), config), p_ptr=p, q_ptr=q,
         M=M, N=N, K=K, R=R,
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wk=stride_wk, stride_wn=stride_wn,
         stride_qr=stride_qr, stride_qn=stride_qn,
@@ -181,6 +187,6 @@ def _launch(
     )  # fmt: skip
 
 
-def _operand(t: Tensor, block: tuple[int, int], config: Gemm) -> Tensor | TensorDescriptor:
+def operand(t: Tensor, block: tuple[int, int], config: Gemm) -> Tensor | TensorDescriptor:
     """t itself, or its descriptor where config loads and stores through descriptors."""
     return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block)) if config.descriptors else t
