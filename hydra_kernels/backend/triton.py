@@ -157,8 +157,8 @@ def forward(
             config, arch.multiprocessors, precision, input_dropout(op),
         ))  # fmt: skip
     else:
-        config = tiles.under(op.drops_input).down
-        run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, config, precision, input_dropout(op)))
+        of_down = tiles.under(op.drops_input).down
+        run(skinny.down(x, D, rest, d, op.mask, op.mask_scale, Z, of_down, precision, input_dropout(op)))
         if fuse_h:
             run(gemm.forward(x, op.weight, u, Z, U, h, arch.gemm(tiles, M, N), arch.multiprocessors, precision))
         else:
