@@ -92,7 +92,7 @@ def test_every_check_is_reported_once_when_it_is_known():
 def test_every_kernel_and_backend_is_checked(dry):
     groups = doctor.groups(dry)
     kernels = ("compose", "down", "one_pass", "gemm-forward", "gemm-dx", "grad_z", "sum_rows", "reduce")
-    kernels += ("through_weight", "finish")
+    kernels += ("through_weight", "finish", "effective")
     alone = {check.split()[0] for group, found in groups.items() if group.startswith("kernel") for check in found}
     assert alone == set(kernels)
     for backend in ("aten", "hybrid", "triton"):
@@ -100,7 +100,7 @@ def test_every_kernel_and_backend_is_checked(dry):
         assert all(
             name in checks for name in (*FORMATS, "same bits", "stream", "CUDA graph", "no sync", "torch.compile")
         )
-    assert len(groups) <= 30
+    assert len(groups) <= 31
 
 
 @pytest.mark.parametrize("dry", [True, False])

@@ -44,9 +44,9 @@ def roofline_markdown(environment: Environment, rows: Sequence[RooflineRow]) -> 
             f"{row['gigabytes_per_second']:g} GB/s, {gaps}, {cache}, `triton`'s GEMM at {row['gemm_efficiency']:g} of "
             f"cuBLAS (`python -m benchmarks.roofline`; {commit_note(environment)}). `triton` reads x once in its "
             "forward, and sums Z anew in each tile of h; hybrid, x once: `hybrid` with that forward for outputs of at "
-            "most 1024 columns, which nothing selects. Effective: that form of `hybrid`; with one sweep: as if a kernel "
-            "that reads x and G once made Z, dZ, dU and dD. Floor: of the composed form, the frozen layer's kernels with "
-            "all of the arithmetic and two more reads of W0; where M is small the kept form needs less.",
+            "most 1024 columns, which nothing selects. Effective: that form of `hybrid`; with one sweep: as if a "
+            "kernel that reads x and G once made Z, dZ, dU and dD. Floor: of the composed form, the frozen layer's "
+            "kernels with all of the arithmetic and two more reads of W0; where M is small the kept form needs less.",
         ]
     )
 
