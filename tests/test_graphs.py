@@ -51,7 +51,8 @@ def test_the_kernels_are_launched_without_reading_anything_on_the_host(fused, ar
     grads = steps.backward(without_data(M, N), op, saved, NEEDS, fused, arch, launches.append)
     assert h.shape == (M, N)
     assert grads.keys() == NEEDS
-    assert len(launches) == (11 if fused else 10)  # around cuBLAS a pass of its own for dx's mask
+    # 3 + 7: triton's first GEMM makes Z too; around cuBLAS Z and dx's mask have passes of their own.
+    assert len(launches) == 10
     for launch in launches:
         scales = [v for name, v in launch.arguments.items() if name in ("scale_a", "scale_b") and v is not None]
         assert all(isinstance(scale, Tensor) for scale in scales), "a learnable scale became a number"
