@@ -73,7 +73,8 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch, tmp_pat
 
 
 def test_images_are_not_for_the_pretrained_model(tmp_path, capsys):
-    assert learn.main(["--backbone", "minilm", "--data", str(tmp_path), "--out", str(tmp_path)]) == 2
+    command = ["--backbone", "minilm", "--dry-run", "--data", str(tmp_path), "--out", str(tmp_path)]
+    assert learn.main(command) == 2
     assert "data: images are for the backbone vit, got" in capsys.readouterr().err
 
 
@@ -193,11 +194,21 @@ def test_a_run_that_was_stopped_gives_what_an_unbroken_one_gives(monkeypatch, tm
     few = texts.Texts(["one two", "two three four", "three one"] * 8, [0, 1, 2] * 8, ["a", "b", "c"])
     monkeypatch.setattr(learn.texts, "definitions", lambda: few)
     command = ["--backbone", "minilm", "--dry-run", "--out"]
+    given = []  # what each run of training was given
+    train = training.fine_tune
+
+    def counted(model, data, *options):
+        given.append(data.train[0].dtype)
+        return train(model, data, *options)
+
+    monkeypatch.setattr(training, "fine_tune", counted)
 
     def result(folder: Path) -> list[dict]:
         return timing.read_result(folder / "learn-cpu-definitions.json", LearnRow)[1]
 
     assert learn.main([*command, str(tmp_path / "whole")]) == 0
+    assert given == [torch.int64, torch.float32] + [torch.int64] * 2 + [torch.float32] * 2
+    given.clear()
     broken = tmp_path / "broken"
     ticks = iter([0.0, 0.0, 0.0, 61.0])  # the start, then before each run: those of the search are made
     monkeypatch.setattr(learn.time, "monotonic", lambda: next(ticks))
@@ -207,6 +218,8 @@ def test_a_run_that_was_stopped_gives_what_an_unbroken_one_gives(monkeypatch, tm
     assert len(kept) == 1 + 2
     assert learn.main([*command, str(broken)]) == 0
     assert result(broken) == result(tmp_path / "whole")
+    assert len(given) == 6  # none twice
+    assert {r["test"] is None for r in result(broken) if r["experiment"] == "search"} == {True}
     assert [json.loads(line)["row"] for line in kept[1:]] == result(broken)[:2]
     assert not (broken / "learn-cpu-definitions.jsonl").exists()
     assert {r["dry"] for r in result(broken)} == {True}
