@@ -40,6 +40,7 @@ from benchmarks.rendering.host import host_block
 from benchmarks.rendering.layer import layer_block, layer_chart
 from benchmarks.rendering.learn import claim_block, learn_block, learn_chart
 from benchmarks.rendering.models import models_block, models_chart
+from benchmarks.rendering.pretrained import is_pretrained, pretrained_block
 from benchmarks.rendering.quantised import quantised_block
 from benchmarks.rendering.roofline import roofline_block
 from benchmarks.rendering.rounding import rounding_block, rounding_chart
@@ -97,7 +98,16 @@ BLOCKS = (
     Block("measured:gpu", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cuda"),
     Block("measured:host", "host", HostRow, host_block),
     Block("measured:claim", "learn", LearnRow, claim_block),
-    Block("measured:learn", "learn", LearnRow, learn_block, learn_chart, page=LEARNING),
+    Block("measured:pretrained", "learn", LearnRow, pretrained_block, page=LEARNING, rows=is_pretrained),
+    Block(
+        "measured:learn",
+        "learn",
+        LearnRow,
+        learn_block,
+        learn_chart,
+        page=LEARNING,
+        rows=lambda row: not is_pretrained(row),
+    ),
     Block("measured:rounding", "rounding", RoundingRow, rounding_block, rounding_chart, page=LEARNING),
     Block("measured:subspaces", "subspaces", SubspaceRow, subspace_block, subspace_chart, page=LEARNING),
     Block("measured:run", "run", StageRow, run_block, page=GPU),

@@ -8,9 +8,9 @@ how the adapters start.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,17 @@ RANKS: Mapping[str, Mapping[str, Ranks]] = {
 }
 
 
+class Layers(NamedTuple):
+    """What of a backbone is adapted: place -> ends of layers' names, their ranks, and ends that are left out."""
+
+    positions: Mapping[str, Sequence[str]]
+    ranks: Mapping[str, Mapping[str, Ranks]]
+    exclude: Sequence[str] = ()
+
+
+VIT = Layers(POSITIONS, RANKS)
+
+
 @dataclass(frozen=True)
 class Scale:
     """How large the experiment is."""
@@ -48,12 +59,17 @@ class Scale:
     steps: int = 60
     pretraining_steps: int = 500
 
+    @property
+    def rows(self) -> int:
+        """Of a batch: a token a patch, and [CLS]."""
+        return self.batch * ((self.image_size // self.patch_size) ** 2 + 1)
+
 
 TINY = Scale(hidden_size=16, layers=1, shots=2, batch=5, steps=3, pretraining_steps=2)
 
 
 class Indices(NamedTuple):
-    """Which images of the classes to be learned are whose, each [n] int64."""
+    """Which images (or texts) of the classes to be learned are whose, each [n] int64."""
 
     train: Tensor
     validation: Tensor
@@ -62,11 +78,21 @@ class Indices(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Images [n, 3, h, w] fp32 and labels [n] of the classes to be learned, in three parts."""
+    """Images [n, 3, h, w] fp32 or token ids [n, tokens], and labels [n] of the classes to be learned, in 3 parts."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+
+
+Logits = Callable[[nn.Module, Tensor], Tensor]  # of a model and its inputs
+
+
+class Schedule(Protocol):
+    """What training reads of a scale."""
+
+    batch: int
+    steps: int
 
 
 @dataclass
@@ -91,16 +117,16 @@ def subset(images: Images, first: int, size: int, device: torch.device) -> tuple
 def indices(labels: Tensor, shots: int, seed: int) -> Indices:
     """Half of each class for the test, the same for every seed; of the rest ``shots`` a class for either other part.
 
-    ``labels`` [n], 0 to 4; what the three parts leave is unused.
+    ``labels`` [n], from 0 on; what the three parts leave is unused.
     """
     fixed, drawn = torch.Generator().manual_seed(TEST_SEED), torch.Generator().manual_seed(seed)
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for label in range(CLASSES):
+    for label in range(int(labels.max()) + 1):
         of_class = (labels == label).nonzero().flatten().cpu()
         shuffled = of_class[torch.randperm(len(of_class), generator=fixed)]
         test, pool = shuffled.tensor_split([len(of_class) // 2])
         if len(pool) < 2 * shots:
-            raise ValueError(f"shots: class {label} has {len(pool)} images beside the test's, expected {2 * shots}")
+            raise ValueError(f"shots: class {label} has {len(pool)} examples beside the test's, expected {2 * shots}")
         order = pool[torch.randperm(len(pool), generator=drawn)]
         for part, chosen in zip(parts, (order[:shots], order[shots : 2 * shots], test), strict=True):
             part.append(chosen)
@@ -176,11 +202,19 @@ def round_once(model: nn.Module) -> None:
 
 
 def adapt(
-    base: nn.Module, method: str, position: str, backend: str, dtype: torch.dtype, seed: int, form: str = "auto"
+    base: nn.Module,
+    method: str,
+    position: str,
+    backend: str,
+    dtype: torch.dtype,
+    seed: int,
+    form: str = "auto",
+    layers: Layers = VIT,
 ) -> nn.Module:
     """A copy of base with a new head and adapters with biases, fp32 ones over a low-precision base, as seed says.
 
-    ``backend``: "reference" is the layer as anyone would write it, everything else is ours.
+    ``backend``: "reference" is the layer as anyone would write it, everything else is ours. ``method`` may be "head",
+    which trains the head alone.
     """
     model = copy.deepcopy(base).to(dtype)
     torch.manual_seed(seed)
@@ -188,27 +222,31 @@ def adapt(
     nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
     model.set_submodule(HEAD, head.float())
-    for target in POSITIONS[position]:
-        ranks = RANKS[target][method]
+    if method == "head":
+        model.requires_grad_(False)
+        head.requires_grad_(True)
+        return model
+    for target in layers.positions[position]:
+        ranks = layers.ranks[target][method]
         widths = ranks._asdict() if method == "hydra" else {"r": sum(ranks)}
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
         options = {"adapter_bias": True, "adapter_dtype": wide, "backend": backend, "form": form}
-        hk.inject(model, [target], method=method, **options, **widths)
+        hk.inject(model, [target], method=method, exclude=layers.exclude, **options, **widths)
     hk.mark_only_adapters_trainable(model, keep=[HEAD])
     return model
 
 
-def route(model: nn.Module, scale: Scale) -> tuple[str, str]:
-    """The backend and the form that serve a batch of the training, of all adapted layers."""
-    rows = scale.batch * ((scale.image_size // scale.patch_size) ** 2 + 1)  # a token a patch, and [CLS]
+def route(model: nn.Module, *rows: int) -> tuple[str, str]:
+    """The backend and the form that serve so many rows, of all adapted layers; which of several, in their order."""
     found = [
         choose(
-            *(rows, layer.in_features, layer.out_features, layer.r_a, layer.r_b, layer.weight.dtype),
+            *(number, layer.in_features, layer.out_features, layer.r_a, layer.r_b, layer.weight.dtype),
             here(layer.weight.device),
             layer.form,
             layer.backend,
         )
         for layer in adapted_layers(model).values()
+        for number in rows
     ]
     backends, forms = (dict.fromkeys(names) for names in zip(*(choice[:2] for choice in found), strict=True))
     return " and ".join(backends), " and ".join(forms)
@@ -220,20 +258,26 @@ def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
     return model.get_submodule(HEAD)(hidden[:, 0].float())
 
 
-def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor], logits: Logits = logits_of) -> float:
     """The share of right answers."""
     model.eval()
     with torch.no_grad():
-        right = [
-            logits_of(model, x).argmax(1) == y for x, y in zip(data[0].split(256), data[1].split(256), strict=True)
-        ]
+        right = [logits(model, x).argmax(1) == y for x, y in zip(data[0].split(256), data[1].split(256), strict=True)]
     return torch.cat(right).float().mean().item()
 
 
-def fine_tune(model: nn.Module, data: Split, scale: Scale, rate: float, seed: int, reordered: bool = False) -> Run:
+def fine_tune(
+    model: nn.Module,
+    data: Split,
+    scale: Schedule,
+    rate: float,
+    seed: int,
+    reordered: bool = False,
+    logits: Logits = logits_of,
+) -> Run:
     """Trains the adapters and the head with AdamW.
 
-    ``reordered`` takes the images of every batch in another order, which changes the order of sums and nothing else.
+    ``reordered`` takes the examples of every batch in another order, which changes the order of sums and nothing else.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0, fused=True)
@@ -242,7 +286,7 @@ def fine_tune(model: nn.Module, data: Split, scale: Scale, rate: float, seed: in
     model.train()
     for index in batches(data.train, scale.batch, scale.steps, torch.Generator().manual_seed(seed)):
         chosen = index.flip(0) if reordered else index
-        loss = F.cross_entropy(logits_of(model, data.train[0][chosen]), data.train[1][chosen])
+        loss = F.cross_entropy(logits(model, data.train[0][chosen]), data.train[1][chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -250,4 +294,5 @@ def fine_tune(model: nn.Module, data: Split, scale: Scale, rate: float, seed: in
         losses.append(loss.item())
     head = sum(p.numel() for name, p in parameters.items() if name.startswith(f"{HEAD}."))
     trainable = sum(p.numel() for p in parameters.values()) - head
-    return Run(losses, accuracy(model, data.validation), accuracy(model, data.test), trainable, head, model)
+    shares = (accuracy(model, part, logits) for part in (data.validation, data.test))
+    return Run(losses, *shares, trainable, head, model)

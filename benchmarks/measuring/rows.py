@@ -194,13 +194,13 @@ class HostRow(TypedDict):
 
 
 class LearnRow(TypedDict):
-    """One fine-tuning run: five classes learned from a few images each, by adapters and a new head."""
+    """One fine-tuning run: classes learned from a few images (or definitions) each, by adapters and a new head."""
 
     # equal: naive beside ours from equal seeds; search: of the learning rate; claim: at the rate that the search chose.
     experiment: str
     data: str
-    # "mlp", "attention" or "both"; naive, again (naive, each batch in another order), ours, or once (plain torch, the
-    # sum rounded once), then the kind.
+    # "mlp", "attention" or "both", "none" of a head alone; naive, again (naive, each batch in another order), ours, or
+    # once (plain torch, the sum rounded once), then the kind.
     position: str
     method: str
     # Of ours, what ran.
@@ -211,10 +211,10 @@ class LearnRow(TypedDict):
     dtype: str
     rate: float
     seed: int
-    # Images to train on, and of the test.
+    # Images or texts to train on, and of the test.
     images: int
     tested: int
-    # Of every step; empty but for equal.
+    # Of every step; not kept of a search, nor of the claim on digits.
     losses: list[float]
     # Shares of right answers.
     validation: float
