@@ -82,7 +82,7 @@ $(STAMP): $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps $(TORCH_SOURCE) -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch setuptools ninja
-	HYDRA_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e ".[bench,examples,peft,quantised,test,lint]"
+	HYDRA_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e ".[bench,examples,minilm,peft,quantised,test,lint]"
 	rm -f $(VENV)/.installed-*
 	touch $@
 

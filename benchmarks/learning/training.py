@@ -101,7 +101,7 @@ class Run:
 
     losses: list[float]
     validation: float
-    test: float
+    test: float | None
     trainable: int
     head: int
     model: nn.Module = field(repr=False)
@@ -274,10 +274,12 @@ def fine_tune(
     seed: int,
     reordered: bool = False,
     logits: Logits = logits_of,
+    tested: bool = True,
 ) -> Run:
     """Trains the adapters and the head with AdamW.
 
     ``reordered`` takes the examples of every batch in another order, which changes the order of sums and nothing else.
+    Without ``tested`` the test part is not looked at.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0, fused=True)
@@ -294,5 +296,5 @@ def fine_tune(
         losses.append(loss.item())
     head = sum(p.numel() for name, p in parameters.items() if name.startswith(f"{HEAD}."))
     trainable = sum(p.numel() for p in parameters.values()) - head
-    shares = (accuracy(model, part, logits) for part in (data.validation, data.test))
-    return Run(losses, *shares, trainable, head, model)
+    test = accuracy(model, data.test, logits) if tested else None
+    return Run(losses, accuracy(model, data.validation, logits), test, trainable, head, model)

@@ -216,9 +216,9 @@ class LearnRow(TypedDict):
     tested: int
     # Of every step; not kept of a search, nor of the claim on digits.
     losses: list[float]
-    # Shares of right answers.
+    # Shares of right answers. A search does not look at the test (that on digits did, and nobody reads it).
     validation: float
-    test: float
+    test: float | None
     dry: bool
 
 

@@ -226,6 +226,9 @@ def search_table(rows: Sequence[LearnRow]) -> str:
         line = [PLACES.get(position, "-"), KINDS.get(kind, "head alone")]
         for rate in rates:
             values = [100 * row["validation"] for row in of(searched, rate=rate, **method)]
+            if not values:
+                line.append("-")
+                continue
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             mark = "**" if rate == chosen else ""
             line.append(f"{mark}{statistics.mean(values):.1f} ± {error:.1f}{mark}")
