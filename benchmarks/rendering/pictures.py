@@ -62,7 +62,7 @@ OWNERS = {
     "peft": Mark("PEFT", PEFT, "s"),
     "autocast": Mark("PEFT under autocast", PEFT, "s", filled=False),
     "naive": Mark("plain PyTorch", NAIVE, "o", filled=False),
-    "compiled": Mark("plain PyTorch under torch.compile", COMPILED, "D"),
+    "compiled": Mark("plain PyTorch, compiled", COMPILED, "D"),
     "ours": Mark("ours", OURS, "o"),
 }
 SLOW = Mark("ours, slower", SLOWER, "o")
