@@ -12,8 +12,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet \
-  "torch==2.13.0" "triton==3.6.0" "numpy<2.4" "transformers==5.23.0" "peft==0.21.2" "liger-kernel==0.8.5"
+"$folder/venv/bin/python" -m pip install --quiet "torch==2.13.0" "triton==3.6.0" "numpy<2.4" \
+  "transformers==5.23.0" "peft==0.21.2" "liger-kernel==0.8.5"
 cat > "$folder/head.py" <<'PY'
 import sys
 
