@@ -44,8 +44,8 @@ from benchmarks.measuring.shapes import (
     trainable,
 )
 from benchmarks.rendering import goals
-from benchmarks.rendering.layer import layer_notes, layer_tables
-from benchmarks.rendering.tables import show
+from benchmarks.rendering.layer import LEGEND, layer_notes, layer_tables
+from benchmarks.rendering.tables import environment_note, show
 from benchmarks.rendering.verdicts import is_rival
 from hydra_kernels.backend.interface import FORMS
 from hydra_kernels.choose.choice import choose
@@ -367,7 +367,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = out / name.replace(".json", f"-dropout{settings.lora_dropout:g}.json" if settings.lora_dropout else ".json")
     timing.write_result(path, environment, rows, LayerRow)
     wanted = goals.goal_tables(goals.layer_goals(rows))
-    show(200, [*layer_tables(rows), *wanted, *layer_notes(environment, rows), f"Stored: {path}"])
+    show(
+        200,
+        [*layer_tables(rows), *wanted, environment_note(environment), LEGEND, *layer_notes(rows), f"Stored: {path}"],
+    )
     return 0
 
 

@@ -35,6 +35,7 @@ from benchmarks.measuring.modes import DTYPES
 from benchmarks.measuring.rows import LearnRow
 from benchmarks.rendering.learn import learn_markdown
 from benchmarks.rendering.pretrained import pretrained_markdown
+from benchmarks.rendering.tables import Stored
 from hydra_kernels.choose.machine import here
 
 KINDS = ("lora", "seqlora", "hydra")
@@ -312,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / f"learn-{settings.device.type}-{rows[0]['data'].lower()}.json"
     timing.write_result(path, environment, rows, LearnRow)
     written = learn_markdown if settings.plan.equal else pretrained_markdown
-    console.print(written(environment, rows), markup=False, soft_wrap=True)
+    console.print(written(Stored(path, environment, rows)), markup=False, soft_wrap=True)
     console.print(f"Stored in {path}")
     return 0
 

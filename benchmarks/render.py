@@ -42,6 +42,7 @@ from benchmarks.rendering.layer import layer_block
 from benchmarks.rendering.layer_chart import layer_chart
 from benchmarks.rendering.learn import claim_block, learn_block
 from benchmarks.rendering.learn_chart import learn_chart
+from benchmarks.rendering.machines import machines_block, with_machines
 from benchmarks.rendering.models import models_block
 from benchmarks.rendering.overview import overview_chart
 from benchmarks.rendering.pretrained import is_pretrained, pretrained_block
@@ -130,7 +131,9 @@ BLOCKS = (
     Block("predicted:roofline", "predicted", RooflineRow, roofline_block),
 )
 STEPS = ("measured:models", "measured:layer", "measured:gpu")
+MEASURED = tuple(block.marker for block in BLOCKS if block.marker.startswith("measured:"))
 DIGESTS = (
+    Digest("measured:machines", RESULTS, MEASURED, machines_block),
     Digest("measured:summary", README, (*STEPS, "measured:quantised"), summary),
     Digest("measured:goals", GOALS, (*STEPS, "measured:host", "measured:quantised"), goals_block),
 )
@@ -160,7 +163,7 @@ def with_kernels(found: Mapping[str, list[Stored]], digests: Mapping[str, str]) 
 
     def of_kernels(file: Stored) -> Stored:
         commit = file.environment["commit"]
-        return file._replace(kernels=kernels.compared(digests.get(commit or ""), today, commit))
+        return file._replace(kernels=kernels.compared(digests.get(commit or ""), today))
 
     return {
         marker: [of_kernels(file) if is_gpu(file.environment) else file for file in files]
@@ -183,7 +186,7 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
     found = {block.marker: stored_results(results, block) for block in BLOCKS}
     commits = {file.environment["commit"] for files in found.values() for file in files if is_gpu(file.environment)}
     digests = kernels.recorded(ROOT, results, sorted(commit for commit in commits if commit))
-    found = with_kernels(found, digests)
+    found = with_machines(with_kernels(found, digests))
     drawn: dict[Path, str] = {results / kernels.RECORD: json.dumps(digests, indent=1) + "\n"} if digests else {}
     for block in BLOCKS:
         stored, text = found[block.marker], texts.get(block.page, "")

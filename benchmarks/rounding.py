@@ -22,6 +22,7 @@ import hydra_kernels as hk
 from benchmarks.measuring import timing
 from benchmarks.measuring.rows import RoundingRow
 from benchmarks.rendering.rounding import rounding_markdown
+from benchmarks.rendering.tables import Stored
 
 RATIOS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SIZES = {"M": 256, "K": 128, "N": 256}
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / f"rounding-{device.type}.json"
     environment = timing.environment(device)
     timing.write_result(path, environment, rows, RoundingRow)
-    print(rounding_markdown(environment, rows))
+    print(rounding_markdown(Stored(path, environment, rows)))
     print(f"Stored in {path}")
     return 0
 

@@ -22,6 +22,7 @@ from benchmarks.learning.training import TINY, Scale
 from benchmarks.measuring import images, timing
 from benchmarks.measuring.rows import SubspaceRow
 from benchmarks.rendering.subspaces import BRANCHES, subspace_markdown
+from benchmarks.rendering.tables import Stored
 from hydra_kernels.analysis import subspace_similarity
 from hydra_kernels.model import adapted_layers
 
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = timing.environment(device)
     path = options.out / f"subspaces-{device.type}-{rows[0]['data'].lower()}.json"
     timing.write_result(path, environment, rows, SubspaceRow)
-    print(subspace_markdown(environment, rows))
+    print(subspace_markdown(Stored(path, environment, rows)))
     print(f"Stored in {path}")
     return 0
 

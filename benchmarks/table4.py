@@ -26,8 +26,8 @@ from benchmarks.measuring.methods import Contestant, Difference
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.table4_settings import DEFAULT_MODEL, DTYPES, EPOCH, Settings, file_name, settings_of
 from benchmarks.rendering import goals
-from benchmarks.rendering.table4 import table4_notes, table4_table
-from benchmarks.rendering.tables import show
+from benchmarks.rendering.table4 import LEGEND, table4_notes, table4_table
+from benchmarks.rendering.tables import environment_note, show
 
 PAPER_BATCH = 128
 # arXiv 2309.06922, Table 4, seconds an epoch on an RTX 3090, by the last word of our method's name.
@@ -281,7 +281,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = out / file_name(settings)
     timing.write_result(path, environment, rows, Table4Row)
     wanted = goals.goal_tables(goals.table4_goals(environment, rows))
-    show(170, [table4_table(rows), *wanted, *table4_notes(environment, rows), f"Stored: {path}"])
+    show(
+        170,
+        [table4_table(rows), *wanted, environment_note(environment), LEGEND, *table4_notes(rows), f"Stored: {path}"],
+    )
     return 0
 
 

@@ -264,6 +264,7 @@ def test_the_gpu_pages_summary_is_of_the_stored_results():
     from benchmarks.measuring import timing
     from benchmarks.measuring.rows import LayerRow
     from benchmarks.rendering import layer as render_layer
+    from benchmarks.rendering.verdicts import marked
 
     _, rows = timing.read_result(ROOT / "benchmarks" / "results" / "layer-cuda.json", LayerRow)
     [(_, steps)] = render_layer.layer_steps(render_layer.layer_groups(rows)[0])
@@ -273,14 +274,14 @@ def test_the_gpu_pages_summary_is_of_the_stored_results():
     rivals = ("naive_hydra", "naive_lora", "naive_seqlora")
     shown = re.findall(r"^\| (\d.*) \|$", summary, re.MULTILINE)
     assert shown == [
-        " | ".join([f"{row['M']} x {row['K']} x {row['N']}", *(f"{row['over'][name][1]:.3f}" for name in rivals)])
+        " | ".join([f"{row['M']} x {row['K']} x {row['N']}", *(marked(row["over"][name][1]) for name in rivals)])
         for row in ours
     ]
     assert all(row["over"]["naive_hydra"][1] < 1 for row in ours)
     assert sum(row["over"]["naive_lora"][1] > 1 for row in ours) == 3
     few, many = (steps[0][name]["median_us"] for name in ("naive_lora@parameters", "naive_lora"))
     for figures in (
-        "ours is {:.3f} and {:.3f} at ViT's shapes".format(
+        "ours is {:.2f} and {:.2f} at ViT's shapes".format(
             *(row["over"]["naive_lora@parameters"][1] for row in ours[:2])
         ),
         f"it takes {few:.0f} us, naive LoRA 16 only {many:.0f} us",

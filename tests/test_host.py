@@ -100,7 +100,12 @@ def test_goals_are_met_or_missed_by_backend():
 def test_ours_alone_is_marked_where_the_host_takes_longer():
     rows = [host_row("naive_hydra", None, 1.2), host_row("ours_hydra", "aten", 1.2), host_row("ours_hydra", "aten", 1)]
     table = render_host.host_table(rows)
-    assert [line[3:] for line in table.cells] == [["1.200"] * 3, ["1.200", "1.200 ▲", "1.200 ▲"], ["1.000"] * 3]
+    shown, itself = "1.20{} (0.10 to 9.00)", "1"
+    assert [line[3:] for line in table.cells] == [
+        ["1.20", shown.format(""), itself],
+        ["1.20", *[shown.format(" ▲")] * 2],
+        ["1.00", *["1.00 (0.10 to 9.00)"] * 2],
+    ]
     assert list(table.bold) == [False, True, True]
 
 

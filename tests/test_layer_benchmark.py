@@ -27,6 +27,7 @@ from benchmarks.measuring.rows import LayerRow, SweepRow
 from benchmarks.measuring.shapes import Entry, Shape
 from benchmarks.rendering import goals
 from benchmarks.rendering import layer as render_layer
+from benchmarks.rendering.tables import Stored
 
 from .emulated import emulate_graphs
 
@@ -337,18 +338,18 @@ def test_the_tables_show_what_is_stored(dry_run):
     over = {row["method"]: row["over"] for row in rows if row["phase"] == "step" and row["M"] == 256}
     for table, heading, method, rival in (
         (rivals, "our LoRA / PEFT LoRA", "ours_lora", "peft_lora"),
-        (rivals, "our Hydra / naive LoRA, equal parameters", "ours_hydra", "naive_lora@parameters"),
+        (rivals, "our Hydra / naive SeqLoRA", "ours_hydra", "naive_seqlora"),
         (compiled, "our Hydra / compiled SeqLoRA", "ours_hydra", "compiled_seqlora"),
     ):
         ratio = over[method][rival][1]
         shown = dict(zip(table.headings, table.cells[0], strict=True))[heading]
-        assert shown == f"{ratio:.3f}{' ▲' if ratio > 1 else ''}"
+        assert shown == f"{ratio:.2f}{' ▲' if ratio > 1 else ''}"
     line = dict(zip(frozen.headings, frozen.cells[0], strict=True))
-    assert line["our Hydra"] == f"{over['ours_hydra']['frozen'][1]:.3f}"
+    assert line["our Hydra"] == f"{over['ours_hydra']['frozen'][1]:.2f}"
     [ours] = [r for r in rows if r["method"] == "ours_hydra" and r["phase"] == "step" and r["M"] == 256]
-    assert line["our Hydra saved / x"] == f"{ours['saved_bytes'] / (4 * 256 * 24):.3f}"
+    assert line["our Hydra saved / x"] == f"{ours['saved_bytes'] / (4 * 256 * 24):.2f}"
     assert frozen.cells[2][-2:] == ["-", "-"]
-    assert render_layer.layer_markdown(environment, rows).count("\n| ") == 3 * (2 + 4)
+    assert render_layer.layer_markdown(Stored(dry_run, environment, rows), rows).count("\n| ") == 3 * (2 + 4)
 
 
 def test_a_column_that_no_shape_measured_is_left_out(fair):
@@ -400,20 +401,26 @@ def test_every_slower_step_has_its_mark_and_every_goal_its_line(fair):
     ]
     assert marks() == []
     assert missed(rows) == []
-    find(rows, "ours_hydra", 16)["over"]["naive_seqlora@parameters"] = [0.99, 1.002, 1.1]
+    find(rows, "ours_hydra", 16)["over"]["naive_seqlora"] = [0.99, 1.002, 1.1]
+    find(rows, "ours_hydra", 16)["over"]["naive_seqlora@parameters"] = [0.99, 1.013, 1.1]
     find(rows, "ours_hydra", 16)["over"]["frozen"] = [2.0, 2.0, 2.0]
     find(rows, "ours_lora", 256, "rank")["over"]["peft_lora"] = [0.1, 1.5, 1.75]
     find(rows, "ours_lora", 256, "rank")["over"]["compiled_lora"] = [0.1, 2.0, 2.5]
     # A mean of one shape is that shape's.
     small, large = (("16 x 16 x 24", MEANS[1]), ("256 x 24 x 16", MEANS[0]))
     assert marks() == [
-        ("our LoRA / PEFT LoRA", large[0], "1.500 ▲"),
-        ("our Hydra / naive SeqLoRA, equal parameters", small[0], "1.002 ▲"),
-        ("our LoRA / PEFT LoRA", large[1], "1.500 ▲"),
-        ("our Hydra / naive SeqLoRA, equal parameters", small[1], "1.002 ▲"),
-        ("our LoRA / compiled LoRA", large[0], "2.000 ▲"),
-        ("our LoRA / compiled LoRA", large[1], "2.000 ▲"),
+        ("our LoRA / PEFT LoRA", large[0], "1.50 ▲"),
+        ("our Hydra / naive SeqLoRA", small[0], "1.00 ▲"),
+        ("our LoRA / PEFT LoRA", large[1], "1.50 ▲"),
+        ("our Hydra / naive SeqLoRA", small[1], "1.00 ▲"),
+        ("our LoRA / compiled LoRA", large[0], "2.00 ▲"),
+        ("our LoRA / compiled LoRA", large[1], "2.00 ▲"),
     ]
+    # Of equal parameters the means alone, in a note.
+    assert render_layer.layer_notes(rows)[-1] == (
+        "Our Hydra over rivals of equal parameters: naive LoRA 0.50 (M >= 256), 0.50 (M <= 64); naive SeqLoRA 0.50 "
+        "(M >= 256), 1.01 ▲ (M <= 64)."
+    )
     assert missed(rows) == []
     find(rows, "ours_hydra", 256)["over"]["naive_hydra"] = [0.8, 0.81, 0.9]
     find(rows, "ours_seqlora", 256, "rank")["saved_bytes"] += 10**6
@@ -464,10 +471,11 @@ def test_the_page_gets_both_blocks_and_dry_rows_are_refused(fair, dry_run, tmp_p
     assert page.read_text(encoding="utf-8") == marked
     assert render.main(arguments) == 0
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- measured:layer -->\nfp32, eager, Hydra 8+8: a step of ours over a rival's:")
+    heading = "**fp32, eager, ours: aten**\n\nA step of ours over a rival's, Hydra 8+8:\n"
+    assert text.startswith(f"before\n<!-- measured:layer -->\n{heading}")
     assert text.endswith("<!-- /measured:layer -->\nafter\n")
     assert "outdated" not in text
-    assert "| geometric mean, M >= 256 | 0.500 |" in text
+    assert "| geometric mean, M >= 256 | 0.50 |" in text
     assert "▲" not in text
     assert render.main([*arguments, "--check"]) == 0
     page.write_text(plain, encoding="utf-8")

@@ -239,7 +239,7 @@ def test_distances_of_zero_have_a_ratio():
 
 
 def test_a_mean_that_rounds_to_zero_has_no_sign():
-    assert render_learn.mean_and_spread([-1e-5, 0.0]) == "0.00 ± 0.00"
+    assert render_learn.mean_and_spread([-1e-5, 0.0], 2) == "0.00 ± 0.00"
 
 
 def claims(seeds, tests):
@@ -258,7 +258,7 @@ def test_the_verdict_says_where_hydra_loses():
     assert "Hydra wins against LoRA in MLP, LoRA in attention, LoRA in both" in sentence
     assert "loses to SeqLoRA in MLP;" in sentence
     assert "cannot be told from SeqLoRA in attention, SeqLoRA in both" in sentence
-    line = "| MLP | SeqLoRA | 10 | 0.001 | 90.00 ± 0.00 | -10.00 ± 0.00 | 0.002 | 0.012 |"
+    line = "| MLP | SeqLoRA | 10 | 0.001 | 90.0 ± 0.0 | -10.00 ± 0.00 | 0.00195 | 0.0117 |"
     assert line in render_learn.claim_table(rows)
     published = render_learn.claim_block([tables.Stored(None, None, rows)])
     assert (
@@ -269,9 +269,7 @@ def test_the_verdict_says_where_hydra_loses():
 
 def test_the_verdict_is_that_of_the_corrected_p():
     rows = claims(6, {("both", "lora"): 0.7})
-    assert "| both | LoRA | 10 | 0.001 | 70.00 ± 0.00 | 10.00 ± 0.00 | 0.031 | 0.188 |" in render_learn.claim_table(
-        rows
-    )
+    assert "| both | LoRA | 10 | 0.001 | 70.0 ± 0.0 | 10.00 ± 0.00 | 0.0312 | 0.188 |" in render_learn.claim_table(rows)
     assert render_learn.verdicts(rows).keys() == {"open"}
 
 
@@ -308,22 +306,22 @@ def test_the_equal_table_holds_each_distance_beside_its_own():
     # Accuracies of naive 80, 82 and 88: two seeds are 2 and 6 points apart.
     shared = "1.0e-03 | 1.0e+00"
     assert (
-        f"| LoRA | native, kept | 1.0e-02 | {shared} | 10.00 | 40.00 | 0.1250 | 83.33 ± 4.16 | 2.00 | 1.00 | 4.00 |"
+        f"| LoRA | native, kept | 1.0e-02 | {shared} | 10.00 | 40.00 | 0.125 | 83.3 ± 4.2 | 2.00 | 1.00 | 4.00 |"
         in table
     )
     assert (
-        f"| Hydra | native, composed | 0.0e+00 | {shared} | 0.00 | 0.00 | 1.0000 | 83.33 ± 4.16 | 0.00 | 1.00 | 4.00 |"
+        f"| Hydra | native, composed | 0.0e+00 | {shared} | 0.00 | 0.00 | 1.00 | 83.3 ± 4.2 | 0.00 | 1.00 | 4.00 |"
         in table
     )
     assert table.count("native, ") == 6
 
 
 def test_the_equal_sentence_names_what_is_further():
-    told = "(10.0 times in the median, p = 0.0156)"
+    told = "(10.00 times in the median, p = 0.0156)"
     assert render_learn.equal_sentence(equal_rows(6)) == (
         f"At p < 0.05 the test finds further from naive than naive from itself: LoRA kept {told}, SeqLoRA kept {told}, "
         f"Hydra kept {told}. The largest distance of any run of ours from its naive one is 4.0e-02; the smallest of "
-        "two seeds, 1.0e+00, is 25 times larger: the first is rounding."
+        "two seeds, 1.0e+00, is 25.0 times larger: the first is rounding."
     )
     assert "the test finds no form further. The largest" in render_learn.equal_sentence(equal_rows(3))
 
@@ -341,10 +339,10 @@ def test_the_bf16_table_sets_each_sum_beside_naive_and_fp32():
             given = {"experiment": "equal", "method": f"{owner}_hydra", "dtype": dtype, "losses": [loss] * 3}
             rows.append(row(seed=seed, test=test, **given, **ran))
     assert render_learn.bf16_table(rows).splitlines()[2:] == [
-        "| naive, fp32 | 80.00 ± 0.00 | - | - | - | - | - |",
-        "| naive, bf16 | 81.00 ± 1.00 | 2.0e-01 | - | - | - | - |",
-        "| ours, bf16 (aten, kept) | 81.00 ± 1.00 | 1.0e-01 | 0.00 ± 0.00 | 1.000 | 0.50 | 0.250 |",
-        "| rounded once, bf16 | 83.00 ± 1.73 | 5.0e-02 | 2.00 ± 1.00 | 0.250 | 0.25 | 0.250 |",
+        "| naive, fp32 | 80.0 ± 0.0 | - | - | - | - | - |",
+        "| naive, bf16 | 81.0 ± 1.0 | 2.0e-01 | - | - | - | - |",
+        "| ours, bf16 (aten, kept) | 81.0 ± 1.0 | 1.0e-01 | 0.00 ± 0.00 | 1.00 | 0.50 | 0.250 |",
+        "| rounded once, bf16 | 83.0 ± 1.7 | 5.0e-02 | 2.00 ± 1.00 | 0.250 | 0.25 | 0.250 |",
     ]
 
 

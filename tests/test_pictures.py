@@ -177,12 +177,12 @@ def test_the_picture_of_table_4_has_ratios_with_the_papers_and_memory():
     # Outside the axis: linear probing on the left; naive Hydra and our LoRA, which is slower, on the right.
     assert marks["below the axis"] == [(0.8, palette.NAIVE)]
     assert marks["above the axis"] == [(1.2, palette.NAIVE), (1.2, palette.SLOWER)]
-    assert [text.get_text() for text in times.texts][-2:] == ["1.500 (1.034)", "0.970 (1.034)"]
+    assert [text.get_text() for text in times.texts][-2:] == ["1.50 (1.03)", "0.97 (1.03)"]
     assert dots_of(rivals) == {
         "above the axis": [(1.2, palette.SLOWER)],
         "ours": [(pytest.approx(0.97 / 0.9), palette.SLOWER)],
     }
-    assert [text.get_text() for text in rivals.texts] == ["1.500 LoRA", "1.078 SeqLoRA"]
+    assert [text.get_text() for text in rivals.texts] == ["1.50 LoRA", "1.08 SeqLoRA"]
     assert dots_of(memory) == {"parameters and optimizer": [(1.0, palette.INK)] * 6, "peak": [(3.0, palette.INK)] * 6}
     assert "ViT-B/32, fp32, eager, batch 1.0 (older kernels)" in words_of(figure)
     assert "A Card." in words_of(figure)[-1]

@@ -8,6 +8,7 @@ import hydra_kernels as hk
 from benchmarks import rounding
 from benchmarks.measuring import timing
 from benchmarks.rendering import rounding as render_rounding
+from benchmarks.rendering.tables import Stored
 
 CPU = torch.device("cpu")
 
@@ -61,7 +62,7 @@ def test_rounding_measures_every_backend_that_takes_bf16_with_a_bias_and_without
     assert found["aten", True, 0.1] == (6.1, 11.1, 26.1, False)  # of 1.1, 11.1 and 41.1
     assert found["triton", False, 0.01] == (105.01, 110.01, 125.01, True)
     environment = {**timing.environment(CPU), "date": "2026-11-30"}
-    text = render_rounding.rounding_markdown(environment, rows)
+    text = render_rounding.rounding_markdown(Stored(None, environment, rows))
     assert "frozen output | triton | triton, no b0 | aten | aten, no b0 |" in text
     assert "| 0.1 | 111.10 | 110.10 | 11.10 | 10.10 |" in text
     assert text.endswith(

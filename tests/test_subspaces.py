@@ -94,18 +94,18 @@ def subspace_rows():
 def test_the_subspace_table_sets_each_figure_beside_that_of_random_adapters():
     table = render_subspaces.subspace_table(subspace_rows())
     assert table.splitlines()[2] == (
-        "| fc2 | 0.200 ± 0.141 | 0.100 ± 0.058 | 0.700 ± 0.283 | 0.300 ± 0.115 | 0.500 ± 0.141 | 0.200 ± 0.000 | "
-        "0.800 ± 0.141 | 0.800 ± 0.115 |"
+        "| fc2 | 0.20 ± 0.14 | 0.10 ± 0.06 | 0.70 ± 0.28 | 0.30 ± 0.12 | 0.50 ± 0.14 | 0.20 ± 0.00 | "
+        "0.80 ± 0.14 | 0.80 ± 0.12 |"
     )
     assert render_subspaces.subspace_sentence(subspace_rows()) == (
-        "Similarity of all directions with the top 12 of W0's 96, in the mean: of A 0.200, of a random A 0.100 (0.100 "
-        "and 2.0 times above; above every random draw in 1 of 2 layers and seeds); of B W0 0.700, of a random B 0.300 "
-        "(0.400 and 2.3 times above; above every random draw in 2 of 2 layers and seeds). CKA with the frozen branch: "
-        "parallel 0.500, of random adapters 0.200; sequential 0.800, of random adapters 0.800; the sequential branch "
+        "Similarity of all directions with the top 12 of W0's 96, in the mean: of A 0.20, of a random A 0.10 (0.10 "
+        "and 2.00 times above; above every random draw in 1 of 2 layers and seeds); of B W0 0.70, of a random B 0.30 "
+        "(0.40 and 2.33 times above; above every random draw in 2 of 2 layers and seeds). CKA with the frozen branch: "
+        "parallel 0.50, of random adapters 0.20; sequential 0.80, of random adapters 0.80; the sequential branch "
         "is the more alike in 2 of 2 layers and seeds."
     )
-    text = render_subspaces.subspace_markdown(timing.environment(CPU), subspace_rows())
-    assert "digits, 2 seeds at learning rate 0.03, test accuracy 81.00 ± 1.41 %" in text
+    text = render_subspaces.subspace_markdown(Stored(None, timing.environment(CPU), subspace_rows()))
+    assert "digits, 2 seeds at learning rate 0.03, test accuracy 81.0 ± 1.4 %" in text
     assert "over 2 random draws of each seed." in text
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.rendering.kernels import Kernels
-from benchmarks.rendering.tables import Stored, Table, environment_note, or_dash
+from benchmarks.rendering.tables import Stored, Table, digits, or_dash
 
 
 def run_block(stored: Sequence[Stored]) -> str:
@@ -49,8 +49,12 @@ def doctor_block(stored: Sequence[Stored]) -> str:
 
 def ceilings_block(stored: Sequence[Stored]) -> str:
     def table(rows: Sequence[Any]) -> str:
-        cells = [[f"{r['what']}, {r['dtype']}", f"{r['value']:g} {r['unit']}"] for r in rows]
-        return Table("", ["what", "median"], cells).markdown()
+        units = list(dict.fromkeys(row["unit"] for row in rows))
+        cells = [
+            [row["what"], row["dtype"], *(digits(row["value"]) if row["unit"] == unit else "-" for unit in units)]
+            for row in rows
+        ]
+        return Table("", ["what", "dtype", *units], cells, left=2).markdown()
 
     # None of our kernels runs there.
     return _each([file._replace(kernels=Kernels()) for file in stored], table)
@@ -66,9 +70,9 @@ def tune_block(stored: Sequence[Stored]) -> str:
             by_time = sorted(row["us"].items(), key=lambda item: (item[0] != winner, item[1]))
             shape = f"{row['M']} x {row['K']} x {row['N']}"
             alone = {row["without_bias"]: " (without b0 alone)"}
-            others = ", ".join(f"{name} {us:.1f}{alone.get(name, '')}" for name, us in by_time[1:])
+            others = ", ".join(f"{name} {digits(us)}{alone.get(name, '')}" for name, us in by_time[1:])
             failed = ", ".join(row["failed"])
-            cells.append([shape, f"{row['r_a']}+{row['r_b']}", row["dtype"], *by_time[0][:1], f"{by_time[0][1]:.1f}"])
+            cells.append([shape, f"{row['r_a']}+{row['r_b']}", row["dtype"], *by_time[0][:1], digits(by_time[0][1])])
             cells[-1] += [others or "-", failed or "-"]
         headings = ["M x K x N", "ranks", "dtype", "won", "us", "others, us", "wrong"]
         return Table("", headings, cells, left=4).markdown()
@@ -77,7 +81,7 @@ def tune_block(stored: Sequence[Stored]) -> str:
 
 
 def _each(stored: Sequence[Stored], table: Callable[[Sequence[Any]], str]) -> str:
-    parts = [f"{table(f.rows)}\n\n{f.kernels.caption}{environment_note(f.environment)}" for f in stored]
+    parts = [f"{table(file.rows)}\n\n{file.origin(link=True)}" for file in stored]
     if len(parts) == 1:
         return parts[0]
     return "\n\n".join(f"**{file.path.stem}**\n\n{part}" for file, part in zip(stored, parts, strict=True))

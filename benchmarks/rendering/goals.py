@@ -85,6 +85,11 @@ class Goal(NamedTuple):
 HEADINGS = ("what", "measured (quartiles)", "goal", "")
 
 
+def exactly(ratio: Sequence[float]) -> str:
+    """A decimal more than elsewhere: what a goal's own decimals would hide decides it."""
+    return with_quartiles(ratio, form=".3f")
+
+
 def goal_tables(goals: Sequence[Goal]) -> list[Table]:
     """One table for the terminal, or none where a run has no goals."""
     cells = [goal.line() for goal in goals]
@@ -107,7 +112,7 @@ def table4_goals(environment: Environment, rows: Sequence[Table4Row]) -> list[Go
         if ours is None or rival is None:
             continue
         ratio = timing.paired_ratios(ours["step_seconds"], rival["step_seconds"])
-        goals.append(Goal(f"{label(ours)} over {label(rival)}", ratio.median, limit, with_quartiles(ratio)))
+        goals.append(Goal(f"{label(ours)} over {label(rival)}", ratio.median, limit, exactly(ratio)))
     return goals
 
 
@@ -118,11 +123,11 @@ def quantised_goals(rows: Sequence[Table4Row]) -> Iterator[Goal]:
         return
     over = f"{label(ours)} over {label(rival)}"
     step = timing.paired_ratios(ours["step_seconds"], rival["step_seconds"])
-    yield Goal(f"{over}, a step", step.median, NF4_CPU["step"], with_quartiles(step))
+    yield Goal(f"{over}, a step", step.median, NF4_CPU["step"], exactly(step))
     yield Goal(f"{over}, peak", ours["peak_bytes"] / rival["peak_bytes"], NF4_CPU["peak"][ours["checkpointing"]])
     if ours["token_seconds"] is not None and rival["token_seconds"] is not None:
         token = timing.paired_ratios(ours["token_seconds"], rival["token_seconds"])
-        yield Goal(f"{over}, a token", token.median, NF4_CPU["token"], with_quartiles(token))
+        yield Goal(f"{over}, a token", token.median, NF4_CPU["token"], exactly(token))
 
 
 def layer_goals(rows: Sequence[LayerRow]) -> list[Goal]:
@@ -163,7 +168,7 @@ def shape_goals(
             if known and (ratio := ours["over"].get(rival)):
                 over, limit = label(made[rival]) if rival in made else rival, limits[HEADLINE.index(shape)]
                 what = f"{label(ours)} over {over} at {shape_of(made)}"
-                yield Goal(what, ratio[1], limit, with_quartiles(ratio))
+                yield Goal(what, ratio[1], limit, exactly(ratio))
 
 
 def saved_goals(steps: Sequence[Mapping[str, LayerRow]]) -> list[Goal]:
@@ -184,7 +189,7 @@ def host_goals(rows: Sequence[HostRow]) -> list[Goal]:
         if limit is not None:
             ratio = row["over"]["naive_hydra"]
             what = f"{label(row)}, {row['backend']}, over naive Hydra at {shape_of({'': row})}"
-            goals.append(Goal(what, ratio[1], limit, with_quartiles(ratio)))
+            goals.append(Goal(what, ratio[1], limit, exactly(ratio)))
     return goals
 
 

@@ -60,11 +60,10 @@ def recorded(root: Path, results: Path, commits: Iterable[str]) -> dict[str, str
     return known | {commit: found for commit, found in missing.items() if found is not None}
 
 
-def compared(known: str | None, today: str, commit: str | None) -> Kernels:
+def compared(known: str | None, today: str) -> Kernels:
     """The kernels of a GPU result, whose digest may be known, beside those of today."""
     if known == today:
         return Kernels()
     if known is None:
         return Kernels("kernels unknown", "**Whether it ran the kernels of today is not known.** ")
-    caption = f"**Measured with older kernels**: their sources have changed since commit {(commit or '')[:12]}. "
-    return Kernels("older kernels", caption)
+    return Kernels("older kernels", "**Measured with older kernels.** ")

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from benchmarks.learning.significance import further_p, holm, sign_flip_p
 from benchmarks.measuring.rows import LearnRow
-from benchmarks.measuring.timing import Environment
-from benchmarks.rendering.tables import KINDS, Stored, Table, environment_note
+from benchmarks.rendering.tables import KINDS, Stored, Table, digits
 
 OWNERS = ("naive", "again", "ours")
 PLACES = {"mlp": "MLP", "attention": "attention", "both": "both"}
@@ -26,11 +25,11 @@ def of(rows: Sequence[LearnRow], **wanted: object) -> list[LearnRow]:
     return sorted(found, key=lambda row: row["seed"])
 
 
-def mean_and_spread(values: Sequence[float], percent: bool = True) -> str:
-    factor = 100 if percent else 1
+def mean_and_spread(values: Sequence[float], places: int = 1) -> str:
+    """Shares in percent; with two places their differences, in points."""
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    mean = round(factor * statistics.mean(values), 2) + 0.0  # a rounded -0.0 loses its sign
-    return f"{mean:.2f} ± {factor * spread:.2f}"
+    mean = round(100 * statistics.mean(values), places) + 0.0  # a rounded -0.0 loses its sign
+    return f"{mean:.{places}f} ± {100 * spread:.{places}f}"
 
 
 def curve_distance(first: LearnRow, second: LearnRow) -> float:
@@ -94,7 +93,7 @@ def equal_table(rows: Sequence[LearnRow]) -> str:
             *(f"{statistics.median(distances):.1e}" for distances in (e.to_ours, e.to_itself, e.to_others)),
             f"{statistics.median(e.ratios):.2f}",
             f"{max(e.ratios):.2f}",
-            f"{e.p:.4f}",
+            digits(e.p),
             mean_and_spread(e.naive),
             *(f"{100 * gap:.2f}" for gap in (max(e.gaps), max(e.own_gaps), statistics.median(e.other_gaps))),
         ]
@@ -107,7 +106,7 @@ def equal_sentence(rows: Sequence[LearnRow]) -> str:
     """Which forms are further from naive than rounding in another order puts it, and how far that is at most."""
     every = equalities(rows)
     further = [
-        f"{e.name} {e.route.split(', ')[1]} ({statistics.median(e.ratios):.1f} times in the median, p = {e.p:.4f})"
+        f"{e.name} {e.route.split(', ')[1]} ({statistics.median(e.ratios):.2f} times in the median, p = {digits(e.p)})"
         for e in every
         if e.p < SIGNIFICANT
     ]
@@ -115,7 +114,7 @@ def equal_sentence(rows: Sequence[LearnRow]) -> str:
     told = f"further from naive than naive from itself: {', '.join(further)}" if further else "no form further"
     return (
         f"At p < {SIGNIFICANT:g} the test finds {told}. The largest distance of any run of ours from its naive one is "
-        f"{farthest:.1e}; the smallest of two seeds, {nearest:.1e}, is {nearest / max(farthest, RESOLUTION):,.0f} "
+        f"{farthest:.1e}; the smallest of two seeds, {nearest:.1e}, is {digits(nearest / max(farthest, RESOLUTION))} "
         "times larger: the first is rounding."
     )
 
@@ -138,8 +137,8 @@ def bf16_table(rows: Sequence[LearnRow]) -> str:
             continue
         gaps = [b["test"] - a["test"] for a, b in zip(naive, run, strict=True)]
         over = ratios(from_exact[id(run)], from_exact[id(naive)])
-        line += [mean_and_spread(gaps), f"{sign_flip_p(gaps):.3f}", f"{statistics.median(over):.2f}"]
-        cells.append([*line, f"{sign_flip_p([math.log(ratio) for ratio in over]):.3f}"])
+        line += [mean_and_spread(gaps, 2), digits(sign_flip_p(gaps)), f"{statistics.median(over):.2f}"]
+        cells.append([*line, digits(sign_flip_p([math.log(ratio) for ratio in over]))])
     headings = ["Hydra", "test accuracy (%)", "loss curve from fp32's", "it - naive bf16 (points)", "p"]
     return Table("", [*headings, "loss curve's distance over naive bf16's", "p"], cells).markdown()
 
@@ -191,7 +190,7 @@ def claim_table(rows: Sequence[LearnRow]) -> str:
         line = [place, name, f"{runs[0]['trainable']:,}", f"{runs[0]['rate']:g}"]
         line.append(mean_and_spread([row["test"] for row in runs]))
         c = told.get((position, kind))
-        line += ["-"] * 3 if c is None else [mean_and_spread(c.gaps), f"{c.p:.3f}", f"{c.corrected:.3f}"]
+        line += ["-"] * 3 if c is None else [mean_and_spread(c.gaps, 2), digits(c.p), digits(c.corrected)]
         cells.append(line)
     return Table("", [*headings, "p", "p, corrected"], cells).markdown()
 
@@ -251,12 +250,12 @@ def claim_block(stored: Sequence[Stored]) -> str:
     return "\n".join([lead, "", *lines])
 
 
-def learn_markdown(environment: Environment, rows: Sequence[LearnRow]) -> str:
+def learn_markdown(file: Stored) -> str:
     """The tables and what a reader must know beside them."""
-    first = rows[0]
+    rows, first = file.rows, file.rows[0]
     seeds, searched = (len({r["seed"] for r in of(rows, experiment=name)}) for name in ("equal", "search"))
     notes = (
-        f"{environment_note(environment)} {first['data']}: a ViT that has learned classes 0 to 4 learns classes 5 to 9 "
+        f"{file.origin(link=True)} {first['data']}: a ViT that has learned classes 0 to 4 learns classes 5 to 9 "
         f"from {first['images']} images in {len(first['losses'])} steps and is tested on {first['tested']}, the same "
         f"for every seed; {seeds} seeds, each with images, order and start of its own; mean ± standard deviation over "
         "them."
@@ -285,4 +284,4 @@ def learn_markdown(environment: Environment, rows: Sequence[LearnRow]) -> str:
 
 def learn_block(stored: Sequence[Stored]) -> str:
     """What stands between the markers."""
-    return "\n\n".join(learn_markdown(result.environment, result.rows) for result in stored)
+    return "\n\n".join(learn_markdown(result) for result in stored)

@@ -1,24 +1,15 @@
-"""Table 4 of all models for the documentation: each run's own table, and the memory of all."""
+"""Table 4 of other models for the documentation: each run's own table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.measuring.methods import MODEL_METHODS
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.accelerated import is_script
 from benchmarks.rendering.kernels import Kernels
-from benchmarks.rendering.table4 import MEGA, is_papers, table4_markdown, title
-from benchmarks.rendering.tables import Stored, Table, groups, label, or_dash
-
-UNKNOWN = "not recorded, or added up over all micro-batches though one is kept at a time"
-# (key, name) of the memory that a method needs.
-MEMORY = (
-    ("held_bytes", "parameters and optimizer"),
-    ("saved_bytes", "saved for the backward"),
-    ("peak_bytes", "peak"),
-)
+from benchmarks.rendering.table4 import is_papers, run_of, table4_markdown
+from benchmarks.rendering.tables import Stored, groups, headed
 
 
 def runs(stored: Sequence[Stored]) -> Iterator[tuple[Environment, list[Table4Row], Kernels]]:
@@ -37,34 +28,11 @@ def without_sums(rows: list[Table4Row]) -> list[Table4Row]:
     return [{**row, "saved_bytes": None} for row in rows] if summed else rows
 
 
-def memory_table(found: Sequence[tuple[Environment, list[Table4Row], Kernels]]) -> Table:
-    """A line a run, a column a method: parameters and optimizer, saved and peak, in MB."""
-    used = [name for name in MODEL_METHODS if any(row["method"] == name for _, rows, _ in found for row in rows)]
-    cells = []
-    for environment, rows, _ in found:
-        by_method = {row["method"]: row for row in rows}
-        line = [title(environment, rows[0])]
-        for name in used:
-            row = by_method.get(name)
-            figures = [] if row is None else [or_dash(row[key] and row[key] / MEGA, ".0f") for key, _ in MEMORY]
-            line.append(" / ".join(figures) or "-")
-        cells.append(line)
-    return Table("Memory", ["run", *(label({"method": name, "ranks": None}).rstrip() for name in used)], cells)
-
-
 def models_block(stored: Sequence[Stored]) -> str:
-    """The memory of every run; the tables of those that are not the paper's Table 4. Not of PEFT scripts."""
-    found = [run for run in runs(stored) if not is_script(run[1])]
-    unknown = any(row[key] is None for _, rows, _ in found for row in rows for key, _ in MEMORY)
-    parts = [
-        f"Memory in MB: {' / '.join(name for _, name in MEMORY)}, which is parameters, optimizer state and the most "
-        f"that a step holds above them.{f' A dash: {UNKNOWN}.' if unknown else ''}",
-        memory_table(found).markdown(),
-    ]
-    for environment, rows, kernels in found:
-        if not is_papers(rows[0]):
-            parts += [
-                f"**{title(environment, rows[0])}**",
-                table4_markdown(environment, rows, kernels.caption),
-            ]
-    return "\n\n".join(parts)
+    """The tables of the runs that are not the paper's Table 4, each under its name. Not of PEFT scripts."""
+    found = ((file, rows) for file in stored for _, rows, _ in runs([file]))
+    shown = [(file, rows) for file, rows in found if not (is_script(rows) or is_papers(rows[0]))]
+    return (
+        headed((run_of(rows[0]), table4_markdown(file, rows)) for file, rows in shown)
+        or "Of other models nothing was measured yet."
+    )

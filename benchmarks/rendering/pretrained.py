@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.measuring.rows import LearnRow
-from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.learn import SIGNIFICANT, comparisons, mean_and_spread, methods, of, search_table, verdicts
-from benchmarks.rendering.tables import KINDS, Stored, Table, environment_note
+from benchmarks.rendering.tables import KINDS, Stored, Table, digits
 
 
 def is_pretrained(row: LearnRow) -> bool:
@@ -31,10 +30,10 @@ def pretrained_table(rows: Sequence[LearnRow]) -> str:
                 KINDS.get(kind, "head alone"),
                 f"{runs[0]['trainable']:,}",
                 f"{runs[0]['rate']:g}",
-                f"{end:.3f}",
+                digits(end),
                 mean_and_spread([row["test"] for row in runs]),
-                "-" if kind == "hydra" else mean_and_spread(gaps),
-                *(["-"] * 2 if c is None else [f"{c.p:.3f}", f"{c.corrected:.3f}"]),
+                "-" if kind == "hydra" else mean_and_spread(gaps, 2),
+                *(["-"] * 2 if c is None else [digits(c.p), digits(c.corrected)]),
             ]
         )
     headings = ["method", "trained in adapters", "learning rate", "loss of the last ten steps", "test accuracy (%)"]
@@ -49,8 +48,9 @@ def pretrained_sentence(rows: Sequence[LearnRow]) -> str:
     return f"At corrected p < {SIGNIFICANT:g} Hydra {', and '.join(parts)}."
 
 
-def pretrained_markdown(environment: Environment, rows: Sequence[LearnRow]) -> str:
+def pretrained_markdown(file: Stored) -> str:
     """The answer, the tables, and what a reader must know beside them."""
+    rows = file.rows
     claim = of(rows, experiment="claim")
     first = claim[0]
     seeds, searched = (len({row["seed"] for row in of(rows, experiment=name)}) for name in ("claim", "search"))
@@ -65,11 +65,11 @@ def pretrained_markdown(environment: Environment, rows: Sequence[LearnRow]) -> s
             f"**The search.** Validation accuracy (%) at each learning rate, mean ± standard error over {searched} "
             "other seeds; the chosen rate is bold.",
             search_table(rows),
-            environment_note(environment),
+            file.origin(link=True),
         ]
     )
 
 
 def pretrained_block(stored: Sequence[Stored]) -> str:
     """What stands between the markers."""
-    return "\n\n".join(pretrained_markdown(result.environment, result.rows) for result in stored)
+    return "\n\n".join(pretrained_markdown(result) for result in stored)

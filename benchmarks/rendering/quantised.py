@@ -1,60 +1,50 @@
-"""Whole steps over quantised bases: PEFT's LoRA, the same accelerated, and our Hydra, a line each."""
+"""Whole steps over quantised bases: PEFT's LoRA accelerated, and our Hydra, over PEFT's own, a line each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.measuring import timing
 from benchmarks.measuring.rows import Table4Row
-from benchmarks.rendering.accelerated import AUTOCAST, OURS, SCRIPT
-from benchmarks.rendering.table4 import MEGA, batch_of, table4_groups
-from benchmarks.rendering.tables import Stored, Table, commit_note, label
+from benchmarks.rendering.accelerated import AUTOCAST, OURS, SCRIPT, conditions, found_against_hand
+from benchmarks.rendering.table4 import table4_groups
+from benchmarks.rendering.tables import Stored, Table, digits, label, megabytes
 from benchmarks.rendering.verdicts import with_quartiles
 
-METHODS = (SCRIPT, AUTOCAST, OURS, "ours_hydra")
-HEADINGS = ("run", "method", "s/step", "over PEFT (quartiles)", "over PEFT under autocast (quartiles)", "peak (MB)")
-HEADINGS += ("a token, over PEFT (quartiles)",)
+METHODS = (OURS, "ours_hydra")
+HEADINGS = ("base", "checkpointing", "method", "PEFT's step (s)", "over PEFT", "over PEFT under autocast")
+HEADINGS += ("one token, over PEFT", "peak, PEFT (MB)", "peak, under autocast (MB)", "peak, ours (MB)")
 
 
-def lines_of(by_method: Mapping[str, Table4Row]) -> list[list[str]]:
-    lines = []
+def lines_of(by_method: Mapping[str, Table4Row]) -> Iterator[list[str]]:
+    """A line for each of ours, beside PEFT's LoRA; none where that was not measured."""
+    script, autocast = by_method.get(SCRIPT), by_method.get(AUTOCAST)
     for name in METHODS:
-        if name not in by_method:
+        if script is None or name not in by_method:
             continue
-        row, rivals = by_method[name], [by_method.get(rival) for rival in (SCRIPT, AUTOCAST)]
-        of_peft = name in (SCRIPT, AUTOCAST)
+        row = by_method[name]
         over = [
-            "-" if rival is None or of_peft else with_quartiles(paired(row, rival, "step_seconds"), True)
-            for rival in rivals
+            over_rival(row, rival, of)
+            for rival, of in ((script, "step_seconds"), (autocast, "step_seconds"), (script, "token_seconds"))
         ]
-        tokens = rivals[0] is None or of_peft or row["token_seconds"] is None
-        token = "-" if tokens else with_quartiles(paired(row, rivals[0], "token_seconds"), True)
-        pace = f"{timing.quartiles(row['step_seconds']).median:.3f}"
-        about = f"{row['base']}, {row['dtype']}, {batch_of(row)}"
-        lines.append([about, label(row), pace, *over, f"{row['peak_bytes'] / MEGA:.0f}", token])
-    return lines
+        pace = digits(timing.quartiles(script["step_seconds"]).median)
+        about = [row["base"], "yes" if row["checkpointing"] else "no", label(row)]
+        peaks = [megabytes(of and of["peak_bytes"]) for of in (script, autocast, row)]
+        yield [*about, pace, *over, *peaks]
 
 
-def paired(ours: Table4Row, rival: Table4Row, of: str) -> timing.Quartiles:
+def over_rival(ours: Table4Row, rival: Table4Row | None, of: str) -> str:
     """Ours over a rival's, of samples taken together."""
-    return timing.paired_ratios(ours[of], rival[of])  # type: ignore[literal-required]
+    if rival is None or ours[of] is None or rival[of] is None:  # type: ignore[literal-required]
+        return "-"
+    return with_quartiles(timing.paired_ratios(ours[of], rival[of]), True)  # type: ignore[literal-required]
 
 
 def quantised_block(stored: Sequence[Stored]) -> str:
     """One table of all runs; under it what they have in common."""
     found = [(file, group) for file in stored for group in table4_groups(file.rows)]
+    found.sort(key=lambda run: (run[1][0]["base"], run[1][0]["checkpointing"]))
     cells = [line for _, group in found for line in lines_of({row["method"]: row for row in group})]
-    first = found[0][1][0]
-    made = dict.fromkeys(f"{file.environment['device']}, {file.environment['threads']} threads" for file, _ in found)
-    when = dict.fromkeys(commit_note(file.environment) for file, _ in found)
-    proofs = [row["parity"] for _, group in found for row in group if row["parity"]]
-    worst = max(proof["gradient"] for proof in proofs)
-    note = (
-        f"{'; '.join(made)}. {'; '.join(when)}. {first['model']}, random weights, all linear layers but the head "
-        "quantised by bitsandbytes: nf4 twice (its own quantisation too), int8 without LLM.int8's rounding of "
-        f"activations. Random tokens in sequences of {first['sequence']}; {first['steps']} rounds of all methods in "
-        "shuffled order, medians of paired steps. Peak: packed weights, other parameters, optimizer state and the "
-        "step's peak above them. A token: a forward of one token without gradients. Losses and gradients were compared "
-        f"with a layer written by hand over the same base: the largest difference of a gradient is {worst:.1e}."
-    )
-    return "\n\n".join([Table("Over quantised bases", HEADINGS, cells, left=2).markdown(), note])
+    rows = [row for _, group in found for row in group]
+    note = " ".join([*conditions(found), found_against_hand(rows)])
+    return "\n\n".join([Table("Over quantised bases", HEADINGS, cells, left=3).markdown(), note])

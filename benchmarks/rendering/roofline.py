@@ -13,10 +13,8 @@ COLUMNS = {
     "naive_seqlora": "naive SeqLoRA",
     "naive_hydra": "naive Hydra",
     "hybrid": "hybrid",
-    "hybrid_once": "hybrid, x once",
     "triton": "triton",
     "effective": "effective",
-    "effective_sweep": "effective, one sweep",
     "native": "native",
     "native_sweep": "native by one sweep",
     "floor": "floor",
@@ -40,13 +38,9 @@ def roofline_markdown(environment: Environment, rows: Sequence[RooflineRow]) -> 
             f"Hydra {row['r_a']}+{row['r_b']}, {row['dtype']}: predicted step over the frozen layer's, LoRA and "
             f"SeqLoRA of rank {row['r_a'] + row['r_b']}:",
             Table("", ["M x K x N", *COLUMNS.values()], cells).markdown(),
-            f"Nothing here was measured: bytes and operations of every launch at {row['tflops']:g} TFLOP/s and "
+            f"Nothing here was measured. Predicted from {row['tflops']:g} TFLOP/s and "
             f"{row['gigabytes_per_second']:g} GB/s, {gaps}, {cache}, `triton`'s GEMM at {row['gemm_efficiency']:g} of "
-            f"cuBLAS (`python -m benchmarks.roofline`; {commit_note(environment)}). `triton` reads x once in its "
-            "forward, and sums Z anew in each tile of h; hybrid, x once: `hybrid` with that forward for outputs of at "
-            "most 1024 columns, which nothing selects. Effective: that form of `hybrid`; with one sweep: as if a "
-            "kernel that reads x and G once made Z, dZ, dU and dD. Floor: of the composed form, the frozen layer's "
-            "kernels with all of the arithmetic and two more reads of W0; where M is small the kept form needs less.",
+            f"cuBLAS (`python -m benchmarks.roofline`; {commit_note(environment)}).",
         ]
     )
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from benchmarks.measuring.rows import RoundingRow
-from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.palette import CARD, COMPILED, NAIVE, OURS, PEFT
 from benchmarks.rendering.pictures import canvas, legend_above
-from benchmarks.rendering.tables import Stored, Table, environment_note
+from benchmarks.rendering.tables import Stored, Table
 
 # Colour, shape and size in the picture.
 MARKS = {
@@ -21,8 +20,9 @@ MARKS = {
 NAMES = {"reference": "naive", "aten": "aten", "native": "native", "hybrid": "hybrid", "triton": "triton"}
 
 
-def rounding_markdown(environment: Environment, rows: Sequence[RoundingRow]) -> str:
+def rounding_markdown(file: Stored) -> str:
     """The shares by the size of the update, each backend with a bias b0 and without, and what was not measured."""
+    rows: Sequence[RoundingRow] = file.rows
     columns = list(dict.fromkeys((row["backend"], row["bias"]) for row in rows))
     shares = {(row["backend"], row["bias"], row["ratio"]): row for row in rows}
     cells = [
@@ -33,7 +33,7 @@ def rounding_markdown(environment: Environment, rows: Sequence[RoundingRow]) -> 
     interpreted = [NAMES[name] for name in dict.fromkeys(row["backend"] for row in rows if row["interpreted"])]
     missing = [name for backend, name in NAMES.items() if backend not in {row["backend"] for row in rows}]
     note = (
-        f"{environment_note(environment)} bf16, M={first['M']}, K={first['K']}, N={first['N']}, ranks "
+        f"{file.origin(link=True)} bf16, M={first['M']}, K={first['K']}, N={first['N']}, ranks "
         f"{first['r_a']}+{first['r_b']}, medians over seeds."
     )
     note += f" In Triton's interpreter: {', '.join(interpreted)}." if interpreted else ""
@@ -45,7 +45,7 @@ def rounding_markdown(environment: Environment, rows: Sequence[RoundingRow]) -> 
 
 def rounding_block(stored: Sequence[Stored]) -> str:
     """What stands between the markers."""
-    return "\n\n".join(rounding_markdown(result.environment, result.rows) for result in stored)
+    return "\n\n".join(rounding_markdown(result) for result in stored)
 
 
 def rounding_chart(stored: Stored) -> Figure:

@@ -11,7 +11,7 @@ from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.accelerated import is_script
 from benchmarks.rendering.kernels import Kernels
-from benchmarks.rendering.models import MEMORY, runs
+from benchmarks.rendering.models import runs
 from benchmarks.rendering.palette import INK, MUTED, SLOWER
 from benchmarks.rendering.pictures import (
     ABOVE,
@@ -32,6 +32,12 @@ from benchmarks.rendering.verdicts import loses
 # The range of a ratio's axis; an arrow stands at the edge for what lies outside.
 LOW, HIGH = 0.8, 1.2
 LEFT, RIGHT = Mark("below the axis", "", "<"), Mark("above the axis", "", ">")
+# (key, name) of the memory that a method needs.
+MEMORY = (
+    ("held_bytes", "parameters and optimizer"),
+    ("saved_bytes", "saved for the backward"),
+    ("peak_bytes", "peak"),
+)
 PAPER = Mark("the paper's", MUTED, "x")
 SHAPES = {
     "held_bytes": Mark("", INK, "|"),
@@ -70,7 +76,7 @@ def draw_times(axes: Axes, places: Sequence[float], rows: Sequence[Table4Row]) -
     papers = {y: row["paper_ratio"] for y, row in known if row["paper_ratio"] is not None}
     inside = {y: ratio for y, ratio in papers.items() if LOW <= ratio <= HIGH}
     axes.scatter(list(inside.values()), list(inside), s=22, marker="x", color=MUTED, label=PAPER.name, zorder=4)
-    texts = [f"{row['ratio']:.3f}" + (f" ({papers[y]:.3f})" if y in papers else "") for y, row in known]
+    texts = [f"{row['ratio']:.2f}" + (f" ({papers[y]:.2f})" if y in papers else "") for y, row in known]
     figures(axes, list(ratios), texts, slower)
 
 
@@ -85,7 +91,7 @@ def draw_rivals(axes: Axes, places: Sequence[float], rows: Sequence[Table4Row]) 
     slower = [loses(ratio) for _, ratio in fastest.values()]
     draw_ratios(axes, {y: ratio for y, (_, ratio) in fastest.items()}, [OWNERS["ours"]] * len(fastest), slower)
     names = {row["method"]: label(row) for row in rows} | {f"naive_{kind}": name for kind, name in KINDS.items()}
-    figures(axes, list(fastest), [f"{ratio.median:.3f} {names[name]}" for name, ratio in fastest.values()], slower)
+    figures(axes, list(fastest), [f"{ratio.median:.2f} {names[name]}" for name, ratio in fastest.values()], slower)
 
 
 def draw_memory(axes: Axes, places: Sequence[float], rows: Sequence[Table4Row]) -> None:

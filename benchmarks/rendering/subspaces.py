@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from benchmarks.measuring.rows import SubspaceRow
-from benchmarks.measuring.timing import Environment
 from benchmarks.rendering.learn import mean_and_spread
 from benchmarks.rendering.palette import COMPILED, MARKS, NAIVE, OURS
 from benchmarks.rendering.pictures import canvas
-from benchmarks.rendering.tables import Stored, Table, environment_note
+from benchmarks.rendering.tables import Stored, Table
 
 BRANCHES = ("pretrained", "parallel", "sequential")
 BRANCH_MARKS = {"pretrained": (NAIVE, "o"), "parallel": (OURS, "D"), "sequential": (COMPILED, "^")}
@@ -42,7 +41,7 @@ def subspace_table(rows: Sequence[SubspaceRow]) -> str:
 
 def _spread(values: Sequence[float]) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {spread:.3f}"
+    return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 
 
 def subspace_sentence(rows: Sequence[SubspaceRow]) -> str:
@@ -54,7 +53,7 @@ def subspace_sentence(rows: Sequence[SubspaceRow]) -> str:
         random = statistics.mean(v for row in rows for v in row["random_similarity"][matrix])
         above = sum(row["similarity"][matrix] > max(row["random_similarity"][matrix]) for row in rows)
         parts.append(
-            f"of {name} {own:.3f}, of a random {name[0]} {random:.3f} ({own - random:.3f} and {own / random:.1f} times "
+            f"of {name} {own:.2f}, of a random {name[0]} {random:.2f} ({own - random:.2f} and {own / random:.2f} times "
             f"above; above every random draw in {above} of {count} layers and seeds)"
         )
     means = [
@@ -65,18 +64,18 @@ def subspace_sentence(rows: Sequence[SubspaceRow]) -> str:
     ordered = sum(row["cka"]["sequential"] > row["cka"]["parallel"] for row in rows)
     return (
         f"Similarity of all directions with the top {first['top']} of W0's {first['N']}, in the mean: "
-        f"{'; '.join(parts)}. CKA with the frozen branch: parallel {means[0]:.3f}, of random adapters {means[1]:.3f}; "
-        f"sequential {means[2]:.3f}, of random adapters {means[3]:.3f}; the sequential branch is the more alike in "
+        f"{'; '.join(parts)}. CKA with the frozen branch: parallel {means[0]:.2f}, of random adapters {means[1]:.2f}; "
+        f"sequential {means[2]:.2f}, of random adapters {means[3]:.2f}; the sequential branch is the more alike in "
         f"{ordered} of {count} layers and seeds."
     )
 
 
-def subspace_markdown(environment: Environment, rows: Sequence[SubspaceRow]) -> str:
+def subspace_markdown(file: Stored) -> str:
     """The table, what it says, and what a reader must know beside it."""
-    first = rows[0]
+    rows, first = file.rows, file.rows[0]
     accuracies = {row["seed"]: row["accuracy"] for row in rows}
     note = (
-        f"{environment_note(environment)} {first['data']}, {len(accuracies)} seeds at learning rate {first['rate']:g}, "
+        f"{file.origin(link=True)} {first['data']}, {len(accuracies)} seeds at learning rate {first['rate']:g}, "
         f"test accuracy {mean_and_spread(list(accuracies.values()))} %; mean ± standard deviation over seeds, and over "
         f"{len(first['random_cka']['parallel'])} random draws of each seed."
     )
@@ -85,7 +84,7 @@ def subspace_markdown(environment: Environment, rows: Sequence[SubspaceRow]) -> 
 
 def subspace_block(stored: Sequence[Stored]) -> str:
     """What stands between the markers."""
-    return "\n\n".join(subspace_markdown(result.environment, result.rows) for result in stored)
+    return "\n\n".join(subspace_markdown(result) for result in stored)
 
 
 def subspace_chart(stored: Stored) -> Figure:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from benchmarks.measuring import timing
-from benchmarks.measuring.methods import naive_of
 from benchmarks.measuring.models import PAPER_MODEL
 from benchmarks.measuring.rows import Table4Row
 from benchmarks.measuring.timing import Environment, Quartiles
-from benchmarks.rendering.tables import MODES, Stored, Table, environment_note, groups, headed, label, or_dash
+from benchmarks.rendering.tables import (
+    MODES,
+    Stored,
+    Table,
+    digits,
+    groups,
+    headed,
+    label,
+    megabytes,
+    or_dash,
+    what_ran,
+)
 from benchmarks.rendering.verdicts import is_rival, with_quartiles
 
 MEGA = 1e6
-UNKNOWN_SAVED = "not shown, as this run added up all micro-batches, of which one is kept at a time"
+# What the tables mean, for the terminal; the pages say it once, above them.
+LEGEND = (
+    "Ratios: medians of paired steps, with quartiles. Held: parameters and optimizer state; saved: kept for the "
+    "backward; peak: the most that a step needs, what is held included."
+)
+UNKNOWN_SAVED = "What is saved is not shown: this run added up all micro-batches, of which one is kept at a time."
+RIVALS = {"naive_lora": "over naive LoRA", "naive_seqlora": "over naive SeqLoRA", "naive_hydra": "over naive Hydra"}
+MEMORY = {"held_bytes": "held (MB)", "saved_bytes": "saved (MB)", "peak_bytes": "peak (MB)"}
 
 
 def over_rivals(rows: Sequence[Table4Row]) -> dict[str, dict[str, Quartiles]]:
@@ -29,72 +46,52 @@ def table4_table(rows: Sequence[Table4Row]) -> Table:
     """The paper's seconds appear only beside whole epochs of its model and batch."""
     row = rows[0]
     projected, paper = (any(row[key] for row in rows) for key in ("projected", "paper_ratio"))
-    headings = ["method", "trainable (M)", "head (M)", f"sec/epoch{', projected' if projected else ''} (quartiles)"]
-    headings += [] if projected else ["paper's sec/epoch"]
-    headings += [
-        "over naive LoRA (quartiles)",
-        *(["over LoRA, the paper's"] if paper else []),
-        "over naive SeqLoRA (quartiles)",
-    ]
-    headings += ["over its naive (quartiles)", "saved (MB)", "peak (MB)"]
+    headings = ["method", "trainable (M)", f"epoch{', projected' if projected else ''} (s)"]
+    headings += [] if projected else ["paper's epoch (s)"]
+    headings += [*RIVALS.values(), *MEMORY.values()]
+    if paper:
+        headings.insert(headings.index(RIVALS["naive_lora"]) + 1, "the paper's, over LoRA")
     over, cells = over_rivals(rows), []
     for row in rows:
-        ours = row["method"].startswith("ours_")
-        line = [label(row), f"{row['trainable'] / MEGA:.3f}", f"{row['head'] / MEGA:.3f}"]
-        line.append(f"{row['sec_per_epoch']:.1f} ({row['q1']:.1f} to {row['q3']:.1f})")
+        line = [label(row), digits(row["trainable"] / MEGA), digits(row["sec_per_epoch"])]
         line += [] if projected else [or_dash(row["paper_sec_per_epoch"], ".2f")]
-        ratio = (row["ratio_q1"], row["ratio"], row["ratio_q3"])
-        line.append("-" if row["ratio"] is None else with_quartiles(ratio, ours))
-        line += [or_dash(row["paper_ratio"], ".3f")] if paper else []
-        for rival in ("naive_seqlora", naive_of(row["method"]) or ""):
+        line.append(over_lora(row))
+        line += [or_dash(row["paper_ratio"], ".2f")] if paper else []
+        for rival in list(RIVALS)[1:]:
             found = over[row["method"]].get(rival)
-            line.append("-" if found is None else with_quartiles(found, ours))
-        line += [or_dash(row[key] and row[key] / MEGA, ".1f") for key in ("saved_bytes", "peak_bytes")]
-        cells.append(line)
+            line.append("-" if found is None else with_quartiles(found, mark=True))
+        cells.append([*line, *(megabytes(row[key]) for key in MEMORY)])  # type: ignore[literal-required]
     title = f"Table 4: {row['model']}, {row['dtype']}, {row['mode']}, {batch_of(row)}"
     return Table(title, headings, cells, [row["method"].startswith("ours_") for row in rows])
 
 
-def table4_notes(environment: Environment, rows: Sequence[Table4Row]) -> list[str]:
-    """What a reader must know beside the figures: the run, what they mean and what was proved; then how often our Hydra
-    was the faster.
-    """
+def over_lora(row: Table4Row) -> str:
+    """Every method's steps over naive LoRA's, as stored; only ours has the mark."""
+    if row["ratio"] is None or row["method"] == "naive_lora":
+        return "-" if row["ratio"] is None else "1"
+    return with_quartiles((row["ratio_q1"], row["ratio"], row["ratio_q3"]), row["method"].startswith("ours_"))
+
+
+def table4_notes(rows: Sequence[Table4Row]) -> list[str]:
+    """What a reader must know beside the figures: the run, and what was proved."""
     row = rows[0]
     samples = "images" if row["sequence"] is None else "sequences"
-    if row["projected"]:
-        epoch = f"sec/epoch is projected to 50,000 {samples} from {row['steps']} steps of {row['batch']} {samples}"
-        if any(row["paper_ratio"] is not None for row in rows):
-            epoch += ", so only the ratios stand beside the paper's"
-    else:
-        epoch = f"sec/epoch is one whole epoch of 50,000 images in batches of {row['batch']}"
-    saved = "kept for the backward" if all(row["saved_bytes"] is not None for row in rows) else UNKNOWN_SAVED
-    note = (
-        f"{environment_note(environment)} {row['model']}, {row['weights']} weights, {data_of(row)}, {row['dtype']}, "
-        f"{MODES[row['mode']]}, {batch_of(row)}, {row['steps']} rounds of all methods in shuffled order; {epoch}. "
-        f"Ratios: medians of paired steps. Saved: {saved}. Peak: parameters, optimizer state and the step's peak "
-        "above them."
-    )
+    epoch = f"Projected from {row['steps']} steps to an epoch" if row["projected"] else "One whole epoch"
+    notes = [
+        f"{row['weights'].capitalize()} weights, {data_of(row)}. {epoch} of 50,000 {samples}. The head's "
+        f"{digits(row['head'] / MEGA)} M parameters are trained too."
+    ]
+    if any(row["saved_bytes"] is None for row in rows):
+        notes.append(UNKNOWN_SAVED)
+    notes += [MODES[row["mode"]]] if row["mode"] in MODES else []
     proofs = [row["parity"] for row in rows if row["parity"]]
     if proofs:
         worst = max(proofs, key=lambda proof: proof["gradient"])
-        note += (
-            f" Ours against naive, every step from equal weights: losses within {max(p['loss'] for p in proofs):.1e} "
-            f"(allowed {worst['allowed']['loss']:g}), gradients within {worst['gradient']:.1e} "
-            f"(allowed {worst['allowed']['gradient']:g})."
+        notes.append(
+            f"Losses within {max(p['loss'] for p in proofs):.1e} of naive's (allowed {worst['allowed']['loss']:g}), "
+            f"gradients within {worst['gradient']:.1e} (allowed {worst['allowed']['gradient']:g})."
         )
-    return [note, *rounds_won({row["method"]: row for row in rows})]
-
-
-def rounds_won(by_method: Mapping[str, Table4Row]) -> list[str]:
-    """In how many rounds our Hydra was faster than each naive method, in one sentence; none where it did not run."""
-    ours, parts = by_method.get("ours_hydra"), []
-    for name in ("naive_lora", "naive_seqlora", "naive_hydra"):
-        if ours is not None and (rival := by_method.get(name)) is not None:
-            pairs = zip(ours["step_seconds"], rival["step_seconds"], strict=True)
-            parts.append(f"{label(rival)} in {sum(a < b for a, b in pairs)}")
-    if not parts:
-        return []
-    return [f"Of {len(ours['step_seconds'])} rounds {label(ours)} was faster than {', than '.join(parts)}."]
+    return notes
 
 
 def data_of(row: Table4Row) -> str:
@@ -122,8 +119,8 @@ def run_of(row: Table4Row) -> str:
     return f"{row['model']}{base}, {row['dtype']}, {row['mode']}, {batch_of(row)}"
 
 
-def table4_markdown(environment: Environment, rows: Sequence[Table4Row], kernels: str = "") -> str:
-    return "\n\n".join([table4_table(rows).markdown(), kernels + " ".join(table4_notes(environment, rows))])
+def table4_markdown(file: Stored, rows: Sequence[Table4Row]) -> str:
+    return "\n\n".join([table4_table(rows).markdown(), " ".join([file.origin(), *table4_notes(rows)])])
 
 
 def is_papers(row: Table4Row) -> bool:
@@ -133,9 +130,7 @@ def is_papers(row: Table4Row) -> bool:
 
 def table4_block(stored: Sequence[Stored]) -> str:
     return headed(
-        (file.environment, group, table4_markdown(file.environment, group, file.kernels.caption))
-        for file in stored
-        for group in table4_groups(file.rows)
+        (what_ran(group), table4_markdown(file, group)) for file in stored for group in table4_groups(file.rows)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,22 +19,42 @@ from benchmarks.rendering.kernels import Kernels
 
 OWNERS = {"ours": "our", "peft": "PEFT", "autocast": "PEFT under autocast", "accelerated": "accelerated PEFT"}
 KINDS = {"lora": "LoRA", "seqlora": "SeqLoRA", "hydra": "Hydra"}
+# What a caption says of a mode.
 MODES = {
-    "eager": "eager",
-    "compile": "compile (every method under torch.compile)",
-    "graph": "graph (CUDA graphs replayed, saved bytes counted in eager mode)",
+    "compile": "Every method under torch.compile.",
+    "graph": "CUDA graphs replayed, saved bytes counted in eager mode.",
 }
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 class Stored(NamedTuple):
-    """One file of results, and for a GPU's what is said of its kernels."""
+    """One file of results, for a GPU's what is said of its kernels, and the number of the machine on the pages."""
 
     path: Path
     environment: Environment
     rows: list[Any]
     kernels: Kernels = Kernels()
+    # None in the terminal.
+    machine: int | None = None
+
+    def where(self, link: bool = False) -> str:
+        """Which kernels ran on which machine. ``link``: from a page other than the one that lists the machines."""
+        machine = machine_note(self.environment) if self.machine is None else f"Machine {self.machine}"
+        linked = link and self.machine is not None
+        return self.kernels.caption + (f"[{machine}](results.md#machines-and-versions)" if linked else machine)
+
+    def origin(self, link: bool = False) -> str:
+        """The first words of every caption: where, when, and which commit."""
+        return f"{self.where(link)}; {commit_note(self.environment)}."
+
+
+def origins(files: Sequence[Stored]) -> str:
+    """Of several files, each machine once."""
+    notes: dict[str, dict[str, None]] = {}
+    for file in files:
+        notes.setdefault(file.where(), {})[commit_note(file.environment)] = None
+    return " ".join(f"{machine}; {', and '.join(commits)}." for machine, commits in notes.items())
 
 
 class Table(NamedTuple):
@@ -78,6 +99,17 @@ def or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def digits(value: float) -> str:
+    """Three significant digits: how the pages round all that is no ratio, no share and no memory."""
+    exponent = math.floor(math.log10(abs(value))) if value else 0
+    rounded = round(value, 2 - exponent)
+    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}" if value else "0"
+
+
+def megabytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.0f}"
+
+
 def commit_note(environment: Environment) -> str:
     commit = "no commit" if environment["commit"] is None else f"commit {environment['commit'][:12]}"
     return f"{environment['date'][:10]}; {commit}{' with local changes' if environment['dirty'] else ''}"
@@ -89,11 +121,17 @@ def is_gpu(environment: Environment) -> bool:
 
 
 def environment_note(environment: Environment) -> str:
+    """For the terminal; the pages name each machine once."""
+    return f"{machine_note(environment)}; {commit_note(environment)}."
+
+
+def machine_note(environment: Environment) -> str:
     versions = [f"{name} {environment[name]}" for name in ("torch", "triton", "transformers") if environment[name]]
-    driver = f", driver {environment['driver']}" if environment["driver"] else f", {environment['threads']} threads"
+    threads = f"{environment['threads']} thread{'' if environment['threads'] == 1 else 's'}"
+    more = f"driver {environment['driver']}" if environment["driver"] else threads
     return (
-        f"{environment['device']} ({environment['capability']}{driver}); {commit_note(environment)}; "
-        f"{', '.join(versions)}, Python {environment['python']}."
+        f"{environment['device']} ({environment['capability']}, {more}); {', '.join(versions)}, "
+        f"Python {environment['python']}"
     )
 
 
@@ -120,12 +158,6 @@ def what_ran(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{rows[0]['dtype']}, {rows[0]['mode']}{dropped}{', ours: ' if backends else ''}{', '.join(backends)}"
 
 
-def headed(made: Iterable[tuple[Environment, Sequence[Mapping[str, Any]], str]]) -> str:
-    """The texts made of measured groups, each under what tells it from the others; one alone has nothing to tell."""
-    made = list(made)
-    if len(made) == 1:
-        return made[0][2]
-    parts = []
-    for environment, rows, text in made:
-        parts.append(f"**{what_ran(rows)}; {environment['device']}**\n\n{text}")
-    return "\n\n".join(parts)
+def headed(made: Iterable[tuple[str, str]]) -> str:
+    """Texts, each under its heading."""
+    return "\n\n".join(f"**{heading}**\n\n{text}" for heading, text in made)

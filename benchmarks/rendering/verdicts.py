@@ -25,12 +25,12 @@ def loses(ratio: Sequence[float]) -> bool:
     return ratio[1] > 1
 
 
-def marked(ratio: float | None, form: str = ".3f") -> str:
-    """Ours over a rival, with the mark where ours needs more; a dash where it was not measured."""
+def marked(ratio: float | None, form: str = ".2f") -> str:
+    """Ours over a rival, with the mark where ours needs more, be it less than is shown; a dash: not measured."""
     return "-" if ratio is None else f"{ratio:{form}}{SLOWER if ratio > 1 else ''}"
 
 
-def with_quartiles(ratio: Sequence[float], mark: bool = False) -> str:
+def with_quartiles(ratio: Sequence[float], mark: bool = False, form: str = ".2f") -> str:
     """[q1, median, q3] as text, with the mark of a ratio of ours over a rival."""
     q1, median, q3 = ratio
-    return f"{median:.3f}{SLOWER if mark and loses(ratio) else ''} ({q1:.3f} to {q3:.3f})"
+    return f"{median:{form}}{SLOWER if mark and loses(ratio) else ''} ({q1:{form}} to {q3:{form}})"
