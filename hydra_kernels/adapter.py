@@ -83,7 +83,7 @@ class Adapter(nn.Module):
     Args:
         in_features, out_features: K and N of the base layer.
         r_a, r_b: ranks of the parallel and of the sequential branch; 0 leaves the branch out.
-        scale_a, scale_b: factors of the branches, initial values where ``learnable_scale``.
+        scale_a, scale_b: factors of the branches; with ``learnable_scale`` their initial values.
         learnable_scale, dropout, input_dropout, adapter_bias, adapter_dtype, init_std, form, backend: as for
             `HydraLinear`.
         init: "gaussian", or "peft" for a uniform start within 1/sqrt(fan_in), as PEFT's LoRA has it.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def subspace_similarity(X: Tensor, Y: Tensor, i: int, j: int) -> float:
-    """How alike the top right-singular subspaces of X and Y are (Eq. 14): 0 for orthogonal ones, 1 where one holds all.
+    """How alike the top right-singular subspaces of X and Y are (Eq. 14): 0 if orthogonal, 1 if one lies in the other.
 
     ``phi(X, Y, i, j) = ||V_X[:, :i]^T V_Y[:, :j]||_F^2 / min(i, j)``, V the right-singular vectors by falling value.
 

@@ -31,7 +31,7 @@ _DROPOUTS = ("dropout", "input_dropout")
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' Parameters of every adapted layer by dotted name ("encoder.0.A_down"), detached, not copied.
 
-    A layer that stands in several places, or a Parameter of several layers, comes under its first name. Under FSDP2 or
+    A layer in several places, or a Parameter of several layers, appears once, under its first name. Under FSDP2 or
     tensor parallelism they are DTensors, as in ``model.state_dict()``.
 
     Raises:
@@ -50,7 +50,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Iterable[str] = ()) -> None:
-    """Writes the adapters of model, and what the layers are, to a safetensors file.
+    """Writes the adapters of model, and how its layers were made, to a safetensors file.
 
     Under FSDP2 or tensor parallelism every rank must call it: the parameters are gathered one by one, the first rank of
     their mesh writes the file, the others do not wait for it. It is the same file as an unsharded model's.
@@ -77,7 +77,7 @@ def save_adapters(model: nn.Module, path: str | os.PathLike[str], include: Itera
 
 
 def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Copies what `save_adapters` wrote into model's own Parameters, on their devices and in their dtypes; unmerges.
+    """Copies what `save_adapters` wrote into model's own Parameters, on their devices, in their dtypes; ends a merge.
 
     Under FSDP2 or tensor parallelism every rank reads the file and takes its shards.
 

@@ -57,19 +57,19 @@ def to_lora(
     """Writes the adapters of model as LoRA adapter folders, which PEFT and whatever serves PEFT's LoRA load.
 
     A Hydra of ranks r_a and r_b is a LoRA of rank r_a + r_b with the same outputs (dropout on the bottleneck apart).
-    It belongs to the weights that model has now: over other ones, such as a quantised base's original, B_down W0 is
-    another. Training can go on from the folder, as of a LoRA.
+    Use it with the weights that model has now: over others, such as the original of a quantised base, B_down W0 is
+    another matrix. You can go on training from the folder, as a LoRA.
 
     Under FSDP2 or tensor parallelism every rank must call it; the first one writes.
 
     Args:
         model: with adapters of `inject`, or of PEFT's Hydra; merged or not.
-        path: the folder, as PEFT's ``save_pretrained`` has it: in it an adapter of a name other than "default" gets its
-            own.
-        bias: what becomes of a change of the bias, which a sequential branch over a bias makes, and adapter biases:
-            "refuse" raises, "lora" stores it as PEFT's ``lora_bias``, which not every server has.
-        modules_to_save: names of other modules that were trained, such as ``["classifier"]``, as in PEFT; of a model of
-            PEFT's they are known.
+        path: the folder, as in PEFT's ``save_pretrained``: an adapter with another name than "default" gets a folder of
+            its own in it.
+        bias: what to do if the bias changes, as a sequential branch over a bias and adapter biases change it: "refuse"
+            raises, "lora" stores it as PEFT's ``lora_bias``, which not every server has.
+        modules_to_save: names of other modules that were trained, such as ``["classifier"]``, as in PEFT. A model of
+            PEFT's knows its own.
         base_model_name_or_path: of the base; None for what PEFT's configuration, or the model's, says.
 
     Returns:

@@ -54,7 +54,8 @@ def hydra_linear(
 
     Args:
         x: input [*, K], at least one dimension; float64, float32, float16 or bfloat16.
-        weight: W0 [N, K], frozen, of x's dtype outside autocast; or quantised, as `weights.packed` reads it of a layer.
+        weight: W0 [N, K], frozen, of x's dtype outside autocast; or quantised, as `weights.packed` reads it from a
+            layer.
         bias: b0 [N] of weight's dtype, or None; may require grad.
         A_down, A_up: [r_a, K] and [N, r_a], both or neither; weight's dtype, or float32 over a low-precision weight.
         B_down, B_up: [r_b, N] and [N, r_b], likewise.
@@ -71,8 +72,8 @@ def hydra_linear(
         form: "composed" saves x and the bottleneck, "kept" saves y0 too, "effective" saves x and multiplies it with
             W0 + U D, built once a pass (`native` on a CPU and `hybrid`, without dropout of either kind); "auto" lets
             `choice` decide.
-        backend: a key of ``hydra_kernels.backends()`` or "auto", which is "reference" where something can follow plain
-            operators alone: torch.func's transforms, forward-mode differentiation, torch.jit.trace, torch.export.
+        backend: a key of ``hydra_kernels.backends()`` or "auto", which is "reference" where only plain operators can be
+            traced: torch.func's transforms, forward-mode differentiation, torch.jit.trace, torch.export.
 
     Returns:
         h [*, N] in x's dtype, or in autocast's where that is on; over a quantised weight always in x's.

@@ -40,7 +40,7 @@ class HydraLinear(Merging, Adapter):
         in_features, out_features: K and N.
         bias: whether the frozen layer has a bias.
         r_a, r_b: ranks of the parallel and of the sequential branch; 0 leaves the branch out.
-        scale_a, scale_b: factors of the branches, initial values where ``learnable_scale``.
+        scale_a, scale_b: factors of the branches; with ``learnable_scale`` their initial values.
         learnable_scale: makes the factors trainable 0-dimensional Parameters.
         dropout: probability in [0, 1) of zeroing an element of the rank-r bottleneck in training mode.
         input_dropout: likewise, of zeroing an element of x as the parallel branch reads it: LoRA's ``lora_dropout``.
@@ -114,12 +114,12 @@ class HydraLinear(Merging, Adapter):
 
     @classmethod
     def from_linear(cls: type[Layer], linear: nn.Linear, **options: Any) -> Layer:
-        """An adapted layer around linear's own Parameter objects, which are frozen: weight tying survives.
+        """An adapted layer that holds linear's own Parameter objects and freezes them: tied weights stay tied.
 
         Args:
             linear: an ``nn.Linear`` or a subclass that keeps its forward, without hooks or parametrizations; or a
                 quantised layer that `hydra_kernels.weights` knows (`QuantisedBase`), whose adapters are float32.
-            options: of the constructor, but in_features, out_features, bias, device and dtype.
+            options: of the constructor, except in_features, out_features, bias, device and dtype.
 
         Raises:
             TypeError, ValueError: for anything else, naming its class; linear is then unchanged.
@@ -191,7 +191,7 @@ class HydraLinear(Merging, Adapter):
         self.adapters_enabled = True
 
     def disable_adapters(self) -> None:
-        """Makes the layer answer as the frozen one, merged or not."""
+        """Makes the forward that of the frozen layer, merged or not."""
         self.adapters_enabled = False
 
     @property
@@ -202,9 +202,9 @@ class HydraLinear(Merging, Adapter):
     def merge(self) -> None:
         """Makes the forward one plain product with W0 + s_a A_up A_down + s_b B_up B_down W0 (Eq. 11-12).
 
-        The merged weight and bias stand outside the state_dict; the Parameters do not change, gradients flow to x
-        alone. `unmerge`, `train` and `load_state_dict` end the mode. A forward after a Parameter was changed in place
-        raises ValueError; a second merge then merges again. Otherwise it does nothing.
+        The merged weight and bias are not in the state_dict. The Parameters do not change, and gradients flow to x
+        alone. `unmerge`, `train` and `load_state_dict` end the mode. If a Parameter is changed in place meanwhile, the
+        forward raises ValueError, and a second merge merges again; otherwise a second merge does nothing.
 
         Raises:
             ValueError: in training mode, under FSDP2, and where a parameter is on the meta device.

@@ -33,16 +33,17 @@ def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The keys and values of ``merge_and_unload().state_dict()``, one at a time, for rollouts and exports.
 
     Model stays as it is. Under FSDP2 and tensor parallelism the tensors are whole: every rank must iterate to the end,
-    since each sharded tensor is a collective, and beyond the shards at most one layer is whole in memory at a time.
+    since each sharded tensor is gathered by all of them. Beside the shards at most one whole layer is in memory at a
+    time.
 
     Args:
         model: with adapters of `inject`, of PEFT's Hydra or of PEFT's plain LoRA, accelerated or not. Of PEFT's, the
             active adapters are merged, and ``modules_to_save`` come under the names of the base model.
 
     Yields:
-        Names without what wrappers add, with the values of ``state_dict``: parameters, persistent buffers. Values that
-        no adapter changes are the model's own tensors, where these are whole. A weight that another module shares with
-        an adapted layer comes as two, with a warning.
+        Names without the prefixes of wrappers, with the values of ``state_dict``: parameters, persistent buffers.
+        Values that no adapter changes are the model's own tensors, if these are whole. A weight that another module
+        shares with an adapted layer comes as two, with a warning.
 
     Raises:
         ValueError: where model has no adapted layer; naming a layer that cannot be merged so (DoRA, an embedding,

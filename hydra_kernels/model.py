@@ -42,10 +42,10 @@ def inject(
     Args:
         model: any module; it is changed.
         target_modules: a regular expression that a module's whole dotted name matches, or an iterable of suffixes at a
-            dot: ``["query", "output.dense"]``. Experts that are bare parameters have no layer to adapt: a warning says
-            which of them it names.
+            dot: ``["query", "output.dense"]``. Experts that are bare parameters have no layer to adapt: a warning names
+            those that it matches.
         method: "hydra", "lora" or "seqlora".
-        exclude: names not to take although they match, in the same two ways.
+        exclude: names to leave out although they match, written in the same two ways.
         options: of the layer: ``r_a`` and ``r_b`` for hydra, ``r`` for the others, ``dropout``, ... Over a bfloat16 or
             float16 base the adapters have its dtype, and a warning says so, unless ``adapter_dtype`` is given.
 
@@ -219,7 +219,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Puts a plain ``nn.Linear`` with the merged weight in place of every adapted layer, a shared one in every place.
 
     Layers are replaced one by one, each old weight freed before the next layer is merged. Hooks on the adapted layers
-    go with them. Returns the model, which is changed; where the model itself is an adapted layer, the ``nn.Linear``.
+    are lost. Returns the model, which is changed, or the new ``nn.Linear`` if the model itself is an adapted layer.
 
     Raises:
         ValueError: where there is none, or one holds no weights, because accelerate offloads it. The model is then
@@ -272,7 +272,7 @@ def plain_name(name: str) -> str:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Prints how many of model's parameters train, shared ones counted once, quantised ones as those they stand for."""
+    """Prints how many of model's parameters train. Shared ones count once, packed ones as many as they stand for."""
     quantised = sizes(model)
     total = sum(quantised.get(id(p), p.numel()) for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

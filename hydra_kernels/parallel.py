@@ -2,20 +2,20 @@
 
 And `keep_scales_whole`, for FSDP2. Not imported by ``import hydra_kernels``.
 
-Of n ranks each holds a part, marked ', of what is sharded. Besides what torch's styles send for an ``nn.Linear`` only
-products with a side of R = r_a + r_b cross, packed into one all-reduce a pass; and in training with dropout the mask
-[M, R], with input dropout a seed, which the first rank draws.
+Each of n ranks holds a part of what is sharded; a part is marked '. Ranks send each other what torch's styles send for
+an ``nn.Linear``, and products with a side of R = r_a + r_b, packed into one all-reduce a pass. In training with dropout
+the mask [M, R] is sent too, with input dropout a seed, which the first rank draws.
 
 Row-wise: x' [M, K/n], W0' [N, K/n] and A_down' [r_a, K/n], everything else whole. h is linear in x, in b0 and in the
-biases, so h = sum over ranks of Eq. 9-10 in x' and W0', the biases given to the first rank alone. That sum is what
-torch's style sends; the gradients of the whole parameters are sums over ranks, too.
+biases. So h is the sum over ranks of Eq. 9-10 in x' and W0', where only the first rank has the biases. That sum is what
+torch's style sends. The gradients of the whole parameters are sums over ranks, too.
 
 Column-wise: W0' [N/n, K], b0', A_up', B_up', a_u', b_u' and B_down' [r_b, N/n]; x, A_down and all of size R whole.
-- composed: C = sum B_down' W0' [r_b, K] and c = sum B_down' b0' [r_b] make of both branches one of rank R,
+- composed: with C = sum B_down' W0' [r_b, K] and c = sum B_down' b0' [r_b] both branches are one LoRA of rank R,
       h' = x W0'^T + b0' + (mask * (x [A_down; C]^T + [a_d, c + b_d])) [s_a A_up', s_b B_up']^T + s_a a_u' + s_b b_u',
-  LoRA, for which every kernel serves. In low precision C = C_hi + C_lo, each a row of D, so that nothing of it is lost;
+  which every kernel can compute. In low precision D has rows for C_hi and for C_lo, so nothing of C is lost;
 - kept, where `choice` keeps y0: y0' = x W0'^T + b0' and sum y0' B_down'^T [M, r_b].
-In both, a parallel branch with input dropout beside a sequential one is plain PyTorch.
+If there is a sequential branch, a parallel branch with input dropout runs as plain PyTorch in both.
 """
 
 from __future__ import annotations

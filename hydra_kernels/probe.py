@@ -105,8 +105,8 @@ def check_adapters(
         model: with adapters of `inject`, of `hydra_kernels.peft` or of PEFT's LoRA. The active ones are checked. Call
             before DDP or FSDP wraps the model.
         inputs, kwargs: of the model's forward.
-        loss: makes a number of the model's output; None for its ``loss`` or, where it has none, a random sum of its
-            tensors. A loss that is computed from weights, such as the output layer's, must be given.
+        loss: computes a number from the model's output; None takes its ``loss`` or, if it has none, a random sum of its
+            tensors. If your loss is computed from weights, such as the output layer's, pass it.
 
     Returns:
         A report, which prints as a table. It has ``ok``, ``problems`` (what is wrong, by the layer's name) and

@@ -22,10 +22,10 @@ def keep_scales_whole(model: nn.Module, group: dist.ProcessGroup | None = None) 
     """The learnable scales of model's adapters, PEFT's too, for the ``ignored_params`` of every ``fully_shard`` call.
 
     FSDP2 shards no parameter without dimensions. At the end of each backward, hooks average the gradients of the scales
-    over the ranks of group, all ranks by default, as FSDP2 does those of the others. Where a rank makes no use of a
-    scale, its gradient there counts as zero; one that no rank uses stays without a gradient. Every rank must call model
-    itself and run a backward from its output, as under FSDP2. Give the scales a parameter group of their own in the
-    optimizer: torch's optimizers take no plain tensors and DTensors in one.
+    over the ranks of group, all ranks by default, as FSDP2 does those of the others. If a rank does not use a scale,
+    its gradient there counts as zero. A scale that no rank uses gets no gradient. Every rank must call model itself and
+    run a backward from its output, as under FSDP2. Give the scales a parameter group of their own in the optimizer,
+    since torch's optimizers do not take plain tensors and DTensors in one group.
 
     Raises:
         ValueError: where model has no adapters.

@@ -22,14 +22,14 @@ def parameter_groups(
     PEFT's functions for LoRA+ and LoRA-FA look for the name ``lora_B``, which Hydra's adapters do not have.
 
     Args:
-        model: with adapters, of `inject` or of `hydra_kernels.peft`. Say before what trains.
-        lr: the rate of all that trains but the up projections.
+        model: with adapters, of `inject` or of `hydra_kernels.peft`. Freeze first what is not to train.
+        lr: the rate of everything that trains except the up projections.
         up_ratio: by how much the rate of A_up, B_up and their biases is higher; LoRA+ recommends 16.
         freeze_down: whether to freeze A_down and B_down, as LoRA-FA does: then no layer saves its input or y0 for them.
             Do this before DDP wraps the model. PEFT's ``set_adapter`` lets them train again.
 
     Returns:
-        A group of the up projections with the rate ``lr * up_ratio`` and, where anything else trains, one before it.
+        A group of the up projections with the rate ``lr * up_ratio``. If anything else trains, its group comes first.
 
     Raises:
         ValueError, TypeError: naming the argument, or where no up projection trains. Nothing is frozen then.

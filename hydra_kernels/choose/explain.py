@@ -40,8 +40,9 @@ def explain(
         capability: a GPU's compute capability, as (9, 0) or "sm_90", the name of a card, as "h100", or "cpu"; None for
             this machine.
         r: LoRA's rank, in place of r_a and r_b: ``r_a=r, r_b=0``.
-        input_dropout: that of the layer in training, which not every backend and form has.
-        bias: whether the frozen layer has b0. In bfloat16 and float16 the effective form may be right without it alone.
+        input_dropout: that of the layer in training; not every backend and form has it.
+        bias: whether the frozen layer has b0. In bfloat16 and float16 the effective form is exact enough only without
+            it.
 
     Returns:
         The `Choice` that was explained.

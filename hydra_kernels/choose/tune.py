@@ -74,17 +74,17 @@ def tune(
 ) -> list[Tuned]:
     """Measures every candidate for the shapes, and stores the winner, which ``backend="auto"`` then runs.
 
-    A candidate counts only where its output and every gradient are right: at most twice the error of the naive layer in
+    A candidate counts only if its output and every gradient are right: at most twice the error of the naive layer in
     the same dtype, against float64. A step (forward and backward with every gradient) is timed in shuffled rounds, with
-    a cold L2. On a GPU the longer of the GPU's and the host's time counts: eager steps in a row take that long.
-    This process runs the winner from its next call on; a function that is compiled already keeps its choice.
+    a cold L2. On a GPU the longer of the GPU's and the host's time counts: eager steps in a row take that long. This
+    process runs the winner from its next call on; a function that is compiled already keeps its choice.
 
     Args:
         model_or_shapes: a model, whose Hydra, LoRA and SeqLoRA layers are tuned on their own device, or shapes
             (M, K, N, r_a, r_b): x [M, K], weight [N, K].
         rows: M for a model: how many rows x has (batch times tokens), one number or several.
-        dtype: in which products run. None is bfloat16 for shapes; for a model it is its weights' own, or autocast's
-            where this is called under autocast.
+        dtype: of the products. None means bfloat16 for shapes, and for a model the dtype of its weights, or autocast's
+            if you call this under autocast.
         device: for shapes; None for the GPU where there is one, else the CPU.
         rounds: samples of each candidate.
         report: gets one line for each shape, with the winner and what failed.

@@ -1,8 +1,8 @@
 """Hydra as a method of Hugging Face PEFT: ``get_peft_model(model, HydraConfig(r_a=4, r_b=4, target_modules=[...]))``.
 
-Importing this module registers the method with PEFT: do it before ``PeftModel.from_pretrained`` too. Of what PEFT
-does with its own LoRA these work: several named adapters, switching, merging, saving, ``modules_to_save``.
-`from_lora` takes over a checkpoint of PEFT's LoRA. Needs the extra: ``pip install hydra-kernels[peft]``.
+Importing this module registers the method with PEFT: do it before ``PeftModel.from_pretrained`` too. These work as with
+PEFT's own LoRA: several named adapters, switching, merging, saving, ``modules_to_save``. `from_lora` takes over a
+checkpoint of PEFT's LoRA. Needs the extra: ``pip install hydra-kernels[peft]``.
 """
 
 from typing import Any

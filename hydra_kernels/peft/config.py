@@ -39,7 +39,7 @@ class HydraConfig(PeftConfig):
         bias: which biases of the base train too: "none", "all" or "hydra_only" (those of the adapted layers).
         rank_pattern: other ranks for some layers, ``{name or regular expression: [r_a, r_b]}``.
         scale_pattern: other scales for some layers, ``{name or regular expression: [scale_a, scale_b]}``. In neither
-            may two keys match one layer and say different things: PEFT stores patterns in another order.
+            pattern may two keys match one layer and disagree, because PEFT stores patterns in another order.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -119,7 +119,7 @@ class HydraConfig(PeftConfig):
             r_b: rank of a sequential branch beside it, with the scale of the parallel one; 0 for none.
 
         Raises:
-            ValueError: naming an option of config that changes the result and that Hydra has not.
+            ValueError: naming an option of config that changes the result and that Hydra does not have.
             TypeError: where config is no LoraConfig.
         """
         return cls(**options_of(config, r_b))

@@ -119,7 +119,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, int8: str = "keep") ->
         model: a PeftModel, a model with ``add_adapter`` or ``inject_adapter_in_model`` behind it, or any module with
             LoRA layers of PEFT in it. Call before DDP, FSDP or torch.compile wrap it.
         strict: whether to raise where a layer would not be accelerated; nothing is changed then.
-        int8: of LoRA over bitsandbytes' 8-bit layers: "keep" for PEFT's forward, whose products round x to 8 bits on a
+        int8: for LoRA over bitsandbytes' 8-bit layers: "keep" for PEFT's forward, whose products round x to 8 bits on a
             GPU (LLM.int8); "dequantise" for products of x as it is with the dequantised weight.
 
     Returns:
@@ -157,7 +157,7 @@ def report(model: nn.Module) -> Report:
 
 
 def undo(model: nn.Module) -> None:
-    """Gives the accelerated layers of a model PEFT's class back.
+    """Gives PEFT's class back to the accelerated layers of a model.
 
     Raises:
         ValueError: for a layer that ``fully_shard`` has given a class of its own. The model is then unchanged.

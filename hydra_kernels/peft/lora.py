@@ -40,7 +40,7 @@ def from_lora(
 
     Args:
         model: the base model that the LoRA was trained on; or one that has Hydra adapters, from PEFT or from
-            transformers' ``add_adapter``: another one joins them, and in a PeftModel waits for ``set_adapter``.
+            transformers' ``add_adapter``: the new one joins them, and is inactive in a PeftModel until ``set_adapter``.
         path: the folder of the checkpoint, or its name on the Hub.
         r_b: rank of a new sequential branch, which changes no output before it is trained.
         adapter_name: of the new adapter.
@@ -50,11 +50,11 @@ def from_lora(
             backend, init_std.
 
     Returns:
-        The PeftModel; a model with adapters of transformers' own itself.
+        The PeftModel, or the model itself if it has transformers' own adapters.
 
     Raises:
-        ValueError: naming what the checkpoint has and Hydra has not (DoRA, Conv1D, embeddings, an initialisation that
-            changes the base, ...), or what does not fit the model, which is then unchanged.
+        ValueError: naming what the checkpoint has and Hydra does not have (DoRA, Conv1D, embeddings, an initialisation
+            that changes the base, ...), or what does not fit the model, which is then unchanged.
         TypeError: naming a layer of the model that is no plain ``nn.Linear``. The model is then unchanged.
     """
     lora = PeftConfig.from_pretrained(path, subfolder=subfolder, revision=revision, token=token)
