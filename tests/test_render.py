@@ -198,6 +198,13 @@ def test_each_machine_is_named_once_and_captions_have_its_number(place):
     assert captions == ["1; 2026-11-30", "2; 2026-12-01", "1; 2026-11-30"]
     alone = Environment(**{**ENVIRONMENT, "driver": None, "threads": 1})
     assert "(9.0, 1 thread)" in tables.machine_note(alone)
+    one = tables.Stored(None, ENVIRONMENT, [], machine=1)
+    later = one._replace(environment=Environment(**{**ENVIRONMENT, "commit": "fedcba9876543210", "dirty": True}))
+    other = one._replace(environment=newer, machine=2)
+    assert tables.origins([one, one, later, other]) == (
+        "Machine 1; 2026-11-30; commit 0123456789ab, commit fedcba987654 with local changes. Machine 2; 2026-12-01; "
+        "commit 0123456789ab."
+    )
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +297,8 @@ def test_table_4_is_grouped_by_dtype_and_mode(place):
     graph = [{**row, "mode": "graph", "dtype": "bf16", "sec_per_epoch": 2.5} for row in eager]
     assert place({"table4-cuda.json": (eager + graph, Table4Row)}) == 0
     text = place.page.read_text(encoding="utf-8").partition("<!-- /measured:table4")[0]
-    first, second = text.split("**bf16, graph**")
-    assert "**fp32, eager**" in first
+    first, second = text.split("**bf16, graph, batch 1.0**")
+    assert "**fp32, eager, batch 1.0**" in first
     assert ("| 7.50 |" in first, "| 2.50 |" in first) == (True, False)
     assert second.count("| 2.50 |") == 2
     assert ("CUDA graphs replayed" in first, "CUDA graphs replayed" in second) == (False, True)

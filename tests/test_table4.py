@@ -614,7 +614,7 @@ def test_render_writes_between_the_markers_and_check_sees_what_is_stale(publishe
     assert "old" in page.read_text(encoding="utf-8")
     assert render.main(arguments) == 0
     text, after = page.read_text(encoding="utf-8").split("\n<!-- /measured:table4 -->\n")
-    assert text.startswith("before\n<!-- measured:table4 -->\n**fp32, eager**\n\n| method |")
+    assert text.startswith("before\n<!-- measured:table4 -->\n**fp32, eager, batch 4**\n\n| method |")
     assert after.startswith("after\n")
     assert "old" not in text
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + len(rows)

@@ -130,7 +130,9 @@ def is_papers(row: Table4Row) -> bool:
 
 def table4_block(stored: Sequence[Stored]) -> str:
     return headed(
-        (what_ran(group), table4_markdown(file, group)) for file in stored for group in table4_groups(file.rows)
+        (f"{what_ran(group)}, {batch_of(group[0])}", table4_markdown(file, group))
+        for file in stored
+        for group in table4_groups(file.rows)
     )
 
 

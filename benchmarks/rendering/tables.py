@@ -50,11 +50,12 @@ class Stored(NamedTuple):
 
 
 def origins(files: Sequence[Stored]) -> str:
-    """Of several files, each machine once."""
-    notes: dict[str, dict[str, None]] = {}
+    """The origins of several files, each machine and day once."""
+    commits: dict[str, dict[str, None]] = {}
     for file in files:
-        notes.setdefault(file.where(), {})[commit_note(file.environment)] = None
-    return " ".join(f"{machine}; {', and '.join(commits)}." for machine, commits in notes.items())
+        date, _, commit = commit_note(file.environment).partition("; ")
+        commits.setdefault(f"{file.where()}; {date}", {})[commit] = None
+    return " ".join(f"{day}; {', '.join(names)}." for day, names in commits.items())
 
 
 class Table(NamedTuple):
