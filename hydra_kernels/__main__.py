@@ -51,9 +51,15 @@ def cpu() -> Iterator[str]:
     yield f"{os.cpu_count()} cores, usable here: {usable}; interop threads: {torch.get_num_interop_threads()}"
 
 
+def _built_for() -> str:
+    if torch.version.cuda or torch.version.hip:
+        return f"built for {'CUDA' if torch.version.cuda else 'HIP'} {torch.version.cuda or torch.version.hip}"
+    return "built for the CPU"
+
+
 def gpus() -> Iterator[str]:
     if not torch.cuda.is_available():
-        yield f"none that torch can use (built for {torch.version.cuda or torch.version.hip or 'the CPU'})"
+        yield f"none that torch can use ({_built_for()})"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
@@ -93,7 +99,7 @@ def variables() -> Iterator[str]:
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
     yield from (f"{name}={value}" for name, value in found.items())
     if not found:
-        yield "none that counts"
+        yield "none that changes results or speed"
 
 
 def measurements() -> Iterator[str]:
@@ -119,7 +125,7 @@ def report() -> Iterator[str]:
             for line in part():
                 yield "  " + line.replace("\n", "\n    ")
         except Exception as error:  # a report of what is broken must get past what is broken
-            yield f"  not found out: {type(error).__name__}: {error}"
+            yield f"  failed: {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ class Merging(nn.Module):
             changed = {id(p) for p, version in self.merged_from if p._version != version}
             name = next((name for name, p in self.named_parameters() if id(p) in changed), "a parameter")
             raise ValueError(
-                f"{name}: it was changed while the layer is merged, and the merged weight does not have the change; "
-                "unmerge first, also before an average of weights or an optimizer changes parameters"
+                f"{name}: it was changed while the layer is merged, so the merged weight is out of date; unmerge "
+                "before anything changes parameters, such as an optimizer or an average of weights"
             )
 
     def _is_outdated(self) -> bool:
@@ -144,7 +144,7 @@ class Adapter(nn.Module):
         check_dropout("input_dropout", input_dropout)
         if input_dropout and not r_a:
             raise ValueError(
-                f"input_dropout: expected 0 without a parallel branch (r_a = 0), whose x it is on, got {input_dropout}"
+                f"input_dropout: expected 0 with r_a = 0, since only the parallel branch has it, got {input_dropout}"
             )
         check_route(form, backend)
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -153,7 +153,7 @@ class Adapter(nn.Module):
         if adapter_dtype not in (None, dtype) and not (adapter_dtype == torch.float32 and dtype in LOW_PRECISION):
             raise ValueError(
                 f"adapter_dtype: expected None, or torch.float32 over a base in float16 or bfloat16, "
-                f"got {adapter_dtype} over {dtype}"
+                f"got {adapter_dtype} over a base in {dtype}"
             )
         if init_std is not None:
             check_finite("init_std", init_std, "None or a number")
@@ -162,7 +162,7 @@ class Adapter(nn.Module):
         if init not in ("gaussian", "peft"):
             raise ValueError(f"init: expected 'gaussian' or 'peft', got {init!r}")
         if init == "peft" and init_std is not None:
-            raise ValueError(f"init_std: expected None beside init='peft', which fixes it, got {init_std}")
+            raise ValueError(f"init_std: expected None with init='peft', which sets the deviation, got {init_std}")
         self.in_features, self.out_features, self.r_a, self.r_b = in_features, out_features, r_a, r_b
         self.dropout, self.input_dropout = dropout, input_dropout
         self.adapter_bias, self.init_std, self.init = adapter_bias, init_std, init
@@ -189,8 +189,8 @@ class Adapter(nn.Module):
         for name in self.ADAPTERS:
             if parametrize.is_parametrized(self, name):
                 raise ValueError(
-                    f"adapters: {name} is parametrized, what trains stands behind it; use state_dict(), "
-                    f"or first torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})"
+                    f"adapters: {name} is parametrized, so other parameters train in its place; use state_dict(), "
+                    f"or call torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first"
                 )
         return {name: p for name in self.ADAPTERS if isinstance(p := getattr(self, name), nn.Parameter)}
 
@@ -233,8 +233,8 @@ class Adapter(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script asks every module first."""
         raise TypeError(
-            "torch.jit.script: it cannot compile adapted layers; use torch.compile, torch.export or torch.jit.trace, "
-            "or script what merge_and_unload returns"
+            "torch.jit.script cannot compile adapted layers; use torch.compile, torch.export or torch.jit.trace, "
+            "or script the model that merge_and_unload returns"
         )
 
     def extra_repr(self) -> str:

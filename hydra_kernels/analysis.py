@@ -23,12 +23,12 @@ def subspace_similarity(X: Tensor, Y: Tensor, i: int, j: int) -> float:
     """
     for name, matrix in (("X", X), ("Y", Y)):
         if matrix.dim() != 2 or 0 in matrix.shape:
-            raise ValueError(f"{name}: expected a matrix, got shape {list(matrix.shape)}")
+            raise ValueError(f"{name}: expected a matrix that is not empty, got shape {list(matrix.shape)}")
     if X.shape[1] != Y.shape[1]:
-        raise ValueError(f"Y: expected shape [*, {X.shape[1]}] as X has, got {list(Y.shape)}")
+        raise ValueError(f"Y: expected shape [*, {X.shape[1]}], as wide as X, got {list(Y.shape)}")
     for name, size, matrix in (("i", i, X), ("j", j, Y)):
         if not 1 <= size <= min(matrix.shape):
-            raise ValueError(f"{name}: expected 1 to {min(matrix.shape)}, got {size}")
+            raise ValueError(f"{name}: expected an integer from 1 to {min(matrix.shape)}, got {size}")
     V_X, V_Y = (torch.linalg.svd(matrix.detach().double(), full_matrices=False).Vh for matrix in (X, Y))
     return ((V_X[:i] @ V_Y[:j].t()).square().sum() / min(i, j)).item()
 
@@ -41,7 +41,7 @@ def parameter_efficiency(score: float, parameters: float) -> float:
         parameters: number of trainable parameters.
     """
     if not 0 <= score <= 1:
-        raise ValueError(f"score: expected 0 to 1, got {score}")
+        raise ValueError(f"score: expected a number from 0 to 1, got {score}")
     if not 0 <= parameters < math.inf:
-        raise ValueError(f"parameters: expected a number >= 0, got {parameters}")
+        raise ValueError(f"parameters: expected a finite number >= 0, got {parameters}")
     return score * math.exp(-math.log10(parameters / 1e8 + 1))

@@ -90,12 +90,10 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     description, tensors = _read(Path(path))
     if not any(isinstance(module, Adapter) for module in model.modules()):
-        raise ValueError(
-            f"model: it has no adapted layer; the layers of {path} are made by {_calls(description['layers'], model)}"
-        )
+        raise ValueError(f"model: it has no adapted layer to load {path} into; {_calls(description['layers'], model)}")
     differences = _differences(description["layers"], _description(model))
     if differences:
-        raise ValueError(f"load_adapters: {path} is of another model: {'; '.join(differences[:5])}")
+        raise ValueError(f"load_adapters: the layers of {path} differ from the model's: {'; '.join(differences[:5])}")
     targets = {**adapter_state_dict(model), **_included(model, description["include"])}
     wrong = [
         f"{name}: missing in the {'model' if name in tensors else 'file'}" for name in targets.keys() ^ tensors.keys()
@@ -106,10 +104,12 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if name in tensors and tensors[name].shape != target.shape
     ]
     if wrong:
-        raise ValueError(f"load_adapters: the tensors of {path} do not fit: {'; '.join(sorted(wrong)[:5])}")
+        raise ValueError(
+            f"load_adapters: the tensors of {path} differ from the model's: {'; '.join(sorted(wrong)[:5])}"
+        )
     nowhere = sorted(name for name, target in targets.items() if target.is_meta)
     if nowhere:
-        raise ValueError(f"load_adapters: {nowhere[0]} is on the meta device; call to_empty(device=...) first")
+        raise ValueError(f"load_adapters: the model's {nowhere[0]} is on the meta device; call to_empty first")
     for layer in adapted_layers(model).values():
         layer.unmerge()
     for name, target in targets.items():
@@ -145,13 +145,13 @@ def _scale(layer: HydraLinear, name: str) -> float | str:
 
 
 def _calls(layers: dict[str, dict[str, Any]], model: nn.Module) -> str:
-    """The calls that make layers in a plain model as a file describes them."""
+    """Which calls make layers in a plain model as a file describes them."""
     linear = [plain_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names_of: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers.items():
         method = next((method for method, kind in METHODS.items() if kind.__name__ == layer.get("method")), None)
         if method is None or not {"r_a", "r_b", "scale_a", "scale_b", "adapter_bias"} <= layer.keys():
-            return f"a newer version: {name!r} is {layer}"
+            return f"a newer version of hydra_kernels wrote it: {name!r} is {layer}"
         names_of.setdefault((method, _options(method, layer)), []).append(name)
     calls = []
     for (method, options), names in names_of.items():
@@ -159,7 +159,7 @@ def _calls(layers: dict[str, dict[str, Any]], model: nn.Module) -> str:
             calls.append(f"hk.{METHODS[method].__name__}.from_linear(model, {options})")
         else:
             calls.append(f"hk.inject(model, {targets_of(names, linear)!r}, method={method!r}, {options})")
-    return "; ".join(calls)
+    return f"first call {'; '.join(calls)}"
 
 
 def _options(method: str, layer: dict[str, Any]) -> str:
@@ -208,7 +208,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Writes beside path, to the disk, and renames: whoever reads path sees the old file or the new one."""
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"save_adapters: there is no folder {path.parent}")
+        raise FileNotFoundError(f"path: expected a file in a folder that exists, but {path.parent} does not")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         # Unlike a temporary file of tempfile's, it has the mode that any new file has.
@@ -231,7 +231,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"load_adapters: {path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"load_adapters: {path} is not a complete safetensors file: {error}") from error
     if KEY not in metadata:
         raise ValueError(f"load_adapters: {path} was not written by save_adapters: its metadata has no {KEY!r}")
     try:
@@ -239,7 +239,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"load_adapters: the metadata of {path} is not JSON: {error}") from error
     if not _is_description(description):
-        raise ValueError(f"load_adapters: the metadata of {path} is not of format {FORMAT}")
+        raise ValueError(f"load_adapters: the metadata of {path} is not in format {FORMAT}, the only one that is known")
     return description, tensors
 
 

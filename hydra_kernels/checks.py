@@ -39,7 +39,7 @@ def _check_mask(
     if mask is not None:
         _check_tensor(name, mask, shape, dtypes, device)
         if mask.requires_grad:
-            raise ValueError(f"{name}: it requires grad, but a dropout mask gets none; pass {name}.detach()")
+            raise ValueError(f"{name}: it requires grad, but a dropout mask gets no gradient; pass {name}.detach()")
 
 
 def _check_frozen(x: Any, weight: Any, bias: Any, cast_to: torch.dtype | None) -> tuple[int, int, int]:
@@ -53,7 +53,7 @@ def _check_frozen(x: Any, weight: Any, bias: Any, cast_to: torch.dtype | None) -
     if weight.requires_grad:
         remedy = "call weight.requires_grad_(False), or train it through F.linear"
         if not weight.is_leaf:
-            remedy = "it is part of a parameter that trains, as FSDP1 makes it: use FSDP2 (fully_shard), or detach it"
+            remedy = "it is computed from a parameter that trains, as in FSDP1: use FSDP2 (fully_shard), or detach it"
         raise ValueError(f"weight: it requires grad, but W0 is frozen and its gradient is never computed; {remedy}")
     N, K = weight.shape
     dtypes = AUTOCAST_DTYPES if cast_to else (weight.dtype,)
@@ -86,10 +86,10 @@ def _check_x_and_bias(
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: expected shape [*, {K}] for a weight of shape [{N}, {K}], got {list(x.shape)}")
     if x.dtype not in dtypes:
-        wanted = f"one of {', '.join(map(str, dtypes))}" if of_weight is None else f"{of_weight}, as weight has"
+        wanted = f"one of {', '.join(map(str, dtypes))}" if of_weight is None else f"{of_weight}, the dtype of weight"
         raise TypeError(f"x: expected {wanted}, got {x.dtype}")
     if x.device != device:
-        raise ValueError(f"x: expected on {device}, where weight is, got {x.device}")
+        raise ValueError(f"x: expected a tensor on {device}, where weight is, got one on {x.device}")
     if bias is not None:
         _check_tensor("bias", bias, (N,), biases, device)
     M = 1
@@ -111,7 +111,7 @@ def _check_branch(
         missing = names[0] if down is None else names[1]
         for name, t in zip(names, (down, up, down_bias, up_bias), strict=False):
             if t is not None:
-                raise ValueError(f"{name}: given, but {missing} is None; a branch needs both projections")
+                raise ValueError(f"{name}: it is given, but {missing} is None; a branch needs both projections")
         return 0
     _check_plain(names[0], down)
     r = down.shape[0] if down.dim() else 0
@@ -133,8 +133,8 @@ def _check_plain(name: str, t: Any) -> None:
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
     if t.is_nested:
         raise TypeError(
-            f"{name}: expected a dense tensor, got a nested one; call with t.values() of a jagged t, and make "
-            "torch.nested.nested_tensor_from_jagged(h, t.offsets()) of the result"
+            f"{name}: expected a dense tensor, got a nested one; pass t.values() of a jagged tensor t, and convert the "
+            "result h by torch.nested.nested_tensor_from_jagged(h, t.offsets())"
         )
     if t.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got one of layout {t.layout}; pass t.to_dense()")
@@ -151,7 +151,7 @@ def _check_tensor(
     if t.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {t.dtype}")
     if t.device != device:
-        raise ValueError(f"{name}: expected on {device}, got {t.device}")
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {t.device}")
 
 
 _NO_DTENSORS = {Tensor, nn.Parameter, type(None), float, int, Packed}
@@ -164,8 +164,8 @@ def refuse_sharded(x: Tensor, op: Operands) -> None:
     for name, t in zip(ARGUMENTS, (x, *op), strict=True):
         if is_sharded(t):
             raise TypeError(
-                f"{name}: expected a plain tensor, got a DTensor; under FSDP2 call the module, which then sees whole "
-                "parameters; for tensor parallelism use the styles of hydra_kernels.parallel"
+                f"{name}: expected a plain tensor, got a DTensor; under FSDP2 call the module, which sees whole "
+                "parameters; for tensor parallelism use ColwiseHydra or RowwiseHydra of hydra_kernels.parallel"
             )
 
 
@@ -195,6 +195,6 @@ def check_finite(name: str, value: float, kind: str = "a number") -> None:
     try:
         finite = math.isfinite(value)
     except OverflowError:
-        raise ValueError(f"{name}: expected a number that float64 can hold, got an integer beyond it") from None
+        raise ValueError(f"{name}: expected a number in the range of float64, got a larger integer") from None
     if not finite:
         raise ValueError(f"{name}: expected a finite number, got {value}")

@@ -117,12 +117,12 @@ def from_authors(
         options: dict[str, Any] = {**ranks, "adapter_bias": biased}
         if learnable:
             if scale is not None:
-                raise ValueError(f"scale: expected None, for the checkpoint has those of {name!r}; got {scale}")
+                raise ValueError(f"scale: expected None, since the checkpoint holds those of {name!r}, got {scale}")
             options["learnable_scale"] = True
         elif scale is None and not name.endswith("dense"):
             raise ValueError(
-                f"scale: the checkpoint has none for {name!r}; give the one it was trained with (vtab1k: `scale` in "
-                "configs/hydra_both/*.yaml, elevater: 1.0)"
+                f"scale: expected a number, since the checkpoint has none for {name!r}, got None; pass the one of "
+                "its training (vtab1k: `scale` in configs/hydra_both/*.yaml, elevater: 1.0)"
             )
         else:
             check_finite("scale", 1.0 if scale is None else scale)
@@ -161,7 +161,7 @@ def from_loralib(
         if match := _LORALIB_KEY.fullmatch(key):
             found.setdefault(match["linear"] or "", {})["A_down" if match["side"] == "A" else "A_up"] = tensor
         elif re.search(r"\.lora_[AB]\.", key):
-            raise ValueError(f"state_dict: {key!r} is a name of PEFT's; see hydra_kernels.peft")
+            raise ValueError(f"state_dict: {key!r} is PEFT's, not loralib's; use hydra_kernels.peft.from_lora")
         else:
             rest[key] = tensor
     others = _included(rest, include, found, "loralib's lora_A or lora_B")
@@ -169,16 +169,16 @@ def from_loralib(
     for name, tensors in found.items():
         if f"{name}.weight" in others:
             raise ValueError(
-                f"include: {f'{name}.weight'!r} may hold the adapters already, for loralib's eval() adds them to it; "
-                "load the pretrained weight into the model, and leave this one out"
+                f"include: {f'{name}.weight'!r} may contain the adapters already, since loralib's eval() merges them; "
+                "leave it out, and load the pretrained weight into the model"
             )
         down, up = tensors.get("A_down"), tensors.get("A_up")
         if down is not None and up is not None and down.dim() == up.dim() == 2:
             r, inner = down.shape[0], up.shape[1]
             if r != inner and inner and r % inner == 0:
                 raise ValueError(
-                    f"state_dict: {name!r} is of loralib's MergedLinear (lora_A {list(down.shape)}, lora_B "
-                    f"{list(up.shape)}), which adapts parts of a fused layer; expected those of its Linear"
+                    f"state_dict: expected adapters of loralib's Linear for {name!r}, got those of its MergedLinear, "
+                    f"which adapts parts of a fused layer (lora_A {list(down.shape)}, lora_B {list(up.shape)})"
                 )
         r = _check_layer(name, tensors, ("A_down", "A_up"))["r_a"]
         layers[name] = LayerAdapters("lora", {"r": r, "scale": alpha / r}, tensors)
@@ -205,26 +205,27 @@ def load(model: nn.Module, converted: Converted, **options: Any) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     absent = [name for name in converted.layers if name == "" or name not in modules]
     if absent:
-        raise ValueError(f"model: it has no layer {absent[0]!r}; {near_names(modules, absent[:1])}; see `rename`")
+        raise ValueError(f"model: it has no layer {absent[0]!r}; {near_names(modules, absent[:1])}; or pass rename")
     state = model.state_dict(keep_vars=True)
     groups: dict[tuple[Any, ...], list[str]] = {}
     seen: dict[int, str] = {}
     for name, layer in converted.layers.items():
         clash = sorted(options.keys() & (layer.options.keys() | _FIXED))
         if clash:
-            raise TypeError(f"{clash[0]}: the checkpoint fixes it; leave it out")
+            raise TypeError(f"{clash[0]}: the checkpoint sets this option; leave it out")
         check_targets("model", model, [name], layer_class_of(layer.method), {**layer.options, **options})
         _check_fits(name, layer, modules[name])
         other = seen.setdefault(id(modules[name]), name)
         if other != name:
-            raise ValueError(f"model: {other!r} and {name!r} are one layer, and the checkpoint adapts it twice")
+            raise ValueError(f"model: {other!r} and {name!r} are the same layer, but the checkpoint adapts both")
         groups.setdefault((layer.method, *sorted(layer.options.items())), []).append(name)
     for name, tensor in converted.others.items():
         if name not in state:
-            raise ValueError(f"include: the model has no {name!r}; {near_names(state, [name])}; see `rename`")
+            raise ValueError(f"include: the model has no {name!r}; {near_names(state, [name])}; or pass rename")
         if state[name].shape != tensor.shape:
             raise ValueError(
-                f"include: {name!r} is {list(tensor.shape)} in the checkpoint, {list(state[name].shape)} in the model"
+                f"include: expected shape {list(state[name].shape)} for {name!r}, as in the model, got "
+                f"{list(tensor.shape)} in the checkpoint"
             )
         _check_can_be_filled("include", name, state[name])
 
@@ -256,11 +257,11 @@ def _included(
     if unknown:
         more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         raise ValueError(
-            f"state_dict: {', '.join(map(repr, unknown[:_SHOWN]))}{more}: not {expected}; to take it over, name it in "
-            "include"
+            f"state_dict: expected keys of {expected}, got {', '.join(map(repr, unknown[:_SHOWN]))}{more}; to copy "
+            "other tensors too, name them in include"
         )
     if not found:
-        raise ValueError(f"state_dict: it has no key of {expected}")
+        raise ValueError(f"state_dict: expected keys of {expected}, got none")
     return {key: rest[key] for key in rest if key in chosen}
 
 
@@ -269,7 +270,7 @@ def _check_layer(name: str, tensors: Mapping[str, Tensor], needed: tuple[str, ..
     side = {"A": "the parallel branch", "B": "the sequential branch"}
     for key in needed:
         if key not in tensors:
-            raise ValueError(f"state_dict: {key[2:]} projection of {side[key[0]]} of {name!r} is missing")
+            raise ValueError(f"state_dict: the {key[2:]} projection of {side[key[0]]} of {name!r} is missing")
         if tensors[key].dim() != 2 or 0 in tensors[key].shape:
             raise ValueError(f"state_dict: {key} of {name!r}: expected a matrix, got {list(tensors[key].shape)}")
     r_a, K = tensors["A_down"].shape
@@ -290,8 +291,8 @@ def _check_layer(name: str, tensors: Mapping[str, Tensor], needed: tuple[str, ..
             raise TypeError(f"state_dict: {key} of {name!r}: expected a floating dtype, got {tensor.dtype}")
         if key in expected and tensor.shape != expected[key]:
             raise ValueError(
-                f"state_dict: {key} of {name!r}: expected {list(expected[key])} beside its other tensors, "
-                f"got {list(tensor.shape)}"
+                f"state_dict: {key} of {name!r}: expected shape {list(expected[key])}, which fits the layer's other "
+                f"tensors, got {list(tensor.shape)}"
             )
         if key not in expected and tensor.numel() != 1:
             raise ValueError(f"state_dict: {key} of {name!r}: expected one number, got {list(tensor.shape)}")
@@ -301,7 +302,7 @@ def _check_layer(name: str, tensors: Mapping[str, Tensor], needed: tuple[str, ..
 def _all_or_none(name: str, tensors: Mapping[str, Tensor], keys: tuple[str, ...]) -> bool:
     missing = [key for key in keys if key not in tensors]
     if missing and len(missing) < len(keys):
-        raise ValueError(f"state_dict: {missing[0]} of {name!r} is missing, but others of {', '.join(keys)} are there")
+        raise ValueError(f"state_dict: {missing[0]} of {name!r} is missing; expected all of {', '.join(keys)}, or none")
     return not missing
 
 
@@ -310,15 +311,15 @@ def _check_fits(name: str, layer: LayerAdapters, linear: nn.Module) -> None:
     K, N = layer.tensors["A_down"].shape[1], layer.tensors["A_up"].shape[0]
     if (own.in_features, own.out_features) != (K, N):
         raise ValueError(
-            f"model: {name!r} is a linear layer from {own.in_features} to {own.out_features} features, "
-            f"the checkpoint's from {K} to {N}"
+            f"model: expected {name!r} to have {K} inputs and {N} outputs, as in the checkpoint, got "
+            f"{own.in_features} and {own.out_features}"
         )
     _check_can_be_filled("model", name, own.weight)
 
 
 def _check_can_be_filled(argument: str, name: str, target: Tensor) -> None:
     if target.is_meta:
-        raise ValueError(f"{argument}: {name!r} is on the meta device; call to_empty(device=...) first")
+        raise ValueError(f"{argument}: {name!r} is on the meta device; call to_empty first")
     if is_sharded(target):
         raise ValueError(f"{argument}: {name!r} is sharded; load before fully_shard or parallelize_module")
 
@@ -329,5 +330,5 @@ def _renamed(layers: dict[str, LayerAdapters], others: dict[str, Tensor], rename
     for names in (layers, others):
         for name, count in Counter(map(rename, names)).items():
             if count > 1:
-                raise ValueError(f"rename: it gives {name!r} to {count} names of the checkpoint")
+                raise ValueError(f"rename: expected a new name for each name, got {name!r} for {count} of them")
     return Converted({rename(n): v for n, v in layers.items()}, {rename(n): v for n, v in others.items()})

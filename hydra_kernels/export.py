@@ -100,8 +100,8 @@ def to_lora(
         changed = [key for key, change in changes.items() if change is not None and bool(change.any())]
         if changed and bias == "refuse":
             raise ValueError(
-                f"bias: the adapter {name!r} changes the bias of {changed[0]!r}, for which plain LoRA has no place; "
-                "pass bias='lora', which stores it as PEFT's lora_bias, or serve what merge_and_unload returns"
+                f"bias: the adapter {name!r} changes the bias of {changed[0]!r}, which plain LoRA cannot store; pass "
+                "bias='lora' to store it as PEFT's lora_bias, or use the model that merge_and_unload returns"
             )
         if changed:
             for key, change in changes.items():
@@ -134,13 +134,16 @@ def _adapters(model: nn.Module) -> dict[str, dict[str, Adapted]]:
             continue
         name = _plain_name(model, full_name)
         if places.setdefault(id(module), name) != name:
-            raise ValueError(f"model: {places[id(module)]!r} and {name!r} are one layer; PEFT adapts the first alone")
+            raise ValueError(
+                f"model: {places[id(module)]!r} and {name!r} are the same layer, of which PEFT adapts only the first; "
+                "use merge_and_unload"
+            )
         for adapter, adapted in own.items():
             if adapted.adapter.r_a + adapted.adapter.r_b:
                 found.setdefault(adapter, {})[name] = adapted
     if not found:
         required_layers(model)  # says what is missing
-        raise ValueError("model: its adapters have rank 0")
+        raise ValueError("model: expected adapters of rank 1 or more, got only rank 0")
     return found
 
 
@@ -181,7 +184,7 @@ def _others(
     from peft import get_peft_model_state_dict
 
     if saved:
-        raise ValueError(f"modules_to_save: expected none beside PEFT's configuration, which has them, got {saved}")
+        raise ValueError(f"modules_to_save: expected none, since PEFT's configuration has them, got {saved}")
     tensors, kind = {}, "lora_only" if known.bias == "hydra_only" else known.bias
     for key, t in get_peft_model_state_dict(model, adapter_name=adapter).items():
         name = key.removeprefix(PREFIX)
@@ -210,7 +213,9 @@ def _trained_beside(
     ]
     others = [name for name in map(plain_name, trained) if name.rpartition(".")[2] != "bias"]
     if others:
-        raise ValueError(f"modules_to_save: {others[0]!r} trains, but is no adapter; name its module, or freeze it")
+        raise ValueError(
+            f"modules_to_save: {others[0]!r} trains, but is not in an adapter; add its module, or freeze it"
+        )
     biases = {f"{name}.bias" for name, layer in layers.items() if layer.bias is not None and name in adapted}
     kind = "none" if not trained else "lora_only" if biases.issuperset(map(plain_name, trained)) else "all"
     if kind == "all":

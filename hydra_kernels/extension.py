@@ -41,7 +41,7 @@ def why_not_on(capability: tuple[int, int]) -> str | None:
         if version == device or (version < device and suffix != "a" and same_major):
             return None
     at = f"{capability[0]}.{capability[1]}"
-    return f"its kernels were built for {', '.join(targets)}, not for compute capability {at}; {REBUILD}"
+    return f"its kernels were built for {', '.join(targets)}, and this GPU has compute capability {at}; {REBUILD}"
 
 
 def record() -> dict[str, Any]:
@@ -85,11 +85,11 @@ def _found() -> _Found:
     if built_for != torch.__version__:
         reason = f"the compiled part was built for torch {built_for}, and this is torch {torch.__version__}"
     elif (FOLDER.parent / "setup.py").exists() and csrc.is_dir() and source_hash(csrc, record["mode"]) != sources:
-        reason = "the compiled part was built from other sources than those in csrc"
+        reason = "the sources in csrc have changed since the compiled part was built"
     elif binary.name.removeprefix("_native") not in importlib.machinery.EXTENSION_SUFFIXES:
         reason = f"the compiled part was built for another Python ({binary.name})"
     elif not binary.exists():
-        reason = f"the compiled part is recorded but missing ({binary.name})"
+        reason = f"the file of the compiled part is missing ({binary.name})"
     else:
         try:
             return _Found(importlib.import_module(f"{__package__}._native"), None, record)

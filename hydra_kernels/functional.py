@@ -228,8 +228,7 @@ def _judged(x: Tensor, op: Operands, form: str, backend: str) -> Call:
         return Call(sizes, dtype, form, "reference", cast_to)
     if follower != "torch.export":
         raise ValueError(
-            f"backend: {backend!r} cannot serve this call: {follower} can follow plain operators alone; "
-            "use backend='reference'"
+            f"backend: {backend!r} cannot serve this call: {follower} needs plain operators; use backend='reference'"
         )
     # A form chosen by M would be a bound on a batch that may be dynamic.
     both_forms = backend == "aten" or (backend == "native" and x.device.type == "cpu")

@@ -212,7 +212,7 @@ class HydraLinear(Merging, Adapter):
         self._check_whole("merge", dimensions=0 if self.parallel is None else 1)
         if self.training:
             raise ValueError(
-                "merge: the layer is in training mode, where merged adapters would get no gradient; call eval()"
+                "merge: the layer is in training mode, in which merged adapters would get no gradient; call eval()"
             )
         if not self.merged or self._is_outdated():
             self.merged_weight, self.merged_bias = self.merged_with(*self.frozen())
@@ -247,8 +247,8 @@ class HydraLinear(Merging, Adapter):
         refuse_meta(caller, dict(self.named_parameters()))
         if any(mesh_dimensions(p) > dimensions for p in self.parameters()):
             raise ValueError(
-                f"{caller}: the layer's parameters are spread over processes; call save_adapters(model, path) on every "
-                f"rank, then load_adapters into an unsharded model and {caller} there"
+                f"{caller}: the layer's parameters are sharded over processes; call save_adapters on every rank, "
+                f"load_adapters in an unsharded model, and {caller} there"
             )
 
     def _replicate_for_data_parallel(self) -> HydraLinear:
@@ -365,7 +365,10 @@ _QUANTISED: dict[type[HydraLinear], type[QuantisedBase]] = {
 
 def _over_quantised(cls: type[Layer], linear: nn.Linear, options: dict[str, Any]) -> Layer:
     if cls not in _QUANTISED:
-        raise TypeError(f"linear: {type(linear).__qualname__} is quantised, over which {cls.__name__} has no layer")
+        raise TypeError(
+            f"linear: {cls.__name__} does not support a quantised layer, got {type(linear).__qualname__}; use "
+            "HydraLinear, LoRALinear or SeqLoRALinear"
+        )
     dtype = dtype_of(linear)
     if dtype in LOW_PRECISION:
         options = {"adapter_dtype": torch.float32} | options

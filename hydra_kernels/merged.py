@@ -122,7 +122,7 @@ def _source(name: str, module: Any) -> Source | None:
     over_quantised = isinstance(module, lora.LoraLayer) and is_quantised(module.base_layer)
     if isinstance(module, lora.Linear) or over_quantised:
         return _of_lora(name, module, lora.Linear)
-    raise ValueError(f"model: merged_tensors has no rule for {name!r}, a {type(module).__name__}; merge_and_unload it")
+    raise ValueError(f"model: merged_tensors cannot merge {name!r}, a {type(module).__name__}; use merge_and_unload")
 
 
 def _of_hydra(name: str, layer: Any) -> Source:
@@ -142,7 +142,7 @@ def _of_lora(name: str, layer: Any, plain: Any) -> Source:
     own = same or is_quantised(layer.base_layer)
     if variants or not own:
         what = variants[0] if variants else type(layer).__name__
-        raise ValueError(f"model: merged_tensors has no rule for {name!r} ({what}); merge_and_unload it")
+        raise ValueError(f"model: merged_tensors cannot merge {name!r} ({what}); use merge_and_unload")
     adapters = []
     for n in names:
         down, up = layer.lora_A[n], layer.lora_B[n]
@@ -156,7 +156,7 @@ def _checked(name: str, source: Source) -> Source:
     biases = [key for operands in source.adapters for key in Adapter.BIASES if operands[key] is not None]
     if source.bias is None and biases:
         raise ValueError(
-            f"model: expected a base layer with a bias in {name!r}, to add the adapters' biases to, got none"
+            f"model: expected a bias in the base layer of {name!r}, to which the adapters' biases are added, got none"
         )
     return source
 
@@ -176,7 +176,9 @@ class _Names:
                 chosen = f"modules_to_save.{active[0]}" if active else "original_module"
                 self.saved[self._bare(full_name)] = chosen
             elif isinstance(module, peft.utils.AuxiliaryTrainingWrapper):
-                raise ValueError(f"model: merged_tensors has no rule for {full_name!r}, a {type(module).__name__}")
+                raise ValueError(
+                    f"model: merged_tensors cannot merge {full_name!r}, a {type(module).__name__}; use merge_and_unload"
+                )
 
     def of(self, name: str) -> str | None:
         name = self._bare(name)
@@ -201,7 +203,7 @@ def _warn_of_shared_weights(model: nn.Module, sources: Mapping[str, Source]) -> 
         sharing = holders.get(id(source.weight), [])
         if source.adapters and len(sharing) > 1:
             warnings.warn(
-                f"merged_tensors: the weight of {name!r} is shared by {' and '.join(sharing)}; it comes merged, and as "
-                "it is: load both with tie_word_embeddings=False",
+                f"merged_tensors: the weight of {name!r} is shared by {' and '.join(sharing)}; it is returned twice, "
+                "merged and unmerged: load both with tie_word_embeddings=False",
                 stacklevel=3,
             )

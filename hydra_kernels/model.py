@@ -66,15 +66,15 @@ def inject(
     try:
         names = [n for n in modules if _matches(n, targets) and not _matches(n, excluded)]
     except re.error as error:
-        raise ValueError(f"target_modules, exclude: {error.pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"target_modules, exclude: {error.pattern!r} is not a regular expression: {error}") from error
     _check_matched("target_modules", targets, modules)
     _check_matched("exclude", excluded, modules)
     if not names:
-        raise ValueError(f"target_modules: {targets!r} matches no module that exclude={excluded!r} leaves")
+        raise ValueError(f"target_modules: exclude={excluded!r} excludes every module that {targets!r} matches")
     check_targets("target_modules", model, names, layer_class, options)
     for name in names:
         if is_sharded(modules[name].weight):
-            raise ValueError(f"model: the weight of {name!r} is spread over processes; {INJECT_FIRST}")
+            raise ValueError(f"model: the weight of {name!r} is sharded over processes; {INJECT_FIRST}")
 
     experts = _experts(modules, targets, excluded)
     if experts:
@@ -116,7 +116,7 @@ def _check_matched(argument: str, targets: str | Sequence[str], modules: Mapping
     shown = targets if isinstance(targets, str) else unmatched
     hint = ""
     if isinstance(targets, str) and any(_matches(n, [targets]) for n in modules):
-        hint = f"a string is a regular expression of the whole name, so pass [{targets!r}]; "
+        hint = f"a string is a regular expression for the whole name, so pass [{targets!r}]; "
     experts = _experts(modules, targets if isinstance(targets, str) else unmatched, [])
     hint += f"{experts_say(experts)}; " if experts and argument == "target_modules" else ""
     linear = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
@@ -154,8 +154,8 @@ def check_targets(
         parent = model.get_submodule(path)
         if reads_past_forward(parent, child):
             raise TypeError(
-                f"{argument}: {name!r} matches, but {type(parent).__name__} reads the layer's weight past its "
-                "forward, so adapters would be ignored there; exclude it"
+                f"{argument}: {name!r} matches, but {type(parent).__name__} reads the layer's weight without calling "
+                "the layer, so adapters would have no effect; exclude it"
             )
     for dtype in {dtype_of(modules[name]) for name in names}:
         layer_class(1, 1, device="meta", dtype=dtype, **options)
@@ -185,7 +185,7 @@ def mark_only_adapters_trainable(model: nn.Module, bias: str = "none", keep: Ite
     for name, parameter in parameters.items():
         if name in kept and id(parameter) in frozen:
             raise ValueError(
-                f"keep: {name!r} is the frozen weight of an adapted layer, whose gradient is never computed"
+                f"keep: {name!r} is the frozen weight of an adapted layer, which cannot train; leave it out"
             )
         if name in kept or (bias == "all" and name.rsplit(".", 1)[-1] == "bias"):
             trainable.add(id(parameter))
@@ -254,7 +254,7 @@ def required_layers(model: nn.Module) -> dict[str, HydraLinear]:
     layers = adapted_layers(model)
     if not layers and (has_lora_of_peft(model) or any(isinstance(module, Adapter) for module in model.modules())):
         raise ValueError(
-            "model: its adapters are PEFT's; use the PeftModel's merge_adapter, unmerge_adapter, merge_and_unload, "
+            "model: its adapters are PEFT's; use PEFT's methods: merge_adapter, unmerge_adapter, merge_and_unload, "
             "save_pretrained and load_adapter"
         )
     if not layers:
@@ -293,7 +293,7 @@ def names_containing(names: Iterable[str], parts: str | Iterable[str], argument:
         found = {name for name in names if f".{part}." in f".{name}."}
         if not found:
             raise ValueError(
-                f"{argument}: {part!r} names no module or parameter of the model; {near_names(names, [part])}"
+                f"{argument}: {part!r} matches no module or parameter of the model; {near_names(names, [part])}"
             )
         chosen |= found
     return chosen
@@ -318,7 +318,7 @@ def _warn_of_trained_embeddings(model: nn.Module, weights: dict[str, nn.Paramete
         for name, weight in weights.items():
             if isinstance(module, nn.Embedding) and module.weight is weight and weight.requires_grad:
                 warnings.warn(
-                    f"inject: the weight of {name!r} is also the embedding {embedding_name!r}, which is frozen with it",
+                    f"inject: the weight of {name!r} is also the embedding {embedding_name!r}, which is now frozen too",
                     stacklevel=3,
                 )
 
@@ -328,7 +328,7 @@ def _warn_of_low_precision(weights: Iterable[nn.Parameter], options: Mapping[str
     low = sorted({str(weight.dtype) for weight in weights if weight.dtype in LOW_PRECISION})
     if low and options.get("adapter_dtype") is None:
         warnings.warn(
-            f"inject: the adapters are {' and '.join(low)}, as the base is, in which an optimizer's small steps are "
-            f"rounded away; pass adapter_dtype=torch.float32, or adapter_dtype={low[0]} to keep them so",
+            f"inject: the adapters are {' and '.join(low)}, like the base, so an optimizer's small steps are rounded "
+            f"away; pass adapter_dtype=torch.float32, or adapter_dtype={low[0]} to keep this dtype",
             stacklevel=3,
         )

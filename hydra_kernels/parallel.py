@@ -110,19 +110,19 @@ class RowwiseHydra(RowwiseParallel):
 def _checked(style: str, module: nn.Module, mesh: DeviceMesh, size: str) -> HydraLinear:
     if not isinstance(module, HydraLinear):
         raise TypeError(
-            f"{style}: expected an adapted layer, got {type(module).__name__}, which is for torch's own styles"
+            f"{style}: expected an adapted layer, got {type(module).__name__}; use one of torch's own styles for it"
         )
     if isinstance(module, QuantisedBase):
-        raise TypeError(f"{style}: the layer's base is quantised, and packed weights cannot be split over processes")
+        raise TypeError(f"{style}: expected a layer without quantisation, since packed weights cannot be sharded")
     if mesh.ndim != 1:
-        raise ValueError(f"{style}: expected a mesh of one dimension, got {mesh.ndim}; pass mesh['name'] of one")
+        raise ValueError(f"{style}: expected a mesh of one dimension, got {mesh.ndim}; pass one of them, mesh['name']")
     if any(is_sharded(p) for p in module.parameters()):
-        raise ValueError(f"{style}: the layer is sharded already; apply it before fully_shard, and once")
+        raise ValueError(f"{style}: the layer is already sharded; apply the style once, and before fully_shard")
     if module.merged:
         raise ValueError(f"{style}: the layer is merged; call unmerge() first")
     if getattr(module, size) % mesh.size():
         raise ValueError(
-            f"{style}: expected {size} to be a multiple of {mesh.size()} ranks, got {getattr(module, size)}"
+            f"{style}: expected {size} to be a multiple of the {mesh.size()} ranks, got {getattr(module, size)}"
         )
     return module
 

@@ -20,12 +20,12 @@ from .model import plain_name
 from .refusals import refuse_wrapped
 from .sharding import is_sharded, tensors_in
 
-NOT_CALLED = "was not called: the model reads its weight past its forward, or does not use it for these inputs"
+NOT_CALLED = "was not called: the model reads its weight directly, or does not use it for these inputs"
 NO_GRADIENTS = (
     "ran without gradients: under torch.no_grad, or in a checkpoint with use_reentrant=True "
-    "of which no input requires a gradient"
+    "whose inputs do not require grad"
 )
-NO_EFFECT = "had no effect: its output does not reach the loss, or by a factor of 0"
+NO_EFFECT = "had no effect: its output does not reach the loss, or is multiplied by 0"
 DISABLED = "has its adapters disabled"
 FROZEN = "is frozen: none of its adapters requires grad"
 
@@ -185,17 +185,17 @@ def _of_peft(layer: Any, key: str) -> tuple[dict[str, nn.Parameter], list[nn.Par
 
 
 def _refuse(model: nn.Module, probes: Mapping[str, _Probe]) -> None:
-    refuse_wrapped(model, "its gradients go to other processes: check the model before it is wrapped")
+    refuse_wrapped(model, "its gradients would go to other processes: check the model before it is wrapped")
     for name, probe in probes.items():
         if any(map(is_sharded, probe.layer.parameters())):
-            raise ValueError(f"model: {name} is spread over processes; check the model before it is sharded")
+            raise ValueError(f"model: {name} is sharded over processes; check the model before it is sharded")
         if any(p.is_meta for p in probe.layer.parameters()):
             raise ValueError(f"model: {name} is on the meta device; fill or load its parameters first")
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
-                f"model: {name} has a hook that runs after its gradient, such as an optimizer's step in the backward, "
-                "which would train it; check the model before the hook is registered"
+                f"model: {name} has a hook that runs after its gradient, such as an optimizer's step, so this check "
+                "would train it; check the model before the hook is registered"
             )
 
 
@@ -212,7 +212,7 @@ def _number(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor | None:
     if not isinstance(total, Tensor):
         tensors = [t for t in tensors_in(output) if t.is_floating_point()]
         if not tensors:
-            raise ValueError(f"loss: found no tensor in the model's output, a {type(output).__name__}; give a function")
+            raise ValueError(f"loss: expected a function, since the output, a {type(output).__name__}, has no tensor")
         g = torch.Generator().manual_seed(1)
         parts = [(t.float() * torch.randn(t.shape, generator=g).to(t.device)).sum() for t in tensors if t.requires_grad]
         if not parts:

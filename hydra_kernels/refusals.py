@@ -102,8 +102,8 @@ def warn_of_hooks(stacklevel: int) -> None:
     """Says what hooks on the base layer of an adapted one cost; stacklevel is the caller's, plus 1."""
     if not torch.compiler.is_compiling():
         warnings.warn(
-            "base_layer: it has hooks; so that they run, it is called and the adapters run as plain PyTorch, which "
-            "is slower; register them on the adapted layer to avoid this",
+            "base_layer: it has hooks, which run only if the adapters run as plain PyTorch, which is slower; register "
+            "the hooks on the adapted layer to avoid this",
             stacklevel=stacklevel,
         )
 
@@ -118,7 +118,7 @@ def check_wrappable(linear: nn.Module) -> None:
         instead = f"; {SERVED}" if _QUANTISES.search(kind) else ""
         raise TypeError(f"linear: expected an nn.Linear, got {kind}{instead}")
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise TypeError(f"linear: {kind} belongs to nn.MultiheadAttention, which reads its weight past its forward")
+        raise TypeError(f"linear: {kind} belongs to nn.MultiheadAttention, which reads its weight without calling it")
     if hasattr(linear, "_hf_hook"):
         raise ValueError(
             f"linear: {kind} has a hook of accelerate's (device_map), which the adapted layer would lose; call "
@@ -129,13 +129,15 @@ def check_wrappable(linear: nn.Module) -> None:
     if packed(linear) is not None:
         return
     if getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
-        raise TypeError(f"linear: {kind} computes something else than nn.Linear in its forward; {SERVED}")
+        raise TypeError(f"linear: expected the forward of nn.Linear, got another one in {kind}; {SERVED}")
     weight = linear._parameters.get("weight")
     if not isinstance(weight, nn.Parameter):
-        raise TypeError(f"linear: the weight of {kind} is not a plain Parameter but derived or quantised; {SERVED}")
+        raise TypeError(f"linear: the weight of {kind} is computed or quantised, not a plain Parameter; {SERVED}")
     # torchao leaves the class nn.Linear and makes the weight a tensor subclass.
     if not (type(weight.data) in (Tensor, FakeTensor) or is_sharded(weight)):
-        raise TypeError(f"linear: expected plain numbers as the weight of {kind}, got {type(weight.data).__qualname__}")
+        raise TypeError(
+            f"linear: expected a plain tensor as the weight of {kind}, got {type(weight.data).__qualname__}"
+        )
 
 
 def refuse_wrapped(model: nn.Module, instead: str) -> None:
@@ -143,8 +145,8 @@ def refuse_wrapped(model: nn.Module, instead: str) -> None:
     for name, module in model.named_modules():
         for c in type(module).__mro__:
             if c.__name__ in WRAPPERS_OF_PARAMETERS:
-                place = f"{name!r} of it" if name else "it"
-                raise ValueError(f"model: {place} is wrapped by {c.__name__} already; {instead}")
+                place = f"its {name!r}" if name else "it"
+                raise ValueError(f"model: {place} is already wrapped by {c.__name__}; {instead}")
 
 
 def refuse_meta(caller: str, parameters: Mapping[str, Tensor]) -> None:
@@ -152,8 +154,8 @@ def refuse_meta(caller: str, parameters: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         if parameter.is_meta:
             raise ValueError(
-                f"{caller}: {name} is on the meta device and holds nothing: accelerate offloads it, or it was never "
-                "filled; load the model without offload, and its weights, first"
+                f"{caller}: {name} is on the meta device and has no values: accelerate offloads it, or it was never "
+                "loaded; load the weights first, without offload"
             )
 
 

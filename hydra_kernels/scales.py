@@ -32,7 +32,7 @@ def keep_scales_whole(model: nn.Module, group: dist.ProcessGroup | None = None) 
     """
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     if not adapters:
-        raise ValueError("model: it has no adapters; put them in first")
+        raise ValueError("model: it has no adapters; call inject or get_peft_model first")
     # In an order that all ranks share; a dictionary, since a layer may be there twice.
     scales = list(dict.fromkeys(p for adapter in adapters for p in adapter.adapters().values() if p.dim() == 0))
     if scales:

@@ -113,8 +113,8 @@ def warn_of_dtype(layer: nn.Module, stacklevel: int) -> None:
     found = packed(layer)
     if found is not None and found.dtype is None and found.original is None:
         warnings.warn(
-            f"{_kind(layer)} keeps no dtype of what it was made of: the plain layer is in {_plain_dtype(found)}; cast "
-            "it, or the model, where that has another one, such as model.to(torch.bfloat16)",
+            f"{_kind(layer)} does not record its original dtype, so the plain layer is in {_plain_dtype(found)}; if "
+            "the model has another dtype, cast it, such as model.to(torch.bfloat16)",
             stacklevel=stacklevel,
         )
 
@@ -122,7 +122,7 @@ def warn_of_dtype(layer: nn.Module, stacklevel: int) -> None:
 def warn_of_dense(layer: nn.Module, stacklevel: int) -> None:
     """Says what a merged layer holds beside this quantised one; stacklevel is the caller's, plus 1."""
     warnings.warn(
-        f"merge: the base is quantised; a merged layer holds its dense weight in {dtype_of(layer)}",
+        f"merge: the base is quantised, so a merged layer also holds a dense weight in {dtype_of(layer)}",
         stacklevel=stacklevel,
     )
 
@@ -204,8 +204,8 @@ def _refuse_cast(layer: Any) -> None:
     if weight.dtype != storage:
         raise ValueError(
             f"weight: a cast from {storage} to {weight.dtype} has destroyed its packed numbers; load the layer again, "
-            "and cast the model before, or with quant_storage=torch.uint8; where FSDP2 casts, let its policy's "
-            "param_dtype be the quant_storage"
+            "and cast the model before it is quantised or use quant_storage=torch.uint8; under FSDP2 set the policy's "
+            "param_dtype to the quant_storage"
         )
 
 
@@ -260,11 +260,11 @@ def _dense_four_bits(
 def _eight_bits(layer: Any) -> Packed:
     weight, state = layer.weight, layer.state
     if state.has_fp16_weights:
-        raise TypeError(f"linear: {_kind(layer)} trains its weight; pass has_fp16_weights=False to freeze and pack it")
+        raise TypeError(f"linear: expected {_kind(layer)} with has_fp16_weights=False, a frozen weight, got True")
     if state.SCB is None and not hasattr(weight, "SCB"):
         raise ValueError(
-            f"linear: the scales of {_kind(layer)} are lost, since a tracer has put another tensor in its weight's "
-            "place; of torch.export this is its non-strict mode: pass strict=True"
+            f"linear: the scales of {_kind(layer)} are lost, since a tracer has replaced its weight; with torch.export "
+            "pass strict=True"
         )
     if (state.SCB is None and weight.SCB is None) or weight.dtype != torch.int8:
         raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
@@ -292,9 +292,9 @@ def _of_torchao(layer: Any) -> Packed:
     weight = layer.weight
     kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
     if type(weight).__name__ != "Int8Tensor":
-        raise TypeError(f"linear: of torchao's weights Int8Tensor alone is served, got {kind}; {SERVED}")
+        raise TypeError(f"linear: expected torchao's Int8Tensor as the weight, got {kind}; {SERVED}")
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
-        raise TypeError(f"linear: {kind} quantises the activations too; weight-only int8 is served")
+        raise TypeError(f"linear: expected weight-only int8, got {kind}, which quantises the activations too")
     return Packed("int8", tuple(weight.shape), weight.device, None, weight.dtype, layer)
 
 
@@ -347,8 +347,8 @@ def _parts(t: Tensor | None, like: Tensor) -> list[Tensor | None]:
 # --- the table of formats ---------------------------------------------------------------------------------------------
 
 SERVED = (
-    "quantised layers that are served: bitsandbytes' Linear4bit and Linear8bitLt, torchao's int8 weight-only; another "
-    "format is three functions in hydra_kernels/weights.py"
+    "supported quantised layers: bitsandbytes' Linear4bit and Linear8bitLt, torchao's int8 weight-only; to add a "
+    "format, see hydra_kernels/weights.py"
 )
 # By class, so that no library is imported here.
 READERS: dict[str, Callable[[Any], Packed]] = {

@@ -34,8 +34,8 @@ def test_subspace_similarity_of_known_subspaces():
         (((3, 4), (3, 5)), 1, 1, r"Y: expected shape \[\*, 4\]"),
         (((3,), (3, 5)), 1, 1, "X: expected a matrix"),
         (((3, 4), (0, 4)), 1, 1, "Y: expected a matrix"),
-        (((3, 4), (3, 4)), 0, 1, "i: expected 1 to 3, got 0"),
-        (((3, 4), (2, 4)), 1, 3, "j: expected 1 to 2, got 3"),
+        (((3, 4), (3, 4)), 0, 1, "i: expected an integer from 1 to 3, got 0"),
+        (((3, 4), (2, 4)), 1, 3, "j: expected an integer from 1 to 2, got 3"),
     ],
 )
 def test_subspace_similarity_refuses(shapes, i, j, message):

@@ -349,7 +349,9 @@ def test_the_compiled_code_decides_on_which_devices_it_runs(mini, monkeypatch):
         extension = importlib.reload(mini.loaded())
         said = {device: extension.why_not_on(device) for device in devices}
         assert [device for device in devices if said[device] is None] == expected
-    assert said[(9, 0)].startswith("its kernels were built for sm_120, not for compute capability 9.0; rebuild it")
+    assert said[(9, 0)].startswith(
+        "its kernels were built for sm_120, and this GPU has compute capability 9.0; rebuild it"
+    )
 
 
 @compiles
@@ -392,11 +394,11 @@ STALE = {
     "another torch": (lambda m: change(m, torch="1.0"), "was built for torch 1.0, and this is torch 2"),
     "another source": (
         lambda m: (m.root / "csrc/native.cpp").write_text(""),
-        "from other sources than those in csrc",
+        "the sources in csrc have changed",
     ),
-    "a new header": (lambda m: (m.root / "csrc/b.h").write_text(""), "from other sources than those in csrc"),
+    "a new header": (lambda m: (m.root / "csrc/b.h").write_text(""), "the sources in csrc have changed"),
     "another Python": (lambda m: change(m, file="_native.cpython-27.so"), r"another Python \(_native.cpython-27.so\)"),
-    "no binary": (lambda m: binary(m).unlink(), r"is recorded but missing \(_native.*so\)"),
+    "no binary": (lambda m: binary(m).unlink(), r"file of the compiled part is missing \(_native.*so\)"),
     "a broken binary": (
         lambda m: binary(m).write_bytes(b"\x7fELF"),
         r"does not load \(ImportError: .*file too short\)",

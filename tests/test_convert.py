@@ -302,30 +302,36 @@ def put(key, *shape, dtype=torch.float64):
 PAR = "blocks.1.mlp.hydra_mlp_par"
 AUTHORS = [
     (without(f"{PAR}.up_proj.weight"), "up projection of the parallel branch of 'blocks.1.mlp.fc2' is missing"),
-    (without(f"{PAR}.down_proj.bias"), "A_down_bias of 'blocks.1.mlp.fc2' is missing, but others of"),
+    (without(f"{PAR}.down_proj.bias"), "A_down_bias of 'blocks.1.mlp.fc2' is missing; expected all of"),
     (lambda t: [t.pop(k) for k in list(t) if "1.mlp.hydra_mlp_seq" in k], "sequential branch of 'blocks.1.mlp.fc2'"),
-    (put(f"{PAR}.up_proj.weight", WIDTH, 9), r"A_up of 'blocks.1.mlp.fc2': expected \[6, 3\] beside .*got \[6, 9\]"),
+    (put(f"{PAR}.up_proj.weight", WIDTH, 9), r"A_up of 'blocks.1.mlp.fc2': expected shape \[6, 3\], .*got \[6, 9\]"),
     (put(f"{PAR}.down_proj.weight", 3), r"A_down of 'blocks.1.mlp.fc2': expected a matrix, got \[3\]"),
     (put(f"{PAR}.down_proj.weight", 0, HIDDEN), r"A_down of .*: expected a matrix, got \[0, 10\]"),
-    (put("blocks.1.mlp.hydra_mlp_seq.down_proj.weight", 3, 7), r"B_down of .*expected \[3, 6\] .*got \[3, 7\]"),
+    (put("blocks.1.mlp.hydra_mlp_seq.down_proj.weight", 3, 7), r"B_down of .*expected shape \[3, 6\], .*got \[3, 7\]"),
     (put(f"{PAR}.scale", 1), "scale_b of 'blocks.1.mlp.fc2' is missing"),
     (put(f"{PAR}.scale", 2), r"scale_a of 'blocks.1.mlp.fc2': expected one number, got \[2\]"),
     (put(f"{PAR}.up_proj.weight", WIDTH, 3, dtype=torch.int8), "A_up of .* expected a floating dtype, got torch.int8"),
-    (put("blocks.1.mlp.hydra_mlp_pra.up_proj.weight", 2), "'blocks.1.mlp.hydra_mlp_pra.up_proj.weight': not a branch"),
+    (
+        put("blocks.1.mlp.hydra_mlp_pra.up_proj.weight", 2),
+        "keys of a branch .*, got 'blocks.1.mlp.hydra_mlp_pra.up_proj.weight'",
+    ),
     (lambda t: t.update(acc=0.9), "expected a Tensor under 'acc', got float"),
     (
         put("norm.weight", WIDTH),
-        "'norm.weight': not a branch of the authors' code; to take it over, name it in include",
+        "expected keys of a branch of the authors' code, got 'norm.weight'; to copy other",
     ),
-    (put("head.weight", CLASSES, 9), r"include: 'head.weight' is \[3, 9\] in the checkpoint, \[3, 6\] in the model"),
+    (
+        put("head.weight", CLASSES, 9),
+        r"include: expected shape \[3, 6\] for 'head.weight', as in the model, got \[3, 9\]",
+    ),
     (put("head.extra", 1), "include: the model has no 'head.extra'; near names: head"),
     (
         lambda t: [t.update({k.replace("s.1", "s.7"): t.pop(k)}) for k in list(t) if ".1." in k],
-        "model: it has no layer 'blocks.7.mlp.fc2'; near names: blocks; see `rename`",
+        "model: it has no layer 'blocks.7.mlp.fc2'; near names: blocks; or pass rename",
     ),
     (
         put(f"{PAR}.down_proj.weight", 3, 11),
-        "'blocks.1.mlp.fc2' is a linear layer from 10 to 6 features, the checkpoint's from 11 to 6",
+        "expected 'blocks.1.mlp.fc2' to have 11 inputs and 6 outputs, as in the checkpoint, got 10 and 6",
     ),
 ]
 
@@ -351,10 +357,10 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(change, match):
 LORALIB = [
     (without("blocks.1.mlp.fc2.lora_A"), "down projection of the parallel branch of 'blocks.1.mlp.fc2' is missing"),
     (without("blocks.1.mlp.fc2.lora_B"), "up projection of the parallel branch of 'blocks.1.mlp.fc2' is missing"),
-    (put("blocks.1.mlp.fc2.lora_A", 10, HIDDEN), r"of loralib's MergedLinear \(lora_A \[10, 10\], lora_B \[6, 5\]\)"),
-    (put("blocks.1.mlp.fc2.lora_A", 7, HIDDEN), r"A_up of .*: expected \[6, 7\] beside .*got \[6, 5\]"),
-    (put("blocks.1.mlp.fc2.lora_A.default.weight", 2, 2), "is a name of PEFT's; see hydra_kernels.peft"),
-    (put("blocks.1.mlp.fc2.lora_E", 2), "'blocks.1.mlp.fc2.lora_E': not loralib's lora_A or lora_B"),
+    (put("blocks.1.mlp.fc2.lora_A", 10, HIDDEN), r"of its MergedLinear, .* \(lora_A \[10, 10\], lora_B \[6, 5\]\)"),
+    (put("blocks.1.mlp.fc2.lora_A", 7, HIDDEN), r"A_up of .*: expected shape \[6, 7\], .*got \[6, 5\]"),
+    (put("blocks.1.mlp.fc2.lora_A.default.weight", 2, 2), "is PEFT's, not loralib's; use hydra_kernels.peft.from_lora"),
+    (put("blocks.1.mlp.fc2.lora_E", 2), "loralib's lora_A or lora_B, got 'blocks.1.mlp.fc2.lora_E'"),
 ]
 
 
@@ -366,36 +372,38 @@ def test_a_loralib_checkpoint_that_does_not_fit_changes_nothing(change, match):
 
 
 def test_scales_and_alpha_are_neither_guessed_nor_given_twice():
-    with pytest.raises(ValueError, match=r"scale: the checkpoint has none for 'blocks.0.mlp.fc2'; give the one"):
+    with pytest.raises(
+        ValueError, match=r"scale: expected a number, since the checkpoint has none for 'blocks.0.mlp.fc2'"
+    ):
         convert.from_authors(vtab1k(), include=["head"])
-    with pytest.raises(ValueError, match=r"scale: expected None, for the checkpoint has those .*; got 1.0"):
+    with pytest.raises(ValueError, match=r"scale: expected None, since the checkpoint holds those .*, got 1.0"):
         convert.from_authors(elevater(True), scale=1.0)
     with pytest.raises(ValueError, match="scale: expected a finite number, got nan"):
         convert.from_authors(nlu(), scale=float("nan"))
     with pytest.raises(TypeError, match="alpha: expected a number, got str"):
         convert.from_loralib(loralib(), alpha="8")
-    with pytest.raises(ValueError, match="it has no key of a branch of the authors' code"):
+    with pytest.raises(ValueError, match="expected keys of a branch of the authors' code, got none"):
         convert.from_authors({}, scale=1.0)
 
 
 def test_a_weight_that_loralib_may_have_merged_is_refused():
     tensors = {**loralib(), "blocks.0.mlp.fc2.weight": torch.ones(WIDTH, HIDDEN)}
-    with pytest.raises(ValueError, match=r"include: 'blocks.0.mlp.fc2.weight' may hold the adapters already"):
+    with pytest.raises(ValueError, match=r"include: 'blocks.0.mlp.fc2.weight' may contain the adapters already"):
         convert.from_loralib(tensors, alpha=1, include=["weight"])
 
 
 def test_two_names_are_not_renamed_to_one():
-    with pytest.raises(ValueError, match=r"rename: it gives 'x' to 2 names of the checkpoint"):
+    with pytest.raises(ValueError, match=r"rename: expected a new name for each name, got 'x' for 2 of them"):
         convert.from_loralib(loralib(), alpha=1, rename=lambda name: "x")
 
 
 def test_options_that_the_checkpoint_fixes_and_wrong_models_are_refused():
     checkpoint = convert.from_loralib(loralib(), alpha=1)
-    refused(model_of(), "scale: the checkpoint fixes it; leave it out", lambda: checkpoint, scale=2.0)
+    refused(model_of(), "scale: the checkpoint sets this option; leave it out", lambda: checkpoint, scale=2.0)
     refused(model_of(), "dropout: expected a number in", lambda: checkpoint, dropout=1.0)
     shared = model_of()
     shared.blocks[1].mlp.fc2 = shared.blocks[0].mlp.fc2
-    refused(shared, "'blocks.0.mlp.fc2' and 'blocks.1.mlp.fc2' are one layer", lambda: checkpoint)
+    refused(shared, "'blocks.0.mlp.fc2' and 'blocks.1.mlp.fc2' are the same layer", lambda: checkpoint)
     embedding = model_of()
     embedding.blocks[1].mlp.fc2 = nn.Embedding(WIDTH, HIDDEN)
     refused(embedding, r"model: 'blocks.1.mlp.fc2' matches, but .*Embedding", lambda: checkpoint)

@@ -185,7 +185,7 @@ def test_a_sharded_layer_says_where_to_merge_instead(groups):
     for said in groups.run(2, checkpoints.refusals, Spec(units="block")):
         for name in ("merge", "to_linear"):
             assert said[name].startswith(
-                f"{name}: the layer's parameters are spread over processes; call save_adapters"
+                f"{name}: the layer's parameters are sharded over processes; call save_adapters"
             )
         assert "unsharded model" in said["merge_and_unload"]
         assert said["branches"].startswith(
@@ -196,4 +196,4 @@ def test_a_sharded_layer_says_where_to_merge_instead(groups):
 def test_fsdp1_is_refused(groups):
     for said in groups.run(2, checkpoints.under_fsdp1, Spec()):
         assert said.startswith("weight: it requires grad, but W0 is frozen")
-        assert "it is part of a parameter that trains, as FSDP1 makes it: use FSDP2 (fully_shard)" in said
+        assert "it is computed from a parameter that trains, as in FSDP1: use FSDP2 (fully_shard)" in said

@@ -97,7 +97,7 @@ def test_training_goes_on_with_a_new_sequential_branch(tmp_path):
 
 def test_lora_dropout_is_announced_and_may_be_kept(tmp_path):
     saved_lora(tmp_path, lora_dropout=0.1)
-    with pytest.warns(UserWarning, match=r"lora_dropout=0.1; nothing is dropped unless you give input_dropout=0.1"):
+    with pytest.warns(UserWarning, match=r"lora_dropout=0.1, but this Hydra has none; pass input_dropout=0.1"):
         ours = from_lora(net(), tmp_path)
     assert (ours.peft_config["default"].dropout, ours.peft_config["default"].input_dropout) == (0.0, 0.0)
     for name in ("dropout", "input_dropout"):
@@ -124,15 +124,15 @@ class Embedded(nn.Module):
 @pytest.mark.parametrize(
     ("base", "config", "text"),
     [
-        (net, {"use_dora": True}, "Hydra has no use_dora"),
+        (net, {"use_dora": True}, "Hydra does not support use_dora"),
         (net32, {"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         (net32, {"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         (
             conv1d,
             {"target_modules": ["fc1"], "fan_in_fan_out": True},
-            "Hydra has no fan_in_fan_out: expected LoRA of nn.Linear, got one of Conv1D",
+            "expected LoRA of nn.Linear, got fan_in_fan_out=True, LoRA of Conv1D",
         ),
-        (Embedded, {"target_modules": ["embedding", "fc1"]}, "LoRA of linear layers alone, got .*lora_embedding_A"),
+        (Embedded, {"target_modules": ["embedding", "fc1"]}, "only LoRA of linear layers, got .*lora_embedding_A"),
         (
             Embedded,
             {"target_modules": ["fc1"], "trainable_token_indices": {"embedding": [1]}},
@@ -174,7 +174,7 @@ def test_other_methods_and_other_models_are_refused_and_the_model_stays(tmp_path
 def test_a_layer_in_two_places_is_refused(tmp_path):
     """PEFT's LoRA adapts the first place alone, so the outputs would differ."""
     saved_lora(tmp_path, base=net(shared=True))
-    with pytest.raises(ValueError, match="names other layers than are in the file"):
+    with pytest.raises(ValueError, match="and the file name different layers"):
         from_lora(net(shared=True), tmp_path)
 
 
@@ -353,7 +353,7 @@ def test_from_lora_config_with_a_sequential_branch_starts_as_peft_starts(tmp_pat
         assert abs(down.std() * (3 * fan_in) ** 0.5 - 1) < 0.05
     theirs = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(300, 200)))[0].lora_A["default"].weight
     assert abs(adapter.A_down.std() / theirs.std() - 1) < 0.05
-    with pytest.raises(ValueError, match="init_std: expected None beside init='peft'"):
+    with pytest.raises(ValueError, match="init_std: expected None with init='peft'"):
         HydraConfig(init="peft", init_std=0.1)
     with pytest.raises(ValueError, match="init: expected 'gaussian' or 'peft', got 'pissa'"):
         HydraConfig(init="pissa")
@@ -364,12 +364,12 @@ def test_from_lora_config_with_a_sequential_branch_starts_as_peft_starts(tmp_pat
 @pytest.mark.parametrize(
     ("config", "error"),
     [
-        (peft.LoraConfig(init_lora_weights="pissa"), "init_lora_weights: expected True, PEFT's own start, got 'pissa'"),
+        (peft.LoraConfig(init_lora_weights="pissa"), "init_lora_weights: expected True, PEFT's default, got 'pissa'"),
         (peft.LoraConfig(init_lora_weights="gaussian"), "init_lora_weights: expected True"),
         (peft.LoraConfig(lora_bias=True), "lora_bias: expected False"),
-        (peft.LoraConfig(use_dora=True), "use_dora: Hydra has no use_dora, got True"),
-        (peft.LoraConfig(layer_replication=[(0, 2)]), "layer_replication: Hydra has no layer_replication"),
-        (peft.LoraConfig(fan_in_fan_out=True), "fan_in_fan_out: Hydra has no fan_in_fan_out"),
+        (peft.LoraConfig(use_dora=True), "use_dora: Hydra does not support use_dora, got True"),
+        (peft.LoraConfig(layer_replication=[(0, 2)]), "layer_replication: Hydra does not support layer_replication"),
+        (peft.LoraConfig(fan_in_fan_out=True), "fan_in_fan_out: Hydra does not support fan_in_fan_out"),
         (peft.AdaLoraConfig(total_step=9), "config: expected a LoraConfig, got AdaLoraConfig"),
         (peft.IA3Config(), "config: expected a LoraConfig, got IA3Config"),
     ],

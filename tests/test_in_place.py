@@ -287,7 +287,7 @@ def test_all_linear_finds_the_accelerated_layers_for_a_second_adapter():
     assert all("second" in layer.lora_A for layer in layers_of(model))
     said = report(model).layers
     assert said["base_model.model.fc1"] == "accelerated"
-    assert said["base_model.model.head.1"] == "accelerate was not called since PEFT made the layer"
+    assert said["base_model.model.head.1"] == "accelerate has not been called since PEFT made the layer"
     model.set_adapter("second")
     assert accelerate(model, strict=True).accelerated == list(said)
 
@@ -390,14 +390,14 @@ CHANGES = [
     (hook_on("lora_dropout"), "lora_dropout has hooks"),
     (pre_hook, "lora_A has hooks"),
     (backward_hook, "base_layer has hooks"),
-    (own_forward, "lora_A has a forward of its own"),
-    (own_forward_of_the_base, "base_layer has a forward of its own"),
+    (own_forward, "the forward of lora_A was replaced"),
+    (own_forward_of_the_base, "the forward of base_layer was replaced"),
     (another_class, "the classes of lora_A and lora_B are Linear and Doubled, not nn.Linear"),
     (another_base, "base_layer's class is Doubled, not nn.Linear"),
     (another_dropout, "lora_dropout's class is AlphaDropout, not nn.Dropout"),
-    (trained_base, "the base layer's weight trains"),
+    (trained_base, "the base layer's weight requires grad"),
     (other_dtype, "the adapter is torch.float32 over a base layer in torch.float64"),
-    (vector_of_scales, "scaling is a tensor of another shape"),
+    (vector_of_scales, "scaling is a tensor, but not 0-dimensional"),
 ]
 
 
@@ -436,7 +436,7 @@ def test_a_dora_adapter_that_is_added_later(calls):
     ours.set_adapter("dora")
     plain = copy.deepcopy(ours)
     undo(plain)
-    with pytest.warns(UserWarning, match="the adapter is no plain LoRA .DoraLinearVariant"):
+    with pytest.warns(UserWarning, match="the adapter is not plain LoRA .DoraLinearVariant"):
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-12, atol=1e-12)
     assert len(calls) == 6
 
@@ -477,7 +477,7 @@ def test_dropout_of_several_adapters_keeps_pefts_forward_in_training(calls):
     ours, x = of_peft(lora_dropout=0.4, others=[{"r": 2}]), inputs()
     ours.base_model.set_adapter(["default", "other0"])
     plain = copy.deepcopy(ours)
-    reason = "lora_dropout=0.4 in training mode, with 2 active adapters"
+    reason = "lora_dropout=0.4 needs to be below 1 and to have one active adapter, not 2"
     with pytest.warns(UserWarning, match=reason) as warned:
         found = accelerate(ours)
     assert len(warned) == 1
@@ -509,7 +509,7 @@ def test_weights_that_are_offloaded(calls):
     accelerate(ours, strict=True)
     pytest.importorskip("accelerate").cpu_offload(ours, execution_device=torch.device("cpu"))
     assert layers_of(ours)[0].base_layer.weight.is_meta
-    with pytest.warns(UserWarning, match="base_layer has a forward of its own, as offload and device_map give it"):
+    with pytest.warns(UserWarning, match="the forward of base_layer was replaced, as offload and device_map do"):
         torch.testing.assert_close(ours(x), want)
     assert not calls
 
@@ -773,7 +773,7 @@ def test_tools_for_other_adapters_name_pefts_lora(accelerated, tmp_path):
         accelerate(model)
     tools = (hk.merge, hk.merge_and_unload, hk.adapter_state_dict, lambda m: hk.convert.to_lora(m, tmp_path / "lora"))
     for tool in tools:
-        with pytest.raises(ValueError, match="model: its adapters are PEFT's; use the PeftModel's merge_adapter"):
+        with pytest.raises(ValueError, match="model: its adapters are PEFT's; use PEFT's methods: merge_adapter"):
             tool(model)
     with pytest.raises(ValueError, match=r"model: its adapters are PEFT's LoRA; use peft\.optimizers'"):
         hk.parameter_groups(model, 1e-3)

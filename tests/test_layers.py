@@ -223,8 +223,8 @@ def patched():
         (lambda: hooked("register_full_backward_hook"), "has hooks"),
         (lambda: hooked("register_full_backward_pre_hook"), "has hooks"),
         (lambda: nn.MultiheadAttention(4, 2).out_proj, "belongs to nn.MultiheadAttention"),
-        (patched, "computes something else"),
-        (of_a_subclass, "expected plain numbers as the weight of torch.nn.modules.linear.Linear, got TwoTensor"),
+        (patched, "expected the forward of nn.Linear"),
+        (of_a_subclass, "expected a plain tensor as the weight of torch.nn.modules.linear.Linear, got TwoTensor"),
         (lambda: nn.Linear(3, 4).weight, "Parameter"),
     ],
 )
@@ -331,7 +331,7 @@ def test_a_merged_layer_whose_parameters_changed_refuses_to_answer_with_the_old_
     layer.merge()
     assert list(layer.buffers()) == []  # with buffers of its own the average fails in torch's pairs of buffers
     changed = change(layer)
-    with pytest.raises(ValueError, match=r"A_down: it was changed while the layer is merged, .*; unmerge first"):
+    with pytest.raises(ValueError, match=r"A_down: it was changed while the layer is merged, .*; unmerge before"):
         changed(x)
     changed.merge()
     torch.testing.assert_close(changed(x), oracle_output(changed, x), rtol=1e-12, atol=1e-12)

@@ -168,7 +168,7 @@ def test_a_library_of_another_name_is_refused(monkeypatch):
     monkeypatch.setenv("HYDRA_KERNELS_PRODUCTS", "openblas")
     machine.forget()
     try:
-        with pytest.raises(ValueError, match=r"HYDRA_KERNELS_PRODUCTS: expected auto, aten, .* got 'openblas'"):
+        with pytest.raises(ValueError, match=r"HYDRA_KERNELS_PRODUCTS: expected one of auto, aten, .* got 'openblas'"):
             hk.explain(8, 8, 8, 2, 2, capability="cpu")
     finally:
         monkeypatch.undo()

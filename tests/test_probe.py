@@ -243,7 +243,7 @@ def test_what_cannot_be_checked_is_refused(make, loss, error, message):
 def test_an_output_without_a_tensor_needs_a_loss():
     model = net()
     model.forward = lambda tokens: "text"
-    with pytest.raises(ValueError, match="loss: found no tensor in the model's output, a str; give a function"):
+    with pytest.raises(ValueError, match="loss: expected a function, since the output, a str, has no tensor"):
         hk.check_adapters(model, TOKENS)
 
 

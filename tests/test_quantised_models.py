@@ -129,14 +129,14 @@ def test_training_equals_pefts_step_by_step(kind, door):
     assert losses[0][-1] < losses[0][0] - 0.01
 
 
-@pytest.mark.filterwarnings("ignore:bitsandbytes.*keeps no dtype")
+@pytest.mark.filterwarnings("ignore:bitsandbytes.*does not record its original dtype")
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging(kind):
     """Merged layers are plain and dense, in the dtype that the base computes in; unmerged ones bit for bit the old."""
     model, x = of_ours(kind).eval(), torch.randn(2, 20, 64)
     base = weight_of(copy.deepcopy(model.two.base_layer))
     h = model(x)
-    with pytest.warns(UserWarning, match="a merged layer holds its dense weight in torch.float32"):
+    with pytest.warns(UserWarning, match="a merged layer also holds a dense weight in torch.float32"):
         hk.merge(model)
     torch.testing.assert_close(model(x), h)
     assert model.two.merged_weight.shape == (192, 128)
@@ -153,7 +153,7 @@ def test_merging(kind):
     torch.testing.assert_close(plain.two.weight, base + update)
 
 
-@pytest.mark.filterwarnings("ignore:bitsandbytes.*keeps no dtype")
+@pytest.mark.filterwarnings("ignore:bitsandbytes.*does not record its original dtype")
 @pytest.mark.parametrize("kind", ["nf4-twice", "8bit", "int8"])
 def test_pefts_verbs_over_hydra(kind, tmp_path):
     model, x = peft.get_peft_model(Net(kind), HydraConfig(r_a=2, r_b=3, target_modules=TARGETS)), torch.randn(2, 20, 64)
@@ -163,7 +163,7 @@ def test_pefts_verbs_over_hydra(kind, tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(Net(kind), tmp_path)
     assert torch.equal(again(x), h)
-    with pytest.warns(UserWarning, match="a merged layer holds its dense weight in torch.float32"):
+    with pytest.warns(UserWarning, match="a merged layer also holds a dense weight in torch.float32"):
         model.merge_adapter()
     torch.testing.assert_close(model(x), h)
     model.unmerge_adapter()
@@ -337,7 +337,7 @@ def test_fsdp2_that_would_cast_packed_numbers_is_refused(groups):
         assert len(found) == 2
         for said in found:
             assert said.startswith("weight: a cast from torch.bfloat16 to torch.float16 has destroyed its packed")
-            assert said.endswith("let its policy's param_dtype be the quant_storage")
+            assert said.endswith("set the policy's param_dtype to the quant_storage")
 
 
 def test_merging_and_exporting_under_fsdp2(groups, tmp_path):
@@ -347,5 +347,5 @@ def test_merging_and_exporting_under_fsdp2(groups, tmp_path):
 
 def test_tensor_parallelism_is_refused(groups):
     assert groups.run(2, distributed.with_tensor_parallelism)[0].startswith(
-        "ColwiseHydra: the layer's base is quantised"
+        "ColwiseHydra: expected a layer without quantisation"
     )

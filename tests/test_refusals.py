@@ -34,7 +34,7 @@ def is_taken(model: nn.Module, layer: str) -> bool:
         said = str(error)
     taken = isinstance(getattr(model, layer), hk.HydraLinear)
     matches = f"'0.{layer}' matches, but {type(model).__name__}"
-    assert taken or f"{matches} reads the layer's weight past its forward" in said
+    assert taken or f"{matches} reads the layer's weight without calling the layer" in said
     return taken
 
 
@@ -121,11 +121,11 @@ def deepspeed():
 
 
 WRAPPED = {
-    ddp: "it is wrapped by DistributedDataParallel already",
-    ddp_inside: "'1' of it is wrapped by DistributedDataParallel already",
-    fsdp1: "it is wrapped by FullyShardedDataParallel already",
-    fsdp2: "it is wrapped by FSDPModule already",
-    deepspeed: "it is wrapped by DeepSpeedEngine already",
+    ddp: "it is already wrapped by DistributedDataParallel",
+    ddp_inside: "its '1' is already wrapped by DistributedDataParallel",
+    fsdp1: "it is already wrapped by FullyShardedDataParallel",
+    fsdp2: "it is already wrapped by FSDPModule",
+    deepspeed: "it is already wrapped by DeepSpeedEngine",
 }
 
 
@@ -147,7 +147,9 @@ def test_a_wrapped_model_takes_no_adapters(wrap, group):
 
 def test_a_part_of_a_sharded_model_takes_no_adapters(group):
     part = fsdp2()[1]
-    with pytest.raises(ValueError, match=r"model: the weight of '0' is spread over processes.*inject first, then wrap"):
+    with pytest.raises(
+        ValueError, match=r"model: the weight of '0' is sharded over processes.*inject first, then wrap"
+    ):
         hk.inject(part, ["0"])
     assert not isinstance(part[0], hk.HydraLinear)
 
@@ -157,12 +159,12 @@ def test_what_is_wrapped_is_checked_before(group):
     hk.inject(model, ["0"])
     assert hk.check_adapters(model, torch.randn(3, 4)).ok
     wrapped = nn.parallel.DistributedDataParallel(model)
-    with pytest.raises(ValueError, match=r"wrapped by DistributedDataParallel already; .*check the model before"):
+    with pytest.raises(ValueError, match=r"already wrapped by DistributedDataParallel; .*check the model before"):
         hk.check_adapters(wrapped, torch.randn(3, 4))
     part = nn.Sequential(block(), nn.Linear(4, 4))
     hk.inject(part, ["0.0"])
     torch.distributed.fsdp.fully_shard(part)
-    with pytest.raises(ValueError, match="model: 0 is spread over processes; check the model before"):
+    with pytest.raises(ValueError, match="model: 0 is sharded over processes; check the model before"):
         hk.check_adapters(part[0], torch.randn(3, 4))
 
 

@@ -17,7 +17,7 @@ def test_it_reports_in_a_fresh_process():
     done = subprocess.run([sys.executable, "-m", "hydra_kernels"], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.startswith("hydra_kernels ")
     assert re.findall(r"^(\w.*):$", done.stdout, re.MULTILINE) == TITLES
-    assert "not found out" not in done.stdout
+    assert "\n  failed: " not in done.stdout
     assert done.stderr == ""
 
 
@@ -53,7 +53,7 @@ def test_broken_parts_do_not_end_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     monkeypatch.setattr(extension, "why_not", broken)
     lines = list(__main__.report())
-    assert lines.count("  not found out: OSError: libcuda.so.1") == 5
+    assert lines.count("  failed: OSError: libcuda.so.1") == 5
     assert [line.rstrip(":") for line in lines[1:] if not line.startswith(" ")] == TITLES
 
 

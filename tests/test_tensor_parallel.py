@@ -249,17 +249,17 @@ def test_a_layer_waits_for_what_a_style_of_torch_hands_on(groups, backend):
 
 def test_refusals_name_the_argument(groups):
     elsewhere = (
-        "the layer's parameters are spread over processes; call save_adapters(model, path) on every rank, then "
-        "load_adapters into an unsharded model and"
+        "the layer's parameters are sharded over processes; call save_adapters on every rank, "
+        "load_adapters in an unsharded model, and"
     )
     for said in groups.run(4, tensor_parallel.refusals):
         assert said == {
-            "plain": "ColwiseHydra: expected an adapted layer, got Linear, which is for torch's own styles",
+            "plain": "ColwiseHydra: expected an adapted layer, got Linear; use one of torch's own styles for it",
             "merged": "RowwiseHydra: the layer is merged; call unmerge() first",
-            "twice": "ColwiseHydra: the layer is sharded already; apply it before fully_shard, and once",
-            "uneven columns": "ColwiseHydra: expected out_features to be a multiple of 4 ranks, got 6",
-            "uneven rows": "RowwiseHydra: expected in_features to be a multiple of 4 ranks, got 6",
-            "mesh": "RowwiseHydra: expected a mesh of one dimension, got 2; pass mesh['name'] of one",
+            "twice": "ColwiseHydra: the layer is already sharded; apply the style once, and before fully_shard",
+            "uneven columns": "ColwiseHydra: expected out_features to be a multiple of the 4 ranks, got 6",
+            "uneven rows": "RowwiseHydra: expected in_features to be a multiple of the 4 ranks, got 6",
+            "mesh": "RowwiseHydra: expected a mesh of one dimension, got 2; pass one of them, mesh['name']",
             "low precision": "backend: 'aten' cannot serve this call: its composed form would round B_down W0 to "
             "torch.bfloat16 and lose accuracy that the naive layer keeps",
             "to_linear": f"to_linear: {elsewhere} to_linear there",

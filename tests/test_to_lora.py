@@ -138,9 +138,9 @@ def test_what_trained_beside_the_adapters(tmp_path):
     hk.inject(model, ["fc1", "fc2"], r_a=2, r_b=2)
     hk.mark_only_adapters_trainable(model, keep=["head"])
     randomise(model)
-    with pytest.raises(ValueError, match=r"modules_to_save: 'head.1.weight' trains, but is no adapter"):
+    with pytest.raises(ValueError, match=r"modules_to_save: 'head.1.weight' trains, but is not in an adapter"):
         hk.convert.to_lora(model, tmp_path)
-    with pytest.raises(ValueError, match="modules_to_save: 'heads' names no module"):
+    with pytest.raises(ValueError, match="modules_to_save: 'heads' matches no module"):
         hk.convert.to_lora(model, tmp_path, modules_to_save=["heads"])
     hk.convert.to_lora(model, tmp_path, modules_to_save=["head"])
     torch.testing.assert_close(loaded(tmp_path, net(bias=False))(inputs()), model(inputs()), rtol=1e-10, atol=1e-10)
@@ -216,12 +216,12 @@ def test_refusals(tmp_path):
         hk.convert.to_lora(net(), tmp_path)
     shared = net(shared=True)
     hk.inject(shared, ["fc2", "again"])
-    with pytest.raises(ValueError, match=r"model: 'fc2' and 'more.again' are one layer"):
+    with pytest.raises(ValueError, match=r"model: 'fc2' and 'more.again' are the same layer"):
         hk.convert.to_lora(shared, tmp_path)
     of_peft = peft.get_peft_model(net(), HydraConfig(target_modules=["fc1"]))
-    with pytest.raises(ValueError, match="modules_to_save: expected none beside PEFT's configuration"):
+    with pytest.raises(ValueError, match="modules_to_save: expected none, since PEFT's configuration has them"):
         hk.convert.to_lora(of_peft, tmp_path, modules_to_save=["head"])
-    with pytest.raises(ValueError, match="model: its adapters have rank 0"):
+    with pytest.raises(ValueError, match="model: expected adapters of rank 1 or more, got only rank 0"):
         hk.convert.to_lora(nn.Sequential(hk.LoRALinear(3, 4, r=0)), tmp_path)
     offloaded = ours().to("meta")
     with pytest.raises(ValueError, match=r"to_lora: fc1\.A_down is on the meta device"):

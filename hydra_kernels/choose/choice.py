@@ -27,23 +27,23 @@ _ONEDNN_VENDOR: str = DATA["on_a_cpu"]["onednn_for_vendor"]
 _ONEDNN_ROWS: list[int] = DATA["on_a_cpu"]["onednn_forward_for_rows"]
 _ONEDNN_WEIGHT: int = DATA["on_a_cpu"]["onednn_from_weight_elements"]
 _WHY_SMALL = (
-    "the host would take longer to launch Triton kernels than the GPU to run them (an H200), so GPU time alone, as "
-    "benchmarks.roofline predicts it, does not decide; in a CUDA graph it does: there try backend='hybrid'"
+    "the host would take longer to launch Triton kernels than the GPU to run them (measured on an H200); in a CUDA "
+    "graph only the GPU's time counts: there try backend='hybrid'"
 )
 _WHY_PLAIN = (
-    f"torch.compile fuses plain operators: with up to {_PLAIN_ROWS} rows and a weight that is not large they are "
-    "faster than an operator of ours (an Intel Xeon)"
+    f"torch.compile fuses plain operators, which are then faster than ours up to {_PLAIN_ROWS} rows if the weight is "
+    "not large (measured on an Intel Xeon)"
 )
 # Made once: a choice is made in every call.
 _ROWS = f"{_ONEDNN_ROWS[0]} to {_ONEDNN_ROWS[1]} rows"
-_WHY_ONEDNN_VENDOR = f"on {_ONEDNN_VENDOR}'s processors MKL, which ATen calls, takes twice oneDNN's time (Zen 5)"
-_WHY_ONEDNN_ROWS = f"x W0^T of {_ROWS} and a large W0 is faster by oneDNN (an Intel Xeon)"
-_WHY_MKL = f"MKL is as fast or more exact, but for {_ROWS} of a large W0 (an Intel Xeon)"
-_WHY_LORA = "without a sequential branch nothing needs y0"
-_WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N: W0 + U D costs less than passes over [M, K]"
-_WHY_MEASURED = "the other one, effective, runs only where it was measured to be faster"
-_WHY_KEPT = f"composing reads W0 twice more, which pays from M = {_COMPOSED_FROM} K on"
-_WHY_COMPOSED = f"M is at least {_COMPOSED_FROM} K: passes over [M, N] are spared"
+_WHY_ONEDNN_VENDOR = f"on {_ONEDNN_VENDOR} MKL, which ATen calls, takes twice as long as oneDNN (measured on a Zen 5)"
+_WHY_ONEDNN_ROWS = f"oneDNN computes x W0^T faster for {_ROWS} and a large W0 (measured on an Intel Xeon)"
+_WHY_MKL = f"MKL is as fast or more exact, except for {_ROWS} and a large W0 (measured on an Intel Xeon)"
+_WHY_LORA = "there is no sequential branch, so nothing reads y0"
+_WHY_EFFECTIVE = f"M is at least {_EFFECTIVE_FROM} N, so building W0 + U D costs less than passes over x [M, K]"
+_WHY_MEASURED = "the effective form runs only where it was measured to be faster"
+_WHY_KEPT = f"the composed form reads W0 twice more, which costs too much below M = {_COMPOSED_FROM} K"
+_WHY_COMPOSED = f"M is at least {_COMPOSED_FROM} K, so avoiding passes over y0 [M, N] saves the most"
 
 
 class Measured(NamedTuple):
@@ -110,7 +110,7 @@ def choose(
     without b0. A form or backend other than
     "auto" is what the user fixed, and stays.
     """
-    why_backend = why_form = "you fixed it"
+    why_backend = why_form = "you chose it"
     winner = _winner(machine, (K, N, r_a, r_b, dtype), M) if machine.measured else None
     if winner is not None and winner.without_bias is not None and not has_bias and not masked:
         winner = winner._replace(backend=winner.without_bias[0], form=winner.without_bias[1])
@@ -123,12 +123,12 @@ def choose(
         ):
             winner = None
         if winner is not None and machine.reasons[winner.backend] is None and form in ("auto", winner.form):
-            why = "it won where it was measured on this device"
+            why = "it was the fastest when measured on this device"
             library = _library((M, K, N), dtype, machine, winner.backend, winner)
             swept = _backward(machine, winner.backend, r_a + r_b)
             return Choice(winner.backend, winner.form, why, why, *library, *swept)
         if compiling and form == "auto" and not masked and _inductor_is_best(M, K, N, dtype, machine):
-            return Choice("reference", "kept", _WHY_PLAIN, "plain operators have no form")
+            return Choice("reference", "kept", _WHY_PLAIN, "plain operators have only one")
         # The composed form reads W0 twice more. For a smaller W0 that takes less time than the kept form's launches.
         few_rows = form == "auto" and r_b > 0 and K * N >= _LARGE_WEIGHT and M is not None and M < _FEW_ROWS * K
         small = M is not None and M * K * N < _SMALL_WORK and r_a + r_b <= MAX_NATIVE_RANK
@@ -162,7 +162,7 @@ def _backend(
     if machine.capability is None:
         return _off_gpu(dtype, machine, form)
     if dtype == torch.float64:
-        return "aten", "the kernels have no float64"
+        return "aten", "the kernels do not support float64"
     if form == "kept":
         return "aten", "only aten has the kept form"
     if form == "effective":
@@ -172,13 +172,13 @@ def _backend(
     if few_rows:
         return (
             "aten",
-            f"M is below {_FEW_ROWS} K: composing reads a large W0 twice more, and only aten has the kept form",
+            f"M is below {_FEW_ROWS} K: the composed form reads a large W0 twice more, and only aten has the kept form",
         )
     if dtype == torch.float32:
-        return "aten", "in fp32 ATen's own products are faster than the Triton kernels (an H200)"
+        return "aten", "in fp32 ATen's own products are faster than the Triton kernels (measured on an H200)"
     if small and native_serves and machine.reasons["native"] is None:
         return "native", _WHY_SMALL
-    return "hybrid", "its kernels are the fastest where the GPU's time counts (an H200), each GEMM its own or cuBLAS's"
+    return "hybrid", "its kernels take the GPU the least time (measured on an H200); each GEMM is its own or cuBLAS's"
 
 
 def _inductor_is_best(M: int | None, K: int, N: int, dtype: torch.dtype, machine: Machine) -> bool:
@@ -190,10 +190,10 @@ def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]
     if machine.reasons["native"] is not None:
         return "aten", "the compiled part is not built, or the device is neither a CPU nor an NVIDIA GPU"
     if dtype == torch.float16:
-        return "aten", "the compiled part has no float16 on a CPU, where torch's own products in it are slow"
+        return "aten", "the compiled part does not support float16 on a CPU, where torch's own products are slow in it"
     if dtype == torch.bfloat16 and not (machine.cpu and machine.cpu.matrix_units):
         return "aten", "this processor has no matrix units for bfloat16 (AMX, AVX512-BF16) that torch would use"
-    return "native", "the compiled part was measured faster than ATen calls from Python (an Intel Xeon)"
+    return "native", "the compiled part is faster than ATen calls from Python (measured on an Intel Xeon)"
 
 
 def _library(
@@ -207,13 +207,13 @@ def _library(
     if backend != "native" or cpu is None or dtype not in (torch.float32, torch.bfloat16):
         return "aten", ""
     if not cpu.onednn:
-        return "aten", "this torch has no oneDNN operators that can be called, or they are switched off"
+        return "aten", "this torch has no oneDNN operators, or they are switched off"
     if cpu.library != "auto":
-        return cpu.library, "$HYDRA_KERNELS_PRODUCTS fixes it"
+        return cpu.library, "$HYDRA_KERNELS_PRODUCTS sets it"
     if dtype == torch.bfloat16:
         return "aten", "in bfloat16 ATen calls oneDNN itself"
     if winner is not None:
-        return winner.library, "it won where it was measured on this device"
+        return winner.library, "it was the fastest when measured on this device"
     if cpu.vendor == _ONEDNN_VENDOR:
         return "onednn", _WHY_ONEDNN_VENDOR
     few, many = _ONEDNN_ROWS
@@ -229,8 +229,8 @@ def _backward(machine: Machine, backend: str, ranks: int) -> tuple[str, str]:
     if machine.no_sweep is not None:
         return "passes", machine.no_sweep
     if ranks > MAX_SWEEP_RANK:
-        return "passes", f"the sweep takes ranks up to {MAX_SWEEP_RANK}, and r_a + r_b is {ranks}"
-    return "sweep", "$HYDRA_KERNELS_BACKWARD fixes it; what the sweep does not serve takes the passes"
+        return "passes", f"the sweep supports ranks up to {MAX_SWEEP_RANK}, and r_a + r_b is {ranks}"
+    return "sweep", "$HYDRA_KERNELS_BACKWARD sets it; calls that the sweep does not support run pass by pass"
 
 
 def _form(
@@ -247,15 +247,15 @@ def _form(
     if r_b == 0:
         return ("effective", _WHY_EFFECTIVE) if effective else ("composed", _WHY_LORA)
     if dtype in LOW_PRECISION and backend == "aten":
-        return "kept", "ATen rounds C = B_down W0 to the base dtype: less exact than the naive layer"
+        return "kept", "in the composed form ATen rounds B_down W0 to the base dtype: less exact than the naive layer"
     if r_a == 0 and N < K:
-        return "kept", "y0 is smaller than x, which then need not be saved"
+        return "kept", "it saves y0, which is smaller than x, and x need not be saved"
     if M is None:
-        return "composed", "torch.compile keeps M open, and this form is the best for most M"
+        return "composed", "torch.compile leaves M open, and this form is the fastest for most M"
     if effective:
         return "effective", _WHY_EFFECTIVE
     if M < _COMPOSED_FROM * K:
         return "kept", _WHY_KEPT
     if M * K * N < _COMPOSED_FROM_WORK:
-        return "kept", "so small that the number of calls decides, and the kept form makes fewer"
+        return "kept", "the layer is so small that the number of calls decides, and this form makes fewer"
     return "composed", _WHY_COMPOSED

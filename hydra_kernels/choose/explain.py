@@ -51,7 +51,7 @@ def explain(
         ValueError, TypeError: naming the argument.
     """
     if r is not None and (r_a is not None or r_b is not None):
-        raise TypeError(f"r: expected r alone, which is LoRA's rank, or r_a and r_b; got r={r}, r_a={r_a}, r_b={r_b}")
+        raise TypeError(f"r: expected either r, LoRA's rank, or r_a and r_b, got r={r}, r_a={r_a}, r_b={r_b}")
     ranks = (("r_a", r_a), ("r_b", r_b)) if r is None else (("r", r),)
     for name, value, least in (("M", M, 1), ("K", K, 1), ("N", N, 1), *((name, value, 0) for name, value in ranks)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -61,8 +61,8 @@ def explain(
     check_dropout("input_dropout", input_dropout)
     r_a, r_b = r if r is not None else r_a or 0, r_b or 0
     if r_a == r_b == 0:
-        given = "r: it is 0" if r is not None else "r_a, r_b: both are 0"
-        raise ValueError(f"{given}, so nothing but the frozen layer would run")
+        given = "r: expected 1 or more, got 0" if r is not None else "r_a, r_b: expected 1 or more, got 0 and 0"
+        raise ValueError(f"{given}: only the frozen layer would run")
     machine = _machine(capability)
     if dtype is None:
         dtype = torch.float32 if machine.capability is None else torch.bfloat16
@@ -80,7 +80,7 @@ def explain(
     if choice.why_backward:
         print(f"backward  by {choice.backward}: {choice.why_backward}")
     print(f"numbers   {_whose_numbers(machine)}")
-    print(f"to change hk.tune([({M}, {K}, {N}, {r_a}, {r_b})], dtype={dtype}) there measures every candidate")
+    print(f"to change run hk.tune([({M}, {K}, {N}, {r_a}, {r_b})], dtype={dtype}) there; it stores the fastest")
     return choice
 
 
@@ -99,7 +99,7 @@ def _machine(capability: Capability) -> Machine:
         capability = int(digits[:-1] or 0), int(digits[-1])
     if not isinstance(capability, tuple) or len(capability) != 2 or not all(isinstance(n, int) for n in capability):
         raise ValueError(
-            f"capability: expected one such as (9, 0) or 'sm_90', a card such as 'h100' (known: "
+            f"capability: expected a compute capability such as (9, 0) or 'sm_90', a card such as 'h100' (known: "
             f"{', '.join(DATA['cards'])}), 'cpu', or None, got {capability!r}"
         )
     number = f"{capability[0]}.{capability[1]}"
@@ -125,7 +125,7 @@ def _whose_numbers(machine: Machine) -> str:
     """Where the thresholds and reasons of the choice were measured, beside the machine that is asked for."""
     source: Any = DATA["measured_on"]["cpu" if machine.capability is None else "gpu"]
     if machine.measured:
-        return f"measured on this device for some shapes; the rules for others on {source}"
+        return f"some shapes were measured on this device; for others the rules were measured on {source}"
     if source in machine.name:
-        return f"the rules were measured on {source}, as this device is"
+        return f"the rules were measured on {source}, the same as this device"
     return f"the rules were measured on {source}; nothing was measured on this device"

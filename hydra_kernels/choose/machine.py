@@ -52,7 +52,7 @@ def cpu() -> Cpu | None:
     """This processor; None without the compiled part. ValueError where ``$HYDRA_KERNELS_PRODUCTS`` is no library."""
     library = os.environ.get("HYDRA_KERNELS_PRODUCTS") or "auto"
     if library not in ("auto", *LIBRARIES):
-        raise ValueError(f"$HYDRA_KERNELS_PRODUCTS: expected auto, {', '.join(LIBRARIES)}, got {library!r}")
+        raise ValueError(f"$HYDRA_KERNELS_PRODUCTS: expected one of auto, {', '.join(LIBRARIES)}, got {library!r}")
     native, name = extension.load(), cpu_name()
     if native is None:
         return None
@@ -64,7 +64,7 @@ def fixed_backward() -> str:
     """How `native`'s backward reads x and G on a GPU: ``$HYDRA_KERNELS_BACKWARD``. ValueError for another word."""
     backward = os.environ.get("HYDRA_KERNELS_BACKWARD") or "auto"
     if backward not in ("auto", *BACKWARDS):
-        raise ValueError(f"$HYDRA_KERNELS_BACKWARD: expected auto, {', '.join(BACKWARDS)}, got {backward!r}")
+        raise ValueError(f"$HYDRA_KERNELS_BACKWARD: expected one of auto, {', '.join(BACKWARDS)}, got {backward!r}")
     return backward
 
 
@@ -117,7 +117,7 @@ def cached(name: str) -> list[dict[str, Any]]:
             table([row], tf32=False)
             current = row["device"] == name and row["versions"] == now
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(f"hydra_kernels: {path} is not a stored measurement and is not used: {error!r}", stacklevel=2)
+            warnings.warn(f"hydra_kernels: {path} is not a measurement of hk.tune; delete it ({error!r})", stacklevel=2)
             continue
         if current:
             rows.append(row)

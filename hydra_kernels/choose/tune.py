@@ -131,7 +131,7 @@ def _jobs(
 ) -> list[tuple[Shape, torch.dtype, torch.device]]:
     if isinstance(model_or_shapes, nn.Module):
         if rows is None:
-            raise ValueError("rows: a model does not tell how many rows its inputs have; pass rows=batch * tokens")
+            raise ValueError("rows: expected the number of rows of the model's inputs, got None; pass batch * tokens")
         layers = [layer for layer in model_or_shapes.modules() if isinstance(layer, HydraLinear)]
         if not layers:
             raise ValueError("model_or_shapes: the model has no Hydra, LoRA or SeqLoRA layer; call inject first")
@@ -157,8 +157,10 @@ def _jobs(
             or min(shape[:3]) < 1
         ):
             raise ValueError(f"model_or_shapes: expected (M, K, N, r_a, r_b) of positive integers, got {shape}")
-        if of not in _DTYPES or shape[3] + shape[4] == 0:
-            raise ValueError(f"model_or_shapes: {shape} in {of} has no branch, or no such dtype is served")
+        if shape[3] + shape[4] == 0:
+            raise ValueError(f"model_or_shapes: expected r_a or r_b to be 1 or more, got {shape}")
+        if of not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {of}")
     return list(dict.fromkeys(jobs))
 
 
@@ -190,7 +192,7 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
             steps[name] = lambda run=run: _step(run, t, G)  # type: ignore[misc]
     del exact
     if all(rounds_the_sum(name.split()[1], dtype) for name in steps):
-        raise RuntimeError(f"tune: nothing computes {shape} in {dtype} on {device} rightly: {failed}")
+        raise RuntimeError(f"tune: no candidate is exact enough for {shape} in {dtype} on {device}: {failed}")
     us = _times(steps, device, rounds)
     fastest = min(us, key=lambda name: us[name])
     right = [name for name in us if not rounds_the_sum(name.split()[1], dtype)]
@@ -264,7 +266,7 @@ def _wrong(
             limit = accuracy.allowed(naive_error, slack)
             if not error / limit <= 1:  # what is not finite fails too
                 what = "the output" if place == 0 else f"gradient {place}"
-                return f"{what} is wrong by {error:.2e}, allowed {limit:.2e}"
+                return f"the error of {what} is {error:.2e}, allowed {limit:.2e}"
     return None
 
 

@@ -70,9 +70,9 @@ class HydraConfig(PeftConfig):
         for name in ("r", "lora_alpha", "lora_dropout"):
             if name in kwargs:
                 raise TypeError(
-                    f"{name}: HydraConfig has r_a and r_b for r, scale_a and scale_b for lora_alpha / r, and "
-                    "input_dropout for lora_dropout; LoRA alone has r_b=0; "
-                    "HydraConfig.from_lora_config(LoraConfig(...)) translates"
+                    f"{name}: HydraConfig does not have it; pass r_a and r_b for r, scale_a and scale_b for "
+                    "lora_alpha / r, input_dropout for lora_dropout, and r_b=0 for LoRA alone; or use "
+                    "HydraConfig.from_lora_config(LoraConfig(...))"
                 )
         return super().__new__(cls)
 
@@ -88,11 +88,11 @@ class HydraConfig(PeftConfig):
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}: expected None beside target_modules={self.target_modules!r}, which names whole layers, "
-                    f"got {getattr(self, name)!r}"
+                    f"{name}: expected None with target_modules={self.target_modules!r}, a string, got "
+                    f"{getattr(self, name)!r}; pass target_modules as a list"
                 )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
+            raise ValueError("layers_pattern: expected layers_to_transform to be given too, got None")
         for name in ("rank_pattern", "scale_pattern"):
             for key, pair in getattr(self, name).items():
                 if not isinstance(pair, (list, tuple)) or len(pair) != 2:
@@ -101,7 +101,7 @@ class HydraConfig(PeftConfig):
             raise ValueError("r_a, r_b: expected 1 or more, got 0: nothing would train")
         if self.input_dropout and not any((self.r_a, *(pair[0] for pair in self.rank_pattern.values()))):
             raise ValueError(
-                f"input_dropout: expected 0 without a parallel branch (r_a = 0), whose x it is on, "
+                f"input_dropout: expected 0 with r_a = 0, since only the parallel branch has it, "
                 f"got {self.input_dropout}"
             )
         for key in ("", *self.rank_pattern, *self.scale_pattern):
@@ -153,8 +153,8 @@ def _of_pattern(
         # In PEFT the first match wins, but save_pretrained sorts the keys: the adapter would load as another one.
         said = ", ".join(f"{key!r}: {list(pattern[key])}" for key in found)
         raise ValueError(
-            f"{argument}: expected one answer for each layer, got {said} for {layer!r}; write keys that do not "
-            "overlap, such as whole names behind a '^'"
+            f"{argument}: expected one value for each layer, got {said} for {layer!r}; write keys that do not "
+            "overlap, such as '^' and the whole name"
         )
     return pattern[found[0]] if found else default
 

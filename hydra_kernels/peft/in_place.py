@@ -167,7 +167,7 @@ def undo(model: nn.Module) -> None:
     for name, layer in layers:
         if type(layer).__bases__[0] is not Accelerated:
             raise ValueError(
-                f"model: expected {name!r} to be an AcceleratedLinear, got {_name(layer)}; undo before fully_shard"
+                f"model: expected {name!r} to be an AcceleratedLinear, got {_name(layer)}; call undo before fully_shard"
             )
     for _, layer in layers:
         layer.__class__ = type(layer).__bases__[1]
@@ -187,7 +187,7 @@ def _report(model: nn.Module, int8: bool | None = None) -> Report:
         names = [n for n in layer.active_adapters if n in layer.lora_A]
         reason = _unsuited(layer)
         if reason is None and int8 is None and not isinstance(layer, Accelerated):
-            reason = "accelerate was not called since PEFT made the layer"
+            reason = "accelerate has not been called since PEFT made the layer"
         reason = reason or _altered(layer, names) or _dropout(layer, names, training=True)
         reason = reason or _unfit(_call(layer, names, int8), gathers)
         found[name] = ACCELERATED if reason is None else reason
@@ -251,7 +251,9 @@ def _packed_or_why(base: Any, int8: bool) -> Packed | str | None:
     except (TypeError, ValueError) as error:
         return str(error).replace("linear: ", "base_layer: ")
     if found is not None and found.format == "8bit" and not int8:
-        return "base_layer is 8-bit: its own products round x on a GPU; accelerate(model, int8='dequantise') serves it"
+        return (
+            "base_layer is 8-bit and rounds x on a GPU; accelerate(model, int8='dequantise') runs it without rounding"
+        )
     return found
 
 
@@ -263,9 +265,9 @@ def _unsuited(layer: Any) -> str | None:
     if not isinstance(layer, Accelerated) and _accelerated(type(layer)) is None:
         return f"the layer's class is {_name(layer)}, not PEFT's lora.Linear"
     if "forward" in layer.__dict__:
-        return "the layer has a forward of its own, as offload and device_map give it"
+        return "the layer's forward was replaced, as offload and device_map do"
     if isinstance(layer.base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "base_layer belongs to nn.MultiheadAttention, which reads its weight past the forward"
+        return "base_layer belongs to nn.MultiheadAttention, which reads its weight without calling it"
     if getattr(layer, "is_target_conv_1d_layer", False):
         return "base_layer's class is Conv1D, not nn.Linear"
     return None
@@ -283,7 +285,7 @@ def _altered(layer: Any, names: Sequence[str]) -> str | None:
     for name in names:
         down, up, dropout = downs[name], ups[name], dropouts[name]
         if name in layer.lora_variant:
-            return f"the adapter is no plain LoRA ({_name(layer.lora_variant[name])})"
+            return f"the adapter is not plain LoRA ({_name(layer.lora_variant[name])})"
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return f"the classes of lora_A and lora_B are {_name(down)} and {_name(up)}, not nn.Linear"
         if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
@@ -295,9 +297,9 @@ def _altered(layer: Any, names: Sequence[str]) -> str | None:
 def _around(part: str, module: nn.Module) -> str | None:
     """Why a call of the module would do more than its class says."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"{part} has hooks, which only a call of it runs"
+        return f"{part} has hooks, which run only when it is called"
     if "forward" in module.__dict__:
-        return f"{part} has a forward of its own, as offload and device_map give it"
+        return f"the forward of {part} was replaced, as offload and device_map do"
     return None
 
 
@@ -309,7 +311,7 @@ def _unfit(call: Call, gathers: bool = False) -> str | None:
     dtype = None if isinstance(weight, Packed) else weight.dtype
     if dtype is not None:
         if weight.requires_grad:
-            return "the base layer's weight trains"
+            return "the base layer's weight requires grad"
         if not (gathers or _is_plain(weight)):
             return "the base layer's weight is a DTensor"
         if dtype not in DTYPES:
@@ -325,7 +327,7 @@ def _unfit(call: Call, gathers: bool = False) -> str | None:
             return f"lora_A is {down.dtype}, lora_B {up.dtype}"
         if isinstance(scale, Tensor):
             if scale.dim() or scale.device != down.device:
-                return "scaling is a tensor of another shape or on another device than PEFT makes it"
+                return "scaling is a tensor, but not 0-dimensional and on the adapter's device"
         elif not isinstance(scale, (int, float)):
             return f"scaling's class is {_name(scale)}"
     return None
@@ -340,7 +342,7 @@ def _dropout(layer: Any, names: Sequence[str], training: bool = False) -> str | 
     for name in names:
         p = _drops(layer, name, training)
         if p and (len(names) > 1 or p >= 1):
-            return f"lora_dropout={p} in training mode, with {len(names)} active adapters"
+            return f"lora_dropout={p} needs to be below 1 and to have one active adapter, not {len(names)}"
     return None
 
 
@@ -364,7 +366,7 @@ def _input(layer: Any, call: Call, x: Tensor) -> str | None:
         return "x is a nested or a sparse tensor"
     casts = layer.cast_input_dtype_enabled or autocast_is_on(x)
     if not casts and any(branch[0].dtype != x.dtype for branch in call.branches):
-        return "PEFT is told not to cast the input to the adapter's dtype"
+        return "PEFT was told not to cast the input to the adapter's dtype"
     return None
 
 

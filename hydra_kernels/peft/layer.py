@@ -94,7 +94,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
             return self._around_hooks(x, active)
         if getattr(base.__dict__.get("_hf_hook"), "offload", False):
             raise ValueError(
-                "base_layer: accelerate offloads it, and its weight is read here; dispatch without offload"
+                "base_layer: accelerate offloads its weight, which must be in memory; dispatch it without offload"
             )
         # Not in _parameters in the replicas that nn.DataParallel makes.
         weight, bias = frozen_of(base)
@@ -208,7 +208,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
         refuse_meta("merge", dict(self.named_parameters()))
         if any(is_sharded(p) for p in self.parameters()):
             raise ValueError(
-                "merge: the layer's parameters are spread over processes; save the adapter and merge it in an "
+                "merge: the layer's parameters are sharded over processes; save the adapter and merge it in an "
                 "unsharded model"
             )
         weight, bias = frozen_of(self.base_layer)
@@ -216,9 +216,9 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
             weight, bias = self.unmerged_weight, self.unmerged_bias
         merged = merged_parameters(plain_value(weight), bias, **_joined(self._named(names)))
         if merged[1] is not None and bias is None:
-            raise ValueError("merge: expected a base layer with a bias, to add the adapters' biases to, got none")
+            raise ValueError("merge: expected a bias in the base layer, to which adapter biases are added, got none")
         if safe and not all(part is None or bool(part.isfinite().all()) for part in merged):
-            raise ValueError(f"merge: expected finite weights, got others from {', '.join(names)}")
+            raise ValueError(f"merge: expected finite weights, got infinity or NaN from {', '.join(names)}")
         return merged
 
 

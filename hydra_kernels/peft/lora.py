@@ -62,8 +62,8 @@ def from_lora(
     ranks = _ranks(path, lora, weights)
     if lora.lora_dropout and options.keys().isdisjoint(("dropout", "input_dropout")):
         warnings.warn(
-            f"from_lora: the LoRA was trained with lora_dropout={lora.lora_dropout}; nothing is dropped unless you "
-            f"give input_dropout={lora.lora_dropout}, which is the same, or dropout, which is on the bottleneck",
+            f"from_lora: the LoRA was trained with lora_dropout={lora.lora_dropout}, but this Hydra has none; pass "
+            f"input_dropout={lora.lora_dropout} for the same dropout, or dropout for one on the bottleneck",
             stacklevel=2,
         )
     scales = {name: _scale(lora, name, r) for name, r in ranks.items()}
@@ -82,7 +82,7 @@ def from_lora(
     )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(base, "peft_config", {}):
-        raise ValueError(f"adapter_name: expected a new name, got {adapter_name!r}, which the model has")
+        raise ValueError(f"adapter_name: expected a new name, got {adapter_name!r}, which the model already has")
     stored = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in weights}
     before = [(t, t.clone()) for name, t in base.state_dict().items() if name.replace(".base_layer.", ".") in stored]
     trained = [(p, p.requires_grad) for p in base.parameters()]
@@ -97,9 +97,7 @@ def from_lora(
         modules = base.named_modules(remove_duplicate=False)
         layers = {name for name, m in modules if isinstance(m, HydraLinearLayer) and adapter_name in m.hydra_adapters}
         if layers != ranks.keys():
-            raise ValueError(
-                f"target_modules names other layers than are in the file: {sorted(layers ^ ranks.keys())[:5]}"
-            )
+            raise ValueError(f"target_modules and the file name different layers: {sorted(layers ^ ranks.keys())[:5]}")
         found = _renamed(weights, prefix)
         unexpected = set_peft_model_state_dict(adapted, found, adapter_name=adapter_name).unexpected_keys  # type: ignore[attr-defined]
         if unexpected:
@@ -143,17 +141,17 @@ def _ranks(path: str, lora: PeftConfig, weights: dict[str, Tensor]) -> dict[str,
         raise ValueError(f"path: expected a LoRA checkpoint, got one of {lora.peft_type} in {path}")
     if lora.init_lora_weights not in SPARES_THE_BASE:
         raise ValueError(
-            f"path: expected LoRA that left the base as it was, got init_lora_weights={lora.init_lora_weights!r} in "
-            f"{path}; PEFT's save_pretrained converts it (path_initial_model_for_weight_conversion)"
+            f"path: expected LoRA that did not change the base, got init_lora_weights={lora.init_lora_weights!r} in "
+            f"{path}; convert it with path_initial_model_for_weight_conversion of PEFT's save_pretrained"
         )
     if lora.fan_in_fan_out:
-        raise ValueError(f"path: Hydra has no fan_in_fan_out: expected LoRA of nn.Linear, got one of Conv1D in {path}")
+        raise ValueError(f"path: expected LoRA of nn.Linear, got fan_in_fan_out=True, LoRA of Conv1D, in {path}")
     known = {*KEPT, *LAYERS, *TRANSLATED, *WITHOUT_EFFECT, "init_lora_weights", "eva_config"}
     refuse_others(lora, known, "path")
     down = ".lora_A.weight"
     for key, tensor in weights.items():
         if "lora_" in key and (not key.endswith(tuple(NAMES)) or (key.endswith(down) and tensor.dim() != 2)):
-            raise ValueError(f"path: expected LoRA of linear layers alone, got {key} {list(tensor.shape)} in {path}")
+            raise ValueError(f"path: expected only LoRA of linear layers, got {key} {list(tensor.shape)} in {path}")
     return {
         key.removesuffix(down).removeprefix(PREFIX): len(tensor)
         for key, tensor in weights.items()

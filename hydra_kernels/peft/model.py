@@ -121,16 +121,16 @@ class HydraModel(BaseTuner):
                 continue
             if any(holders[id(p)] > 1 for p in m.base_layer.parameters()):
                 raise ValueError(
-                    f"merge_adapter: {name} shares its weight with another module, which would change with it; "
-                    "merge_and_unload gives the layer a weight of its own"
+                    f"merge_adapter: {name} shares its weight with another module, which would change too; use "
+                    "merge_and_unload, which gives the layer its own weight"
                 )
         super().merge_adapter(adapter_names, safe_merge)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError: a mean of adapters' weights is not the mean of what they do."""
         raise ValueError(
-            "add_weighted_adapter: Hydra has none, a mean of adapters' weights is not the mean of what they do; "
-            "base_model.set_adapter([...]) makes several adapters active, whose branches add up"
+            "add_weighted_adapter: Hydra does not support it, since averaging the weights of adapters does not average "
+            "their effects; to add the branches of several adapters, call base_model.set_adapter([...])"
         )
 
     @classmethod
@@ -150,7 +150,8 @@ class HydraModel(BaseTuner):
         for name in ("adapter_names", "alora_offsets"):
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"{name}: expected None, since Hydra has no batches of several adapters; got {kwargs[name]!r}"
+                    f"{name}: expected None, since Hydra does not support batches for several adapters, got "
+                    f"{kwargs[name]!r}"
                 )
         yield
 
@@ -163,9 +164,9 @@ def _warn_of_biases(config: HydraConfig, model: nn.Module, targets: Sequence[str
     bases = ((name, m.base_layer if isinstance(m, HydraLinearLayer) else m) for name, m in layers)
     without = [name for name, base in bases if base.bias is None]
     if without:
-        more = f" and {len(without) - 1} more layers" if without[1:] else ""
+        more = f" and {len(without) - 1} more" if without[1:] else ""
         warnings.warn(
-            f"adapter_bias: the base layer of {without[0]!r}{more} has no bias, so these adapters can be trained and "
-            "saved, but not merged",
+            f"adapter_bias: these adapters can be trained and saved, but not merged, since their base layers have no "
+            f"bias: {without[0]!r}{more}",
             stacklevel=2,
         )

@@ -24,10 +24,10 @@ def options_of(lora: PeftConfig, r_b: int) -> dict[str, Any]:
         raise TypeError(f"config: expected a LoraConfig, got {type(lora).__name__}")
     check_count("r_b", r_b, 0)
     if lora.init_lora_weights is not True:
-        raise ValueError(f"init_lora_weights: expected True, PEFT's own start, got {lora.init_lora_weights!r}")
+        raise ValueError(f"init_lora_weights: expected True, PEFT's default, got {lora.init_lora_weights!r}")
     if lora.lora_bias:
         raise ValueError(
-            "lora_bias: expected False, got True; Hydra's adapter_bias trains down projections' biases too"
+            "lora_bias: expected False, got True; Hydra's adapter_bias also trains biases of the down projections"
         )
     refuse_others(lora, (*KEPT, *LAYERS, *TRANSLATED, *WITHOUT_EFFECT, "init_lora_weights"), "")
     scale = scale_of(lora, lora.lora_alpha, lora.r)
@@ -59,7 +59,7 @@ def refuse_others(lora: LoraConfig, known: Iterable[str], place: str) -> None:
     for name in (f.name for f in fields(lora) if f.name not in known):
         # PEFT writes empty lists too, where nothing was asked for.
         if (getattr(lora, name) or None) != (getattr(plain, name) or None):
-            raise ValueError(f"{place or name}: Hydra has no {name}, got {getattr(lora, name)!r}")
+            raise ValueError(f"{place or name}: Hydra does not support {name}, got {getattr(lora, name)!r}")
 
 
 def _patterns(lora: LoraConfig) -> Iterator[tuple[str, float, int]]:
