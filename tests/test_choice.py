@@ -241,7 +241,7 @@ def test_a_backward_of_another_name_is_refused(monkeypatch):
 def test_the_sweep_needs_compute_capability_9_and_code_for_it(monkeypatch):
     monkeypatch.setattr(extension, "record", lambda: {"architectures": ["sm_80", "sm_90", "compute_120"]})
     assert no_sweep((9, 0)) is None
-    assert "for compute capability 9.x, and this GPU has 10.0" in no_sweep((10, 0))
+    assert "needs compute capability 9.x, and this GPU has 10.0" in no_sweep((10, 0))
     monkeypatch.setattr(extension, "record", lambda: {"architectures": ["sm_80", "compute_80"]})
     assert "no code for sm_90" in no_sweep((9, 0))
 

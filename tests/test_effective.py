@@ -184,7 +184,7 @@ def test_a_small_update_is_kept_as_by_the_naive_layer():
 def test_dropout_is_refused(options):
     t, _ = operands(PLAIN, F32)
     six = [t[name] for name in ("x", "weight", "bias", "A_down", "A_up", "B_down", "B_up")]
-    why = "backend: 'hybrid' cannot serve this call: an effective weight leaves no place for dropout"
+    why = "backend: 'hybrid' cannot serve this call: the effective form does not support dropout"
     with pytest.raises(ValueError, match=why):
         hk.hydra_linear(*six, form="effective", backend="hybrid", **options)
     evaluated = hk.hydra_linear(*six, form="effective", backend="hybrid", training=False, **options)
@@ -192,11 +192,11 @@ def test_dropout_is_refused(options):
 
 
 def test_ranks_that_no_program_holds_and_triton_are_refused():
-    why = "its effective form takes ranks up to 64, and r_a + r_b is 65"
+    why = "its effective form supports ranks up to 64, and r_a + r_b is 65"
     assert TABLE["hybrid"].refusal("effective", BF16, 32, 33) == why
     assert TABLE["hybrid"].refusal("effective", BF16, 32, 32) is None
-    assert TABLE["triton"].refusal("effective", BF16, 8, 8) == "it has the composed form only"
-    assert TABLE["hybrid"].refusal("kept", BF16, 8, 8) == "it has the composed and the effective form"
+    assert TABLE["triton"].refusal("effective", BF16, 8, 8) == "it has only the composed form"
+    assert TABLE["hybrid"].refusal("kept", BF16, 8, 8) == "it has only the composed and the effective form"
 
 
 def network() -> nn.Sequential:

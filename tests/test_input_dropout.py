@@ -442,14 +442,14 @@ def test_native_has_it_on_a_cpu_alone():
     assert refusal("composed", BF16, 8, 8, True, torch.device("cpu"), drops_input=True) is None
     gpu = torch.device("cuda")
     assert refusal("composed", BF16, 8, 8, True, gpu) is None
-    assert refusal("composed", BF16, 8, 8, True, gpu, True) == "on a GPU it has no kernels for input dropout"
+    assert refusal("composed", BF16, 8, 8, True, gpu, True) == "on a GPU its kernels do not support input dropout"
 
 
 @needs_native
 def test_native_has_no_effective_form_of_it():
     """W0 + U D is the same for every row, the mask is not."""
     t, _ = operands(PLAIN, F32)
-    why = "an effective weight leaves no place for dropout"
+    why = "the effective form does not support dropout"
     for options in ({"input_dropout_p": INPUT_P}, {"input_mask": torch.ones(7, 13)}):
         with pytest.raises(ValueError, match=f"backend: 'native' cannot serve this call: {why}"):
             call(hk.hydra_linear, t, PLAIN, form="effective", backend="native", **options)

@@ -261,7 +261,7 @@ def test_refusals_name_the_argument(groups):
             "uneven rows": "RowwiseHydra: expected in_features to be a multiple of the 4 ranks, got 6",
             "mesh": "RowwiseHydra: expected a mesh of one dimension, got 2; pass one of them, mesh['name']",
             "low precision": "backend: 'aten' cannot serve this call: its composed form would round B_down W0 to "
-            "torch.bfloat16 and lose accuracy that the naive layer keeps",
+            "torch.bfloat16, which is less exact than the naive layer",
             "to_linear": f"to_linear: {elsewhere} to_linear there",
             "merge": f"merge: {elsewhere} merge there",
         }

@@ -44,9 +44,9 @@ def refusal(
     drops_input: bool = False,
 ) -> str | None:
     if form == "effective":
-        return "it has the composed and the kept form"
+        return "it has only the composed and the kept form"
     if form == "composed" and r_b > 0 and dtype in LOW_PRECISION:
-        return f"its composed form would round B_down W0 to {dtype} and lose accuracy that the naive layer keeps"
+        return f"its composed form would round B_down W0 to {dtype}, which is less exact than the naive layer"
     return None
 
 

@@ -39,7 +39,7 @@ def unavailable(device: torch.device) -> str | None:
 def no_sweep(capability: tuple[int, int]) -> str | None:
     """Why the one sweep over x and G (csrc/cuda/sm90_sweep.cu) cannot run on such a GPU; None where it can."""
     if capability[0] != 9:
-        return f"the sweep is for compute capability 9.x, and this GPU has {capability[0]}.{capability[1]}"
+        return f"the sweep needs compute capability 9.x, and this GPU has {capability[0]}.{capability[1]}"
     if not {"sm_90", "sm_90a"} & set(extension.record().get("architectures", ())):
         return f"the compiled part has no code for sm_90, which the sweep needs; {extension.REBUILD}"
     return None
@@ -56,17 +56,17 @@ def refusal(
 ) -> str | None:
     on_gpu = device.type == "cuda"
     if dtype not in (KERNEL_DTYPES if on_gpu else _CPU_DTYPES):
-        return f"its kernels have no {dtype}"
+        return f"its kernels do not support {dtype}"
     if on_gpu and form != "composed":
-        return "on a GPU it has the composed form only"
+        return "on a GPU it has only the composed form"
     if on_gpu and r_a + r_b > MAX_NATIVE_RANK:
-        return f"its GPU kernels take ranks up to {MAX_NATIVE_RANK}, and r_a + r_b is {r_a + r_b}"
+        return f"its GPU kernels support ranks up to {MAX_NATIVE_RANK}, and r_a + r_b is {r_a + r_b}"
     if form == "effective" and dtype == torch.bfloat16:
-        return "W0 + U D rounded to torch.bfloat16 is less exact than the naive layer where b0 cancels W0 x"
+        return "the effective form rounds W0 + U D to torch.bfloat16, which is less exact than the naive layer"
     if form == "effective" and masked:
-        return "an effective weight leaves no place for dropout"
+        return "the effective form does not support dropout"
     if drops_input and on_gpu:
-        return "on a GPU it has no kernels for input dropout"
+        return "on a GPU its kernels do not support input dropout"
     return None
 
 

@@ -68,13 +68,14 @@ class TritonBackend:
         drops_input: bool = False,
     ) -> str | None:
         if dtype not in KERNEL_DTYPES:
-            return f"its kernels have no {dtype}"
+            return f"its kernels do not support {dtype}"
         if form == "effective" and not self.always_fused:
             return _effective_refusal(r_a, r_b, masked)
         if form != "composed":
-            return f"it has the composed {'form only' if self.always_fused else 'and the effective form'}"
+            return f"it has only the composed {'form' if self.always_fused else 'and the effective form'}"
         if self.always_fused and r_a + r_b > configs.MAX_RANK_BLOCK:
-            return f"it fuses ranks up to {configs.MAX_RANK_BLOCK}, and r_a + r_b is {r_a + r_b}; 'hybrid' takes any"
+            limit = configs.MAX_RANK_BLOCK
+            return f"it supports ranks up to {limit}, and r_a + r_b is {r_a + r_b}; 'hybrid' supports any rank"
         return None
 
     def forward(self, x: Tensor, op: Operands, needs: Set[str], form: str) -> tuple[Tensor, Operands, Saved]:
@@ -94,9 +95,9 @@ class TritonBackend:
 
 def _effective_refusal(r_a: int, r_b: int, masked: bool) -> str | None:
     if masked:
-        return "an effective weight leaves no place for dropout"
+        return "the effective form does not support dropout"
     if r_a + r_b > configs.MAX_RANK_BLOCK:
-        return f"its effective form takes ranks up to {configs.MAX_RANK_BLOCK}, and r_a + r_b is {r_a + r_b}"
+        return f"its effective form supports ranks up to {configs.MAX_RANK_BLOCK}, and r_a + r_b is {r_a + r_b}"
     return None
 
 
