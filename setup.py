@@ -7,7 +7,7 @@
     unset        the first of these that succeeds, and never fails the install
 
 The mode, why it is not a higher one, and what it was built with and from go to `_native.json` beside the module:
-pip hides what a build prints, and `extension.py` loads nothing that this record does not vouch for.
+pip hides what a build prints, and `extension.py` loads only the module that this record describes.
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME and CXX mean what they mean to torch.
 
 Each mode has a `build.ninja` in a folder of its own, build/cpp or build/cuda, with paths relative to this folder, so

@@ -62,7 +62,7 @@ class Merging(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy counts its own writes: it is told how many came after the merge.
+        # A copy starts its own count of writes, so it gets the number of those since the merge.
         return self.__dict__ | {"merged_from": tuple((p, p._version - version) for p, version in self.merged_from)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def _counted(parameters: Iterable[Tensor]) -> tuple[tuple[Tensor, int], ...]:
 class Adapter(nn.Module):
     """Two low-rank branches (Eq. 9-10 of arXiv 2309.06922) without a base layer; `HydraLinear` is one with its own.
 
-    The Parameters hold nothing until `reset_adapters` draws them.
+    The Parameters have no values until `reset_adapters` draws them.
 
     Args:
         in_features, out_features: K and N of the base layer.

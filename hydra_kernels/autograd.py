@@ -1,4 +1,4 @@
-"""HydraFunction: the boundary to autograd. It knows which gradients are needed and what is saved, no arithmetic."""
+"""HydraFunction: the boundary to autograd. It decides which gradients are computed and what is saved."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def computed_in(t: Tensor) -> torch.dtype:
 def _asked_for(ctx: Any) -> frozenset[str]:
     """The gradients that this backward is asked for: fewer than its forward saw in ``torch.autograd.grad(h, [A_up])``.
 
-    torch tells it by a private name alone. Without that name, or outside its engine, they are all computed.
+    torch has only a private function for that. Without it, or outside torch's engine, all gradients are computed.
     """
     will_run = asks_the_engine()
     nodes = [node for node, _ in ctx.next_functions if node is not None]

@@ -21,7 +21,7 @@ from .sharding import is_sharded
 
 __all__ = ["Converted", "LayerAdapters", "from_authors", "from_loralib", "load", "to_lora"]
 
-# Where the authors' code hangs a branch: the module's name, which branch it is, and the linear layer beside it that is
+# Where the authors' code puts a branch: the module's name, which branch it is, and the linear layer beside it that is
 # adapted. vtab1k (ViT) adapts two; elevater (CLIP) renames c_proj to ad_lin.linear; nlu (RoBERTa) adapts output.dense.
 _BRANCHES = {
     "hydra_mlp_par": ("A", "fc2"),
@@ -192,7 +192,7 @@ def load(model: nn.Module, converted: Converted, **options: Any) -> list[str]:
         model: with a plain ``nn.Linear`` under every name in ``converted.layers``; it is changed. Its own weights stay:
             load the pretrained ones first.
         converted: of `from_authors` or `from_loralib`.
-        options: of the layers, beside what the checkpoint fixes: ``dropout``, ``input_dropout``, ``adapter_dtype``,
+        options: of the layers, except what the checkpoint sets: ``dropout``, ``input_dropout``, ``adapter_dtype``,
             ``form``, ``backend``. The copies have the layer's dtype: over a bfloat16 base only
             ``adapter_dtype=torch.float32`` keeps float32.
 
@@ -307,7 +307,7 @@ def _all_or_none(name: str, tensors: Mapping[str, Tensor], keys: tuple[str, ...]
 
 
 def _check_fits(name: str, layer: LayerAdapters, linear: nn.Module) -> None:
-    own: Any = linear  # an nn.Linear: check_targets vouches for it
+    own: Any = linear  # an nn.Linear: check_targets has checked that
     K, N = layer.tensors["A_down"].shape[1], layer.tensors["A_up"].shape[0]
     if (own.in_features, own.out_features) != (K, N):
         raise ValueError(

@@ -77,7 +77,7 @@ def to_lora(
 
     Raises:
         ValueError: where model has no such adapters; where the bias changes; where something else trains; where a layer
-            stands in two places, of which PEFT adapts one. Nothing is written then.
+            is used in two places, of which PEFT adapts one. Nothing is written then.
     """
     if bias not in ("refuse", "lora"):
         raise ValueError(f"bias: expected 'refuse' or 'lora', got {bias!r}")

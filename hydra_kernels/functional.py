@@ -90,7 +90,7 @@ def hydra_linear(
         A_down_bias, A_up_bias, B_down_bias, B_up_bias, mask, input_mask, None, scale_a, scale_b, 1.0, 0.0,
     )  # fmt: skip
     if not isinstance(x, Tensor) and has_torch_function((x,)):
-        # A stand-in for a tensor, such as torch.fx traces with, says itself what a call is.
+        # A proxy for a tensor, as torch.fx traces with, records the call itself.
         options = _options(op, dropout_p, training) | {"input_dropout_p": input_dropout_p}
         return handle_torch_function(hydra_linear, (x,), x, *op[:FIRST_OPTION], **options, form=form, backend=backend)
     return applied(x, op, dropout_p, input_dropout_p, training, form, backend)
@@ -104,13 +104,13 @@ def applied(
         try:
             return _beside_base(x, op)
         except Exception:
-            _judged(x, op, form, backend)  # names the argument, if it is one that is wrong
+            _checked_in_python(x, op, form, backend)  # if an argument is wrong, this error names it
             raise
-    call = _vouched(x, op, form, backend) or _judged(x, op, form, backend)
+    call = _checked_at_once(x, op, form, backend) or _checked_in_python(x, op, form, backend)
     M, K, N, r_a, r_b = call.sizes
     alone = op.A_down is None and op.B_down is None
     if isinstance(op.weight, Packed):
-        if alone and _follower((x, *op)) is None:
+        if alone and _observer((x, *op)) is None:
             return op.weight.forward(x)
         op = op._replace(weight=op.weight.ready())
     elif alone:
@@ -159,12 +159,12 @@ def _generates(x: Tensor, op: Operands, drops: bool) -> bool:
     weight = cast(Packed, op.weight)
     if drops or not weight.own_products or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    # What is no ordinary x of the right size is for the checks: the libraries' kernels would read past it.
+    # Any other x goes through the checks: the libraries' kernels would read beyond its end.
     ordinary = type(x) is Tensor and x.layout == torch.strided and not x.is_nested and x.dtype in AUTOCAST_DTYPES
     fits = ordinary and x.device == weight.device and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     masked = op.mask is not None or op.drops_input
     few = fits and not masked and x.numel() <= _GENERATION_ROWS * x.shape[-1]
-    return few and _follower((x, *op)) is None
+    return few and _observer((x, *op)) is None
 
 
 def _beside_base(x: Tensor, op: Operands) -> Tensor:
@@ -199,11 +199,11 @@ class Call(NamedTuple):
     form: str
     backend: str
     cast_to: torch.dtype | None = None  # autocast's, where that is on
-    compiled: Any = None  # the compiled part, where it vouches for the call: its own autograd function then serves it
+    compiled: Any = None  # the compiled part, where it has checked the call: its own autograd function then runs it
 
 
-def _vouched(x: Tensor, op: Operands, form: str, backend: str) -> Call | None:
-    """The fast path: the compiled part checks the whole call at once. None where it cannot judge it."""
+def _checked_at_once(x: Tensor, op: Operands, form: str, backend: str) -> Call | None:
+    """The fast path: the compiled part checks the whole call at once. None where it cannot tell that all is right."""
     if torch.compiler.is_compiling() or in_a_dual_level() or isinstance(op.weight, Packed):
         return None
     native = extension.load()
@@ -211,8 +211,8 @@ def _vouched(x: Tensor, op: Operands, form: str, backend: str) -> Call | None:
     return None if sizes is None else Call(sizes, x.dtype, form, backend, compiled=native)
 
 
-def _judged(x: Tensor, op: Operands, form: str, backend: str) -> Call:
-    """The path of all other calls: every check in Python, with its error; autocast; what looks on from outside."""
+def _checked_in_python(x: Tensor, op: Operands, form: str, backend: str) -> Call:
+    """The path of all other calls: every check in Python, with its error; autocast; what needs plain operators."""
     if not torch.compiler.is_compiling():
         refuse_sharded(x, op)
     cast_to = _autocast_dtype(x)
@@ -220,15 +220,15 @@ def _judged(x: Tensor, op: Operands, form: str, backend: str) -> Call:
         # A bias beside it may have any dtype: libraries cast it in their forward.
         cast_to = op.weight.dtype or cast_to or (x.dtype if x.dtype in AUTOCAST_DTYPES else None)
     sizes, dtype = check_call(x, op, cast_to), cast_to or x.dtype
-    follower = _follower((x, *op))
+    observer = _observer((x, *op))
     alone = op.A_down is None and op.B_down is None
-    if follower is None or (alone and not isinstance(op.weight, Packed)):
+    if observer is None or (alone and not isinstance(op.weight, Packed)):
         return Call(sizes, dtype, form, backend, cast_to)
     if backend in ("auto", "reference"):
         return Call(sizes, dtype, form, "reference", cast_to)
-    if follower != "torch.export":
+    if observer != "torch.export":
         raise ValueError(
-            f"backend: {backend!r} cannot serve this call: {follower} needs plain operators; use backend='reference'"
+            f"backend: {backend!r} cannot serve this call: {observer} needs plain operators; use backend='reference'"
         )
     # A form chosen by M would be a bound on a batch that may be dynamic.
     both_forms = backend == "aten" or (backend == "native" and x.device.type == "cpu")
@@ -236,7 +236,7 @@ def _judged(x: Tensor, op: Operands, form: str, backend: str) -> Call:
 
 
 def _choice(call: Call, op: Operands, device: torch.device, masked: bool) -> Choice:
-    """What serves the call; ValueError where a backend that the user fixed cannot."""
+    """What serves the call; ValueError where the backend that the user chose cannot."""
     machine = here(device)
     (M, K, N, r_a, r_b), dtype = call.sizes, call.dtype
     rows = M if is_static(M) else None
@@ -311,8 +311,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type)
 
 
-def _follower(operands: tuple[object, ...]) -> str | None:
-    """What looks on and can follow plain operators alone: past a kernel it would silently lose the operands."""
+def _observer(operands: tuple[object, ...]) -> str | None:
+    """What is on and needs plain operators: it cannot see into a kernel and would silently lose the operands."""
     if a_transform_is_on():
         return "a transform of torch.func"
     if is_exporting():

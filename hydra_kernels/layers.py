@@ -1,4 +1,4 @@
-"""HydraLinear, LoRALinear and SeqLoRALinear: parameters, initialisation, merging, and what a module owes its users."""
+"""HydraLinear, LoRALinear and SeqLoRALinear: their parameters, initialisation, forward, merging and conversion."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ class HydraLinear(Merging, Adapter):
         return shown + ("" if self.adapters_enabled else ", adapters_enabled=False")
 
     def _check_whole(self, caller: str, dimensions: int = 0) -> None:
-        """Raises where parameters hold nothing, or are sharded over a mesh of more dimensions."""
+        """Raises where parameters have no values, or are sharded over a mesh of more dimensions."""
         refuse_meta(caller, dict(self.named_parameters()))
         if any(mesh_dimensions(p) > dimensions for p in self.parameters()):
             raise ValueError(

@@ -135,7 +135,7 @@ def _of_hydra(name: str, layer: Any) -> Source:
 
 
 def _of_lora(name: str, layer: Any, plain: Any) -> Source:
-    """The adapters that PEFT has merged stand in the base layer's weight already."""
+    """The adapters that PEFT has merged are in the base layer's weight already, so only the others are listed."""
     names = [n for n in layer.active_adapters if n in layer.lora_A and n not in layer.merged_adapters]
     variants = [type(layer.lora_variant[n]).__name__ for n in names if n in layer.lora_variant]
     same = type(layer).get_delta_weight is plain.get_delta_weight and isinstance(layer.base_layer, nn.Linear)

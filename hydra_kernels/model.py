@@ -54,8 +54,8 @@ def inject(
 
     Raises:
         ValueError, TypeError: for an unknown method or option, for a name in target_modules or exclude that matches
-            nothing (with near names), for a match that is no plain ``nn.Linear`` or is read past its forward, and for a
-            model that DDP or FSDP has wrapped; the model is then unchanged.
+            nothing (with near names), for a match that is no plain ``nn.Linear`` or whose weight the model reads
+            without calling it, and for a model that DDP or FSDP has wrapped; the model is then unchanged.
     """
     refuse_wrapped(model, INJECT_FIRST)
     layer_class = layer_class_of(method)
@@ -324,7 +324,7 @@ def _warn_of_trained_embeddings(model: nn.Module, weights: dict[str, nn.Paramete
 
 
 def _warn_of_low_precision(weights: Iterable[nn.Parameter], options: Mapping[str, Any]) -> None:
-    """Warns where adapters get the low precision of their base unasked: an optimizer's small steps are rounded away."""
+    """Warns where adapters get the low precision of their base by default, which rounds small optimizer steps away."""
     low = sorted({str(weight.dtype) for weight in weights if weight.dtype in LOW_PRECISION})
     if low and options.get("adapter_dtype") is None:
         warnings.warn(

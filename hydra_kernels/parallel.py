@@ -283,7 +283,7 @@ def _composes(layer: HydraLinear, x: Tensor) -> bool:
 
 
 def _mask(layer: HydraLinear, x: Tensor, mesh: DeviceMesh) -> Tensor | None:
-    """The dropout mask [M, R], already scaled, that the first rank draws. The others draw too: generators keep step."""
+    """The dropout mask [M, R], already scaled, of the first rank. All ranks draw, so their generators stay alike."""
     if not layer.training or layer.dropout == 0:
         return None
     M, R = x.numel() // max(x.shape[-1], 1), layer.r_a + layer.r_b

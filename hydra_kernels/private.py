@@ -1,6 +1,6 @@
-"""The names of torch that torch does not promise to keep. Each is looked up here, when the package is imported.
+"""The private names of torch that the package uses. Each is looked up here, when the package is imported.
 
-So a torch without one of them is refused at once, with the words that help, and not in the middle of a training.
+So a torch without one of them gives a clear error at the import, and not one in the middle of a training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TESTED = "2.11 to 2.14"
 
 
 def found(module: str, path: str) -> Any:
-    """What ``module`` holds under a dotted path; ImportError where it holds nothing there."""
+    """What ``module`` has under a dotted path; ImportError where it has nothing there."""
     try:
         value: Any = importlib.import_module(module)
         for name in path.split("."):
@@ -64,5 +64,5 @@ def in_a_backward() -> bool:
 
 
 def asks_the_engine() -> Any:
-    """What tells whether the running backward executes a node. None where torch has no such name: it is not needed."""
+    """The function that says whether the running backward executes a node; None where torch does not have it."""
     return getattr(torch._C, "_will_engine_execute_node", None)

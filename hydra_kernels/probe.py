@@ -246,7 +246,7 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Copies stand in the buffers' place meanwhile, one for each tensor."""
+    """Replaces the buffers by copies meanwhile, one for each tensor."""
     own = [(module, dict(module._buffers), set(module._non_persistent_buffers_set)) for module in model.modules()]
     copies: dict[int, Tensor] = {}
     try:

@@ -1,6 +1,6 @@
-"""What adapters cannot serve: layers that are read past their forward, wrapped models, offloaded weights, experts.
+"""What cannot be adapted: layers whose weight is read without calling them, wrapped models, offloaded weights, experts.
 
-Most would give no error: the adapters would train nothing, or what is merged would be lost.
+Most would give no error: the adapters would not train, or merged weights would be lost.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .weights import SERVED, packed
 
 # Their fast paths hand the weights of their nn.Linear children to fused operators.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# Other classes, and those of their layers whose weights they read themselves. Bare names are those of transformers; in
-# other packages a name alone, such as "Attention", would not tell.
+# Other classes, and those of their layers whose weights they read themselves. Names without a module are transformers';
+# in other packages a name alone, such as "Attention", could be any class.
 _QKV = ("q_proj", "k_proj", "v_proj")
 READS_WEIGHTS_OF: dict[str, tuple[str, ...]] = {
     "WavLMAttention": (*_QKV, "out_proj"),
@@ -150,7 +150,7 @@ def refuse_wrapped(model: nn.Module, instead: str) -> None:
 
 
 def refuse_meta(caller: str, parameters: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where one of the parameters holds nothing."""
+    """Raises ValueError where one of the parameters has no values."""
     for name, parameter in parameters.items():
         if parameter.is_meta:
             raise ValueError(

@@ -1,5 +1,6 @@
-"""Tensors that FSDP2 or tensor parallelism has spread over processes (DTensor): told apart, gathered, filled;
-and the tensors in what a module returns.
+"""Tensors that FSDP2 or tensor parallelism has sharded over processes (DTensor): to detect, gather and fill them.
+
+And `tensors_in`: the tensors in what a module returns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantised W0: the one place that knows the formats of other libraries.
+"""Quantised W0: the one place that reads the formats of other libraries.
 
 A quantised W0 [N, K] is dequantised once in the forward and once in the backward of a layer, and only its packed
 tensors are saved between them. All formulas hold with W0 := `Packed.dense`. A further format is three functions: from a
@@ -22,7 +22,7 @@ class Packed(NamedTuple):
 
     ``dtype`` is the one in which the layer computes, whatever x has; None for x's own. ``original`` is the weight's
     before it was quantised; None where the library has not kept it. ``base`` is the layer itself. With ``numbers`` the
-    ``tensors``, which `ready` looks up, tell the dense weight; they are saved for the backward, plain and detached.
+    ``tensors``, which `ready` looks up, give the dense weight; they are saved for the backward, plain and detached.
     """
 
     format: str  # a key of FORMATS
@@ -179,7 +179,7 @@ def _four_bits(layer: Any) -> Packed:
     state = _state_of(layer)
     if state is None:
         raise ValueError(f"linear: {_kind(layer)} is not quantised yet; move it to a device first, such as layer.to(0)")
-    # Before the first forward fixes it for good, the layer computes in x's dtype.
+    # Until the first forward sets it for good, the layer computes in x's dtype.
     dtype = layer.compute_dtype if layer.compute_type_is_set else None
     original = getattr(state, "original_dtype", state.dtype)
     return Packed(state.quant_type, tuple(state.shape), layer.weight.device, dtype, original, layer)
@@ -319,7 +319,7 @@ def _dense_of_torchao(
 
 def _plain(weight: Tensor) -> Tensor:
     """The packed numbers alone: a later change of ``weight.data`` does not reach what a graph has saved of them."""
-    # torch.compile cannot follow as_subclass, and lets nobody change the weight between its graphs.
+    # torch.compile cannot trace as_subclass, and nothing can change the weight between its graphs.
     return weight if torch.compiler.is_compiling() else weight.detach().as_subclass(Tensor)
 
 
@@ -329,7 +329,7 @@ def _scaled(data: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch
         values = data if zero_point is None else data.to(torch.float32) - zero_point
         return (values * scale).to(dtype)
     out = torch.empty(data.shape, dtype=dtype, device=data.device)
-    # Part by part: on a CPU all of it in float32 would stand beside the result.
+    # Part by part: else a float32 copy of all of it would be in memory beside the result.
     for part, few, s, z in zip(
         out.split(_PART), data.split(_PART), scale.split(_PART), _parts(zero_point, scale), strict=True
     ):

@@ -258,7 +258,7 @@ def sizes(**changed):
     return NATIVE.sizes(op.pop("x"), Operands(**op))
 
 
-def test_a_right_call_is_vouched_for():
+def test_a_right_call_takes_the_fast_path():
     assert sizes() == (M, K, N, R_A, R_B)
     assert sizes(x=torch.randn(2, 3, K), mask=torch.ones(6, R_A + R_B)) == (6, K, N, R_A, R_B)
     assert sizes(x=torch.randn(2, 3, K), input_mask=torch.ones(6, K)) == (6, K, N, R_A, R_B)

@@ -1,1 +1,3 @@
-"""Which backend and form serve a call: `choice` decides, `machine` knows devices, `tune` measures, `explain` tells."""
+"""Which backend and form serve a call: `choice` decides, `machine` describes the device, `tune` measures, `explain`
+prints why.
+"""

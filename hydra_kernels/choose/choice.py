@@ -1,6 +1,6 @@
 """Decides, here alone, which backend and which form serve a call: a pure function of the call and the machine.
 
-Its numbers, and the winners measured for known cards, stand in ``numbers.json``. `machine.here` describes a device and
+Its numbers, and the winners measured for known cards, are in ``numbers.json``. `machine.here` describes a device and
 adds the user's own measurements (`tune`).
 """
 
@@ -64,12 +64,12 @@ Key = tuple[int, int, int, int, torch.dtype]
 
 
 class Cpu(NamedTuple):
-    """What the compiled part says of a processor, and what the user fixed."""
+    """What the compiled part says of a processor, and what the user set."""
 
     vendor: str  # "AMD", "Intel" or ""
     matrix_units: bool  # for bf16
     onednn: bool  # whether torch's operators for oneDNN can be called
-    library: str  # one of LIBRARIES that the user fixed, or "auto"
+    library: str  # one of LIBRARIES that the user set, or "auto"
 
 
 class Machine(NamedTuple):
@@ -80,7 +80,7 @@ class Machine(NamedTuple):
     reasons: Mapping[str, str | None]  # why a backend cannot run on it, None where it can
     measured: Sequence[tuple[Key, Sequence[Measured]]]  # in rising M; torch.compile cannot trace look-ups in a mapping
     cpu: Cpu | None = None  # None for a GPU, and without the compiled part
-    backward: str = "auto"  # of `native` on a GPU: one of BACKWARDS that the user fixed, or "auto"
+    backward: str = "auto"  # of `native` on a GPU: one of BACKWARDS that the user set, or "auto"
     no_sweep: str | None = None  # why its sweep cannot run here; None where it can
 
 
@@ -104,11 +104,10 @@ def choose(
 
     There is dropout of either kind where ``masked``, input dropout where ``drops_input``.
 
-    M is None where torch.compile keeps it open: one choice then serves every M, since a comparison would compile each
-    layer anew on either side of it. ``saves_x`` is False where an up projection trains and no down projection does:
-    the effective form alone would then save x. ``compiling`` is True under torch.compile. ``has_bias`` is False
-    without b0. A form or backend other than
-    "auto" is what the user fixed, and stays.
+    M is None where torch.compile keeps it open (a dynamic shape): one choice then serves every M, since a comparison
+    with M would compile each layer again for either result. ``saves_x`` is False where an up projection trains and no
+    down projection does: the effective form alone would then save x. ``compiling`` is True under torch.compile.
+    ``has_bias`` is False without b0. A form or backend other than "auto" is what the user chose, and stays.
     """
     why_backend = why_form = "you chose it"
     winner = _winner(machine, (K, N, r_a, r_b, dtype), M) if machine.measured else None
@@ -201,7 +200,7 @@ def _library(
 ) -> tuple[str, str]:
     """What computes `native`'s products with W0 on a CPU, and why.
 
-    In fp32 oneDNN sums over all of K in one go: its errors are about twice MKL's, so it must pay for them.
+    In fp32 oneDNN sums over all of K at once: its errors are about twice MKL's, so it runs only where it is faster.
     """
     (M, K, N), cpu = sizes, machine.cpu
     if backend != "native" or cpu is None or dtype not in (torch.float32, torch.bfloat16):

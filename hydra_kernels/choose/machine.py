@@ -1,4 +1,4 @@
-"""What a device is and what was measured on it: all that the choice depends on besides the call."""
+"""What a device is and what was measured on it: what a choice depends on besides the call."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """tune: measures which backend and form is the fastest for a shape on this device, among those that are right.
 
-It times what users call, so it alone of this folder imports `functional` and `layers`, which stand above.
+It times what users call, so it alone in this folder imports `functional` and `layers`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""HydraConfig: what PEFT is told of the adapters, and stores beside them."""
+"""HydraConfig: the configuration of Hydra adapters that PEFT takes, and stores beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..adapter import Adapter
 from .translate import options_of
 
 
-# PEFT's own enumeration is closed, and transformers reads `.value`, which a plain string has not.
+# PEFT's own enumeration cannot be extended, and transformers reads `.value`, which a plain string does not have.
 class HydraType(str, enum.Enum):
     """The name of the method, in PEFT's tables and in ``adapter_config.json``."""
 
@@ -164,7 +164,7 @@ def matches(key: str, layer: str) -> bool:
     return key == layer or _compiled(key).match(layer) is not None
 
 
-# Each key meets every layer, and more than 512 fall out of re's own cache.
+# Each key is matched with every layer, and re's own cache has room for 512 keys alone.
 @functools.lru_cache(4096)
 def _compiled(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")

@@ -29,10 +29,10 @@ ACCELERATED = "accelerated"
 
 
 class Accelerated:
-    """Before a class of PEFT's: where its forward is the plain formula of LoRA, one call of our kernels computes it.
+    """A mixin for PEFT's layer classes: where PEFT's forward is the plain formula of LoRA, our kernels compute it.
 
-    `accelerate` makes such a class that of the layers that PEFT has made. Where hooks, other classes of submodules or a
-    variant of LoRA ask for more, PEFT's own forward runs, with one warning for each reason.
+    `accelerate` gives the layers that PEFT has made such a class. With hooks, other classes of submodules or a variant
+    of LoRA, PEFT's own forward runs, with one warning for each reason.
     """
 
     reasons_said: set[str]  # shared by the layers of a model
@@ -63,7 +63,7 @@ class Accelerated:
         return applied(x, operands, 0.0, _drops(self, names[0]), True, "auto", "auto")
 
 
-# "Linear" in the names: by that PEFT's "all-linear" tells tuner layers that a further adapter can join.
+# "Linear" is in the names so that PEFT's "all-linear" finds the layers when another adapter is added.
 class AcceleratedLinear(Accelerated, lora.Linear):
     """PEFT's ``lora.Linear``, accelerated."""
 

@@ -1,4 +1,4 @@
-"""accelerate's classes over bitsandbytes' layers, apart: PEFT's module of theirs imports bitsandbytes."""
+"""accelerate's classes over bitsandbytes' layers, in a module of their own, since importing it imports bitsandbytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft.tuners.lora import bnb
 from ..weights import undo_repacking
 from .in_place import Accelerated
 
-_bnb: Any = bnb  # its classes stand behind a condition
+_bnb: Any = bnb  # it defines its classes only if bitsandbytes is installed
 
 
 class AcceleratedLinear4bit(Accelerated, _bnb.Linear4bit):
@@ -21,7 +21,7 @@ class AcceleratedLinear4bit(Accelerated, _bnb.Linear4bit):
 
 
 class AcceleratedLinear8bitLt(Accelerated, _bnb.Linear8bitLt):
-    """PEFT's LoRA over bitsandbytes' 8-bit layers, accelerated where `accelerate` is told ``int8="dequantise"``."""
+    """PEFT's LoRA over bitsandbytes' 8-bit layers, accelerated where `accelerate` gets ``int8="dequantise"``."""
 
 
 ACCELERATED: dict[type, type] = {

@@ -33,13 +33,13 @@ from ..weights import (
 )
 
 
-# "Linear": by that PEFT's "all-linear" tells tuner layers that a further adapter can join.
+# "Linear" is in the name so that PEFT's "all-linear" finds the layer when another adapter is added.
 class HydraLinearLayer(Merging, BaseTunerLayer):
     """An ``nn.Linear`` with named Hydra adapters (`hydra_kernels.adapter.Adapter`) in ``hydra_adapters``.
 
     Args:
         base_layer: the ``nn.Linear`` [N, K], or a quantised layer that `hydra_kernels.weights` knows; PEFT freezes it.
-            A quantised one does not change in `merge`: its merged weight and bias stand beside it.
+            A quantised one does not change in `merge`: its merged weight and bias are kept beside it.
         adapter_name, options, inference_mode: of the first adapter, see `add_adapter`.
     """
 
@@ -132,7 +132,7 @@ class HydraLinearLayer(Merging, BaseTunerLayer):
 
         Raises:
             ValueError: where ``safe_merge`` finds a value that is not finite, where adapters with biases
-                (``adapter_bias``) meet a base layer that has none to add them to, and under FSDP2.
+                (``adapter_bias``) are over a base layer without a bias to add them to, and under FSDP2.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hydra_adapters]
         if not names:
@@ -229,7 +229,7 @@ def _parallel_branch(a: Any, x: Tensor) -> Tensor:
 
 
 def _joined(adapters: Sequence[Adapter], apart: Sequence[Adapter] = (), dropped: bool = False) -> dict[str, Any]:
-    """The operands of the one adapter that acts as all of these, but for the parallel branches of those ``apart``.
+    """The operands of the one adapter that acts as all of these, without the parallel branches of those ``apart``.
 
     1/(1-p) of the bottleneck's dropout is in its up projections where ``dropped``.
     """

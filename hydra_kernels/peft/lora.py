@@ -120,7 +120,7 @@ def from_lora(
 
 
 def _with_adapter(model: nn.Module, config: HydraConfig, name: str) -> tuple[Any, str]:
-    """The model with a new adapter, and what stands before the names of its modules in a state_dict."""
+    """The model with a new adapter, and the prefix of its modules' names in a state_dict."""
     own: Any = model
     if isinstance(model, PeftModel):
         own.add_adapter(name, config)

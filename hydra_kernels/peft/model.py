@@ -27,8 +27,8 @@ class HydraModel(BaseTuner):
 
     Raises:
         TypeError, ValueError: naming a target that cannot be adapted (Conv1D, an embedding, a quantised format that is
-            not served, a layer with hooks or with adapters of another method), a target whose weight is read past its
-            forward, or a model that DDP or FSDP has wrapped. The model is then unchanged.
+            not served, a layer with hooks or with adapters of another method), a target whose weight is read without
+            calling it, or a model that DDP or FSDP has wrapped. The model is then unchanged.
     """
 
     prefix = "hydra_"
