@@ -4,8 +4,7 @@
 memory, matrix instructions, and how many programs fit a multiprocessor. Triton's own launcher specializes the launches
 of a forward and a backward over tensors without data, so the binaries are those that a GPU would run.
 
-Known spill: in full fp32 products run without matrix instructions, and at R = 64 the GEMM and one_pass spill up to 200
-bytes.
+Known spill: in full fp32 products run without matrix instructions, and at R = 64 the GEMM spills up to 200 bytes.
 """
 
 from __future__ import annotations

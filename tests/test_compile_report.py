@@ -121,6 +121,16 @@ def test_tf32(tmp_path):
 
 
 @pytest.mark.slow
+def test_one_pass_of_many_ranks_in_full_fp32(tmp_path):
+    """An odd number of ranks too: U's rows are then loaded one by one, which takes the most registers."""
+    rows = rows_of(
+        *(tmp_path / "report.json", "--arch", "80", "90", "--dtype", "fp32", "--ranks", "17+16", "32+32"),
+        *("--variant", "options", "input-dropout-unaligned"),
+    )
+    assert [line for line in compile_report.fault_lines(rows) if line.startswith("one_pass")] == []
+
+
+@pytest.mark.slow
 def test_full_fp32(tmp_path):
     rows = rows_of(
         *(tmp_path / "report.json", "--arch", "80", "90", "100", "--dtype", "fp32", "--ranks", "16+16"),

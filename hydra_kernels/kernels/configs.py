@@ -184,10 +184,11 @@ def aligned(t: Tensor) -> bool:
 
 
 # gemm has 32 rows: from 64 on, Triton 3.6 compiles full fp32 to tf32 on sm_100 and sm_103 (its tcgen05 path overlooks
-# the precision). down and grad_z have 8 warps: with fewer, tiles of R = 64 in full fp32 would spill.
+# the precision). down and grad_z have 8 warps: with fewer, tiles of R = 64 in full fp32 would spill; so would one_pass
+# with more rows than 16.
 _SMALL = Tiles(
     gemm=Gemm(32, 64, 16, 4, 3, max_registers=255),
-    one_pass=OnePass(Gemm(32, 64, 16, 4, 3, max_registers=255), many=Gemm(32, 64, 16, 8, 3, max_registers=255)),
+    one_pass=OnePass(Gemm(32, 64, 16, 4, 3, max_registers=255), many=Gemm(16, 64, 16, 8, 3, max_registers=255)),
     down=Skinny(32, 32, 8, 2, max_registers=255),
     grad_z=Skinny(32, 32, 8, 2, max_registers=255),
     sum_rows=Skinny(32, 32, 4, 2),
