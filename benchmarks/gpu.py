@@ -7,6 +7,8 @@ and each backend against float64. tune: the fastest backend for each shape. shap
 Each stage has a limit of time, which counts the start of its process and the compilation before it. Where the time is
 short, the last stages go without. It needs the source tree alone, from its root, and neither sets nor resets anything
 on the GPU. ``--dry-run`` goes through every stage with tiny shapes on the CPU, in Triton's interpreter.
+
+``--stage candidates`` runs by itself alone: kernels that nothing selects yet beside those of today, with predictions.
 """
 
 from __future__ import annotations
@@ -29,15 +31,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 import hydra_kernels as hk
-from benchmarks import ceilings, doctor, host, layer, roofline, table4
+from benchmarks import candidates, ceilings, doctor, host, layer, roofline, table4
 from benchmarks.device import jobs, run
 from benchmarks.device.compilation import Job, Step, tell_compilations
 from benchmarks.device.isolated import ROOT, CheckRow, Isolated, line_of
 from benchmarks.device.run import Part, Settings, Stage, attempts, plan_of, run_stage, run_stages
 from benchmarks.measuring import methods, models, timing
-from benchmarks.measuring.backwards import backward_by
 from benchmarks.measuring.methods import Ranks
-from benchmarks.measuring.rows import CeilingRow, HostRow, LayerRow, Table4Row, TuneRow
+from benchmarks.measuring.rows import CandidateRow, CeilingRow, HostRow, LayerRow, Table4Row, TuneRow
 from benchmarks.measuring.shapes import (
     DRY_SHAPES,
     GOALS_RANKS,
@@ -64,7 +65,6 @@ CHECK_LIMIT = 90.0
 ALL_BUT_COMPILED = tuple(name for name in methods.LAYER_METHODS if not name.startswith("compiled_"))
 OURS_AND_RIVALS = ("frozen", "naive_lora", "naive_seqlora", "naive_hydra", "ours_hydra")
 OURS_ALONE = ("hybrid", "triton", "native")  # each is measured beside what `auto` runs
-BY_SWEEP = "native sweep"  # a candidate that `auto` never takes: native, with its backward by one sweep
 PAPERS = models.MODELS[table4.DEFAULT_MODEL]
 
 
@@ -158,18 +158,15 @@ def measure_llama(settings: Settings) -> Iterator[Part]:
 
 
 def layers(
-    settings: Settings, mode: str, shape: Shape, ranks: Ranks, names: Sequence[str], backend: str, seconds: float,
-    form: str = "auto",
-) -> list[LayerRow]:  # fmt: skip
+    settings: Settings, mode: str, shape: Shape, ranks: Ranks, names: Sequence[str], backend: str, seconds: float
+) -> list[LayerRow]:
     """One shape of the layer benchmark in bf16, with the floor of each step where the ceilings are known."""
-    backend, _, backward = backend.partition(" ")
     arguments = ["--device", settings.device.type, "--dtype", "bf16", "--mode", mode]
-    arguments += ["--methods", ",".join(methods.measured_in(mode, "bf16", names)), "--backend", backend, "--form", form]
+    arguments += ["--methods", ",".join(methods.measured_in(mode, "bf16", names)), "--backend", backend]
     arguments += ["--time-limit", str(seconds), "--shape", ",".join(map(str, shape))]
     arguments += ["--ranks", f"{ranks.r_a}+{ranks.r_b}", *([] if has_bias(shape) else ["--no-bias"])]
     options, _ = layer.settings_of([*arguments, *_dry(settings)])
-    with backward_by(backward or "auto"):
-        rows, rates = layer.run(options, _silent()), _ceilings(settings)
+    rows, rates = layer.run(options, _silent()), _ceilings(settings)
     for row in rows:
         if rates is not None and row["phase"] == "step":
             floor = roofline.floor_us(shape, Ranks(row["r_a"], row["r_b"]), row["dtype"], *rates)
@@ -194,7 +191,6 @@ def measure_others(settings: Settings) -> Iterator[Part]:
     """In CUDA graphs: the goals' other rank, other shapes, other ranks, and each backend by itself."""
     headline, others = (DRY_SHAPES[:1], DRY_SHAPES[1:]) if settings.dry else (HEADLINE, OTHER_SHAPES)
     kernels = [name for name in OURS_ALONE if _serves(name, settings)]
-    kernels += [BY_SWEEP] if "native" in kernels and doctor.sweeps() else []
     ranks = OTHER_RANKS[:2] if settings.dry else OTHER_RANKS
     parts = [
         *((shape, ranks[0], OURS_AND_RIVALS, "auto") for shape in headline),
@@ -202,15 +198,11 @@ def measure_others(settings: Settings) -> Iterator[Part]:
         *((shape, pair, OURS_AND_RIVALS, "auto") for pair in ranks[1:] for shape in headline),
         *((shape, GOALS_RANKS, OURS_AND_RIVALS, name) for name in kernels for shape in headline),
     ]
-    asked = [(*part, "auto") for part in parts]
-    if "hybrid" in kernels:
-        # First of all: it may be what `auto` should run where there is no b0.
-        asked = [*((shape, GOALS_RANKS, OURS_AND_RIVALS, "hybrid", "effective") for shape in headline), *asked]
     tasks = [
-        (f"layer graph {shape} {pair.r_a}+{pair.r_b} {backend} {form}", partial(
-            layers, settings, "graph", shape, pair, names, backend, 2, form
+        (f"layer graph {shape} {pair.r_a}+{pair.r_b} {backend}", partial(
+            layers, settings, "graph", shape, pair, names, backend, 2
         ))
-        for shape, pair, names, backend, form in asked
+        for shape, pair, names, backend in parts
     ]  # fmt: skip
     yield from attempts(settings, "layer-shapes", tasks)
 
@@ -296,6 +288,8 @@ STAGES = (
     Stage("tune", tune, {"tune": TuneRow}, jobs.tune_jobs, 12),
     Stage("shapes", measure_others, {"layer-shapes": LayerRow}, jobs.other_jobs, 14),
 )
+# Run where it is named, and in a dry run.
+CANDIDATES = Stage("candidates", candidates.parts, {candidates.FILE: CandidateRow}, jobs.candidate_jobs, 60)
 
 
 def build(limit: float) -> None:
@@ -313,9 +307,9 @@ def build(limit: float) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    names = [stage.name for stage in STAGES]
+    names = [stage.name for stage in (*STAGES, CANDIDATES)]
     made = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    made.add_argument("--stage", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    made.add_argument("--stage", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     made.add_argument("--minutes", type=float, help="for everything, 8 without it; the last stages go without")
     made.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON")
     made.add_argument("--plan", action="store_true", help="say what would run and be compiled, and end")
@@ -334,7 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (options.dry_run or options.plan or torch.cuda.is_available()):
         print("gpu: torch finds no GPU here; --dry-run and --plan need none", file=sys.stderr)
         return 2
-    selected = [stage for stage in STAGES if stage.name in options.stage]
+    every = (*STAGES, CANDIDATES)
+    wanted = options.stage or [stage.name for stage in (every if options.dry_run else STAGES)]
+    selected = [stage for stage in every if stage.name in wanted]
     settings = Settings(options.dry_run, deadline, options.out.resolve(), options.log)
     # As an exception it ends the processes below this one too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu: terminated"))
@@ -349,13 +345,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not settings.dry:
         build(min(BUILD_LIMIT, max(0.0, settings.left())))
-    began = timing.now()
+    # Beside what a run of the usual stages stored there.
+    began, file = timing.now(), "run-candidates" if selected == [CANDIDATES] else "run"
     try:
         with tempfile.TemporaryDirectory() as folder:
             settings = settings._replace(log=Path(folder) / "compiled")
-            rows = run_stages(plan, settings, partial(command_of, settings), environment_of(settings, folder))
+            told, variables = partial(command_of, settings), environment_of(settings, folder)
+            rows = run_stages(plan, settings, told, variables, file)
     finally:
-        for line in summary(settings.path, {s.name: s.files for s in STAGES}, began):
+        for line in summary(settings.path, {s.name: s.files for s in STAGES}, began) if file == "run" else ():
             print(line, flush=True)
     return int(any(row["status"] != "ok" for row in rows))
 

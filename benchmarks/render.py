@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from benchmarks.device.isolated import CheckRow
 from benchmarks.measuring import timing
 from benchmarks.measuring.rows import (
+    CandidateRow,
     CeilingRow,
     HostRow,
     LayerRow,
@@ -35,6 +36,7 @@ from benchmarks.measuring.rows import (
 )
 from benchmarks.rendering import kernels, pictures
 from benchmarks.rendering.accelerated import accelerated_block
+from benchmarks.rendering.candidates import candidates_block
 from benchmarks.rendering.device import ceilings_block, doctor_block, run_block, tune_block
 from benchmarks.rendering.goals import goals_block
 from benchmarks.rendering.host import host_block
@@ -57,7 +59,7 @@ from benchmarks.rendering.tables import Stored, is_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS, LEARNING, GOALS = "README.md", "docs/results.md", "docs/learning.md", "benchmarks/GOALS.md"
-GPU = "docs/gpu.md"
+GPU, NOTES = "docs/gpu.md", "benchmarks/NOTES.md"
 NOTHING = "Not measured yet."
 
 
@@ -128,6 +130,7 @@ BLOCKS = (
     Block("measured:doctor", "doctor", CheckRow, doctor_block, page=GPU),
     Block("measured:ceilings", "ceilings", CeilingRow, ceilings_block, page=GPU),
     Block("measured:tune", "tune", TuneRow, tune_block, page=GPU),
+    Block("measured:candidates", "candidates", CandidateRow, candidates_block, page=NOTES),
     Block("predicted:roofline", "predicted", RooflineRow, roofline_block),
 )
 STEPS = ("measured:models", "measured:layer", "measured:gpu")

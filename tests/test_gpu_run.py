@@ -22,7 +22,6 @@ from benchmarks.device.compilation import KERNEL_SECONDS, RIVAL_SECONDS, START, 
 from benchmarks.device.isolated import CheckRow
 from benchmarks.device.run import Part, Planned, Settings, Stage
 from benchmarks.measuring import timing
-from benchmarks.measuring.backwards import VARIABLE
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import CeilingRow, HostRow, LayerRow, StageRow, TuneRow
 from benchmarks.measuring.shapes import HEADLINE, Shape
@@ -175,20 +174,45 @@ def test_a_dry_run_runs_the_stages_in_the_order_of_what_counts(tmp_path, monkeyp
         return [sys.executable, "-S", "-c", "input()"]
 
     monkeypatch.setattr(gpu, "command_of", command)
-    monkeypatch.setattr(gpu, "STAGES", tuple(stage._replace(jobs=dict) for stage in gpu.STAGES))
-    monkeypatch.setattr(gpu, "INTERPRETED", type("Off", (), {"value": False}))
+    without_jobs(monkeypatch)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert started == ORDER
+    every = [*ORDER, "candidates"]
+    assert started == every
     told = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in told if ": at most" in line] == ["csrc", *ORDER, "in all"]
+    assert [line.partition(":")[0] for line in told if ": at most" in line] == ["csrc", *every, "in all"]
     names = [line.partition(":")[0] for line in told[-12:]]
     assert names == ["run", *ORDER[:2], *["layer"] * 3, *ORDER[3:], "skipped"]
     rows = timing.read_result(tmp_path / "run-dry-cpu.json", StageRow)[1]
-    assert [(row["stage"], row["status"]) for row in rows] == [(name, "ok") for name in ORDER]
+    assert [(row["stage"], row["status"]) for row in rows] == [(name, "ok") for name in every]
+
+
+def without_jobs(monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "STAGES", tuple(stage._replace(jobs=dict) for stage in gpu.STAGES))
+    monkeypatch.setattr(gpu, "CANDIDATES", gpu.CANDIDATES._replace(jobs=dict))
+    monkeypatch.setattr(gpu, "INTERPRETED", type("Off", (), {"value": False}))
+
+
+def test_candidates_run_where_they_are_named_and_overwrite_no_run(tmp_path, monkeypatch, capsys):
+    without_jobs(monkeypatch)
+    monkeypatch.setattr(gpu, "command_of", lambda settings, stage: [sys.executable, "-S", "-c", "input()"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for stages, expected in (([], ORDER), (["--stage", "candidates"], ["candidates"])):
+            assert gpu.main(["--plan", *stages]) == 0
+            told = capsys.readouterr().out.splitlines()
+            assert [line.partition(":")[0] for line in told] == ["csrc", *expected, "in all"]
+        (tmp_path / "run-dry-cpu.json").write_text("of before", encoding="utf-8")
+        assert gpu.main(["--dry-run", "--stage", "candidates", "--out", str(tmp_path)]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "run-dry-cpu.json").read_text(encoding="utf-8") == "of before"
+    (row,) = timing.read_result(tmp_path / "run-candidates-dry-cpu.json", StageRow)[1]
+    assert (row["stage"], row["status"]) == ("candidates", "ok")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("candidates: ok, ")
 
 
 def test_the_ceilings_come_before_the_layers_whose_floors_they_are(tmp_path, monkeypatch):
@@ -201,21 +225,6 @@ def test_the_ceilings_come_before_the_layers_whose_floors_they_are(tmp_path, mon
     layers = timing.read_result(here.path("layer"), LayerRow)[1]
     assert len(layers) == 2
     assert all(row["floor_us"] > 0 for row in layers)
-
-
-@pytest.mark.skipif(not doctor.sweeps(), reason="the compiled part is not built")
-def test_the_sweep_is_measured_beside_the_passes(tmp_path, monkeypatch):
-    """As a candidate of its own, under what a user would set; the other candidates run as by themselves."""
-    ran = []
-    row = {"phase": "forward"}
-    monkeypatch.setattr(
-        gpu.layer, "run", lambda options, progress: ran.append((options.backend, os.environ[VARIABLE])) or [row]
-    )
-    monkeypatch.setattr(gpu, "attempts", lambda settings, file, tasks: [task() for _, task in tasks])
-    list(gpu.measure_others(Settings(True, time.monotonic() + 60, tmp_path, None)))
-    assert ran[-1] == ("native", "sweep")
-    assert {backward for _, backward in ran[:-1]} == {"auto"}
-    assert VARIABLE not in os.environ
 
 
 def test_without_a_gpu_only_the_dry_run_and_the_plan_start(capsys):

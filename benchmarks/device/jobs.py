@@ -63,9 +63,9 @@ def headline_jobs() -> Mapping[str, Job]:
     return {repr(rival): rival for rival in rivals} | layer_jobs(HEADLINE, GOALS_RANKS)
 
 
-def layer_jobs(shapes: Sequence[Shape], hydra: Ranks, form: str = "composed") -> Mapping[str, Job]:
+def layer_jobs(shapes: Sequence[Shape], hydra: Ranks) -> Mapping[str, Job]:
     return jobs_of(
-        Step(Case((M,), K, N, *ranks, bias=has_bias(Shape(M, K, N))), "bf16", fused=False, form=form)
+        Step(Case((M,), K, N, *ranks, bias=has_bias(Shape(M, K, N))), "bf16", fused=False)
         for (M, K, N), ranks in itertools.product(shapes, equal_rank(hydra).values())
     )
 
@@ -73,11 +73,19 @@ def layer_jobs(shapes: Sequence[Shape], hydra: Ranks, form: str = "composed") ->
 def other_jobs() -> Mapping[str, Job]:
     fused = (Step(Case((M,), K, N, *GOALS_RANKS, bias=has_bias(Shape(M, K, N))), "bf16", True) for M, K, N in HEADLINE)
     ranks = [layer_jobs(HEADLINE, pair) for pair in OTHER_RANKS]
-    effective = layer_jobs(HEADLINE, GOALS_RANKS, "effective")
     found: dict[str, Job] = {}
-    for jobs in (effective, *ranks, layer_jobs(OTHER_SHAPES, GOALS_RANKS), jobs_of(fused)):
+    for jobs in (*ranks, layer_jobs(OTHER_SHAPES, GOALS_RANKS), jobs_of(fused)):
         found |= jobs
     return found
+
+
+def candidate_jobs() -> Mapping[str, Job]:
+    """What `hybrid` launches where it reads x once, `triton` launches too."""
+    ways = ((True, "composed"), (False, "composed"), (False, "effective"))
+    return jobs_of(
+        Step(Case((M,), K, N, *ranks, bias=has_bias(Shape(M, K, N))), "bf16", fused, form=form)
+        for ranks, (M, K, N), (fused, form) in itertools.product((GOALS_RANKS, OTHER_RANKS[0]), HEADLINE, ways)
+    )
 
 
 def tune_jobs() -> Mapping[str, Job]:

@@ -136,6 +136,7 @@ def run_stages(
     settings: Settings,
     command: Callable[[Stage], list[str]],
     environment: Mapping[str, str],
+    file: str = "run",
 ) -> list[StageRow]:
     """A process for each stage, one after the other, whatever becomes of those before; each row is stored at once.
 
@@ -153,7 +154,7 @@ def run_stages(
         else:
             row = _run_one(planned, settings, seconds, command(planned.stage), environment)
         rows.append(row)
-        timing.write_result(settings.path("run"), about, rows, StageRow)
+        timing.write_result(settings.path(file), about, rows, StageRow)
     return rows
 
 

@@ -129,6 +129,40 @@ class SweepRow(TypedDict):
     dry: bool
 
 
+class CandidateRow(TypedDict):
+    """One phase of one way to run a step at one shape, x [M, K], weight [N, K], and what was predicted of it."""
+
+    M: int
+    K: int
+    N: int
+    r_a: int
+    r_b: int
+    # What the ways are compared for; a way is named as in `benchmarks.roofline`.
+    question: str
+    way: str
+    # The way that runs today.
+    instead_of: str
+    dtype: str
+    # Whether the frozen layer has b0.
+    bias: bool
+    # "forward", "backward" or "step".
+    phase: str
+    # Microseconds of a call over the rounds, each the mean of ``calls`` calls.
+    median_us: float
+    q1_us: float
+    q3_us: float
+    # [q1, median, q3] of the paired rounds over the frozen layer and over ``instead_of``.
+    over: dict[str, list[float]]
+    # Of a step.
+    predicted_us: float | None
+    predicted_over: dict[str, float] | None
+    # The largest difference from the naive layer, and what was allowed; None: frozen.
+    parity: dict[str, Any] | None
+    runs: int
+    calls: int
+    dry: bool
+
+
 class CeilingRow(TypedDict):
     """What the device reaches in one large operation."""
 
