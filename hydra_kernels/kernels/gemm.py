@@ -34,6 +34,23 @@ def place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.
 
 
 @triton.jit
+def offsets(pid_m, pid_n, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The first row of a tile and its rows from there on, then its rows, columns and steps of K in the whole."""
+    first, rows = pid_m.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
+    if WIDE:  # not always: in int64 these offsets cost registers, and two programs would no longer fit on sm_80
+        rows = rows.to(tl.int64)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return first, rows, first + rows, offs_n, tl.arange(0, BLOCK_K).to(tl.int64)
+
+
+@triton.jit
+def pointers(x, w, offs_m, offs_n, offs_k, stride_xm, stride_xk, stride_wk, stride_wn):
+    """To the first tile of x and the first of w."""
+    x_ptrs = x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    return x_ptrs, w + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+
+
+@triton.jit
 def add_low_rank(
     acc, p_ptr, q_ptr, rows, offs_n, offs_r, mask_m, mask_n, mask_r, R, stride_qr, stride_qn, PRECISION: tl.constexpr
 ):
@@ -55,16 +72,12 @@ def compute_tile(
 ):  # fmt: skip
     """One tile of out."""
     pid_m, pid_n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    first, rows = pid_m.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
-    if WIDE:  # not always: in int64 these offsets cost registers, and two programs would no longer fit on sm_80
-        rows = rows.to(tl.int64)
-    offs_m, offs_n = first + rows, pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k, offs_r = tl.arange(0, BLOCK_K).to(tl.int64), tl.arange(0, BLOCK_R)
+    first, rows, offs_m, offs_n, offs_k = offsets(pid_m, pid_n, WIDE, BLOCK_M, BLOCK_N, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
     if not DESCRIPTORS:
         block_k = tl.full((1, 1), BLOCK_K, tl.int64)
-        x_ptrs = x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-        w_ptrs = w + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+        x_ptrs, w_ptrs = pointers(x, w, offs_m, offs_n, offs_k, stride_xm, stride_xk, stride_wk, stride_wn)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if seed_ptr is not None or input_mask_ptr is not None:

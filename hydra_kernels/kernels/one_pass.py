@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Gemm, cdiv, rank_block
-from .gemm import operand, place
+from .gemm import offsets, operand, place, pointers
 from .language import dot, rounded
 from .launch import Launch
 from .philox import NONE, InputDropout, dropped
@@ -49,17 +49,13 @@ def compute_tile(
 ):  # fmt: skip
     """One tile of h and, by the first column's tiles, the rows of Z."""
     pid_m, pid_n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    first, rows = pid_m.to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
-    if WIDE:
-        rows = rows.to(tl.int64)
-    offs_m, offs_n = first + rows, pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k, offs_r = tl.arange(0, BLOCK_K).to(tl.int64), tl.arange(0, BLOCK_R)
+    first, rows, offs_m, offs_n, offs_k = offsets(pid_m, pid_n, WIDE, BLOCK_M, BLOCK_N, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
     offs_s = tl.arange(0, HALVES * BLOCK_R)
     mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
     if not DESCRIPTORS:
         block_k = tl.full((1, 1), BLOCK_K, tl.int64)
-        x_ptrs = x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-        w_ptrs = w + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+        x_ptrs, w_ptrs = pointers(x, w, offs_m, offs_n, offs_k, stride_xm, stride_xk, stride_wk, stride_wn)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     z = tl.zeros((BLOCK_M, HALVES * BLOCK_R), tl.float32)
