@@ -158,6 +158,15 @@ def test_what_several_stages_need_is_compiled_for_the_first():
     assert compilation.count_of([KERNEL, RIVAL, KERNEL]) == "1 compiled_lora, 2 down"
 
 
+def test_compilers_start_no_workers_of_their_own(monkeypatch):
+    """16 processes with a worker a core each would have the cores compile nothing but torch's imports."""
+    given = []
+    monkeypatch.setattr(compilation.Isolated, "run", lambda self, groups, report: given.append(self) or [])
+    compilation.compile_all({"rival": RIVAL, "kernel": KERNEL}, 16, time.monotonic() + 60, {"HOME": "here"})
+    (isolated,) = given
+    assert isolated.environment == {"HOME": "here", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
 def test_a_stage_without_a_run_above_it_ends(monkeypatch, capsys):
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)

@@ -216,7 +216,9 @@ def compile_all(jobs: Mapping[str, Job], cores: int, deadline: float, environmen
         def command(group: str, left: Sequence[str]) -> list[str]:
             return [sys.executable, "-m", "benchmarks.device.compilation", str(plan), group, *left]
 
-        isolated = Isolated(command, environment, JOB_LIMIT, processes, deadline, False, start_over=-1)
+        # Inductor would start as many workers in each process as there are cores, and these outlive it.
+        alone = {**environment, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        isolated = Isolated(command, alone, JOB_LIMIT, processes, deadline, False, start_over=-1)
         return isolated.run(shares, lambda row: None)
 
 
