@@ -66,6 +66,8 @@ QUESTIONS = (
         lambda shape: shape.N <= roofline.ONCE_UP_TO,
     ),
     Question("B: the effective form", ("hybrid", "effective")),
+    # From sm_90 on.
+    Question("D: early launches", ("hybrid", "hybrid_early")),
     Question("C: one sweep", ("native", "native_sweep")),
 )
 RANKS = (GOALS_RANKS, OTHER_RANKS[0])
@@ -76,7 +78,8 @@ Backward = Callable[[Tensor, Operands, Saved], Mapping[str, Tensor]]
 
 def ways(device: torch.device) -> dict[str, tuple[Forward, Backward]]:
     arch = steps.tiles_of(device)
-    return {
+    early = {"hybrid_early": _by_kernels(arch.with_early_launches(), False)} if arch.can_start_early else {}
+    return early | {
         "frozen": (_frozen_forward, _frozen_backward),
         "hybrid": _by_kernels(arch, False),
         "hybrid_once": _by_kernels(arch._replace(half=arch.half._replace(once_up_to=roofline.ONCE_UP_TO)), False),
@@ -171,6 +174,14 @@ def prepared(bench: Bench, name: str, ranks: Ranks, op: Operands, recorder: mode
     return contestant
 
 
+def refuse_races(step: Step, early: Step) -> None:
+    """RuntimeError where kernels that start early leave other bits: then they race."""
+    found = {"h": (step.h, early.h), **{name: (step.grads[name], early.grads[name]) for name in step.grads}}
+    differ = [name for name, (one, other) in found.items() if not torch.equal(one, other)]
+    if differ:
+        raise RuntimeError(f"kernels that start early race: other bits in {', '.join(differ)}")
+
+
 def measure(
     question: Question, shape: Shape, ranks: Ranks, device: torch.device, seconds: float, dry: bool
 ) -> list[CandidateRow]:
@@ -182,6 +193,8 @@ def measure(
     weights, adapters = bench.linear, bench.build("naive_hydra", ranks)
     op = without_options(weights.weight, weights.bias, *(getattr(adapters, name).detach() for name in ADAPTERS))
     made = {name: prepared(bench, name, ranks, op, recorder) for name in ("frozen", *question.ways)}
+    if "hybrid_early" in made:
+        refuse_races(made["hybrid"].passes[0], made["hybrid_early"].passes[0])
     layer.play(bench, made, time.perf_counter() + seconds)
     predicted = {row["method"]: row["predicted_us"] for row in roofline.predict(shape, ranks, DTYPE, MODEL)}
     return [row_of(question, shape, ranks, name, phase, made, predicted, settings) for name in made for phase in PHASES]
@@ -227,9 +240,11 @@ def row_of(
 
 def parts(settings: Settings) -> Iterator[Part]:
     """The goals' rank at every shape, then the commonest; last the sweep, which may hang or break the process."""
-    sweeps = doctor.sweeps()
+    sweeps, early = doctor.sweeps(), "hybrid_early" in ways(settings.device)
     if not sweeps:
         print("C is left out: `native` has no sweep here", flush=True)
+    if not early:
+        print("D is left out: kernels start early from compute capability 9.0 on", flush=True)
 
     def measured(question: Question, shape: Shape, ranks: Ranks) -> list[CandidateRow]:
         with modes.isolated(settings.device):
@@ -239,7 +254,11 @@ def parts(settings: Settings) -> Iterator[Part]:
 
     shapes, all_ranks = ((DRY_SHAPE,), RANKS[:1]) if settings.dry else (HEADLINE, RANKS)
     of_sweep = [question for question in QUESTIONS if "native_sweep" in question.ways]
-    others = [question for question in QUESTIONS if question not in of_sweep]
+    others = [
+        question
+        for question in QUESTIONS
+        if question not in of_sweep and (early or "hybrid_early" not in question.ways)
+    ]
     tasks = [
         (f"{question.name}, {shape}, {ranks.r_a}+{ranks.r_b}", partial(measured, question, shape, ranks))
         for group in (others, of_sweep if sweeps else ())

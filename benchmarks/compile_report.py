@@ -3,6 +3,7 @@
 ``python -m benchmarks.compile_report --arch 80 86 89 90 100 120`` prints a row a kernel: registers, spills, shared
 memory, matrix instructions, and how many programs fit a multiprocessor. Triton's own launcher specializes the launches
 of a forward and a backward over tensors without data, so the binaries are those that a GPU would run.
+``--early``: as programmatic dependent launch takes them, which no configuration asks for yet.
 
 Known spill: in full fp32 products run without matrix instructions, and at R = 64 the GEMM spills up to 200 bytes.
 """
@@ -47,6 +48,10 @@ MATRIX_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")
 OPCODES = (*MATRIX_OPCODES, "FFMA", "FFMA2", "UTMALDG", "LDGSTS", "STL", "LDL")
 _OPCODE = re.compile(rf"\b({'|'.join(OPCODES)})\b")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+# An instruction of PTX, after a predicate or none; those that touch global memory; and the one by which programs count.
+_INSTRUCTION = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)", re.MULTILINE)
+_GLOBAL = re.compile(r"(?:ld|st|atom|red)\.(?!param|shared|const|local)|cp\.|prefetch")
+COUNT = "atom.global.gpu.acq_rel.add.u32"
 
 
 class Multiprocessor(NamedTuple):
@@ -94,6 +99,8 @@ class Binary(NamedTuple):
     shared_bytes: int
     tensor_memory_columns: int
     instructions: dict[str, int]
+    # What PTX has in the wrong order.
+    misordered: tuple[str, ...] = ()
 
 
 class CompileRow(TypedDict):
@@ -118,6 +125,7 @@ class CompileRow(TypedDict):
     # That fit a multiprocessor at once: an estimate.
     programs: int | None
     warps: int | None
+    misordered: list[str] | None
     error: str | None
 
 
@@ -156,7 +164,7 @@ def operands(dtype: torch.dtype, ranks: Ranks, variant: Variant) -> tuple[Tensor
     return rows(M, K), rows(M, N), op
 
 
-def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Launch]:
+def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant, early: bool = False) -> list[Launch]:
     """Every launch of a step of the fused backend with all gradients, its GEMMs in each of the architecture's tiles.
 
     Then what the hybrid backend launches beside those: a pass for Z, its GEMM of the forward where it has one, and a
@@ -168,6 +176,7 @@ def launches(arch: int, dtype: str, ranks: Ranks, variant: Variant) -> list[Laun
     needs = {name for name in wanted if name == "x" or isinstance(getattr(op, name), Tensor)}
     found: list[Launch] = []
     architecture = configs.of(divmod(arch, 10))
+    architecture = architecture.with_early_launches() if early else architecture
     by_cublas = architecture._replace(half=architecture.half._replace(fused_from=None))
     ways = [(tiles, True, "composed") for tiles in architecture.with_each_gemm()]
     if architecture.half.fused_from is not None:
@@ -211,7 +220,8 @@ def compiled(job: Compilation) -> Binary | str:
         usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
         sass = _output(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", str(file))
     registers, stack = resources(usage)
-    return Binary(registers, stack, binary.metadata.shared, binary.metadata.tmem_size or 0, instructions(sass))
+    order = misordered(binary.asm["ptx"], binary.metadata.launch_pdl)
+    return Binary(registers, stack, binary.metadata.shared, binary.metadata.tmem_size or 0, instructions(sass), order)
 
 
 def _output(*command: str) -> str:
@@ -224,6 +234,24 @@ def resources(usage: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"cuobjdump names no registers: {usage!r}")
     return int(found[1]), int(found[2])
+
+
+def misordered(ptx: str, early: bool) -> tuple[str, ...]:
+    """What a race could come of, and no serial interpreter would show.
+
+    A kernel that starts early has to wait for those before it where every thread comes by, before it touches memory.
+    Before a program counts itself among those that have ended, all of its threads must have stored what they store.
+    """
+    found, body, stored = [], ptx[ptx.index("{") :], False
+    names = _INSTRUCTION.findall(body)
+    first = next((name for name in names if name == "griddepcontrol.wait" or name == "bra" or _GLOBAL.match(name)), "")
+    if early and first != "griddepcontrol.wait":
+        found.append("touches memory before it has waited for the kernels before it")
+    for name in names:
+        stored = name.startswith("st.global") or (stored and name != "bar.sync")
+        if name.startswith("atom.") and (stored or name != COUNT):
+            found.append("counts itself before all threads have stored")
+    return tuple(found)
 
 
 def instructions(sass: str) -> dict[str, int]:
@@ -262,17 +290,18 @@ def row_of(subject: dict[str, Any], arch: int, made: Binary | str) -> CompileRow
         instructions=None if binary is None else binary.instructions,
         programs=programs,
         warps=None if programs is None else programs * num_warps,
+        misordered=None if binary is None else list(binary.misordered),
         error=made if isinstance(made, str) else None,
     )
 
 
 def subjects(
-    archs: Iterable[int], dtypes: Sequence[str], all_ranks: Sequence[Ranks], variants: Sequence[Variant]
+    archs: Iterable[int], dtypes: Sequence[str], all_ranks: Sequence[Ranks], variants: Sequence[Variant], early: bool
 ) -> Iterator[tuple[dict[str, Any], Compilation]]:
     """Every launch asked for: what its row says of it, and how it is compiled."""
     for arch, dtype, ranks, variant in itertools.product(archs, dtypes, all_ranks, variants):
         about = {"variant": str(variant), "arch": f"sm_{arch}", "dtype": dtype, "R": sum(ranks), "ranks": list(ranks)}
-        for launch in launches(arch, dtype, ranks, variant):
+        for launch in launches(arch, dtype, ranks, variant, early):
             yield {"kernel": name_of(launch), **about, "config": config_of(launch)}, compilation(launch, arch)
 
 
@@ -324,7 +353,7 @@ def faults(row: CompileRow) -> list[str]:
         found.append(f"{row['shared_bytes']} bytes of shared memory, limit {row['shared_limit']}")
     if row["dtype"] == "fp32" and not row["instructions"].keys().isdisjoint(MATRIX_OPCODES):
         found.append("products of full fp32 by matrix instructions, which round their operands")
-    return found
+    return found + row["misordered"]
 
 
 def fault_lines(rows: Sequence[CompileRow]) -> list[str]:
@@ -349,15 +378,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--ranks", type=ranks_option, nargs="+", default=[Ranks(8, 8), Ranks(32, 32)], metavar="A+B")
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--early", action="store_true", help="by programmatic dependent launch, from sm_90 on")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the rows there too")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     options = parser.parse_args(arguments)
     if INTERPRETED.value:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing. Unset it and run again")
+    if options.early and min(options.arch) < 90:
+        parser.error(f"--early needs --arch 90 or later, got {min(options.arch)}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     variants = [VARIANTS[name] for name in options.variant]
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        asked = list(subjects(options.arch, options.dtype, options.ranks, variants))
+        asked = list(subjects(options.arch, options.dtype, options.ranks, variants, options.early))
         rows = report(asked, options.workers, progress)
     if options.json is not None:
         timing.write_result(options.json, timing.environment(torch.device("cpu")), rows, CompileRow)

@@ -147,21 +147,34 @@ def test_every_question_is_asked_at_every_rank_and_shape_and_the_sweeps_last(mon
     monkeypatch.setattr(candidates, "candidates_table", lambda rows: "")
     monkeypatch.setattr(modes, "isolated", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(doctor, "sweeps", lambda: True)
+    monkeypatch.setattr(steps, "tiles_of", lambda device: configs.SM90)
     settings = Settings(False, time.monotonic() + 60, tmp_path)
     list(candidates.parts(settings))
     once, every = [shape for shape in HEADLINE if shape.N <= 1024], list(HEADLINE)
     of = {question.name[0] + str(len(question.ways[1])): question.name for question in QUESTIONS}
-    one, hybrid, form, sweep = of.values()
-    shapes = {one: every, hybrid: once, form: every, sweep: every}
-    expected = [(name, s, r) for r in RANKS for name in (one, hybrid, form) for s in shapes[name]]
+    one, hybrid, form, early, sweep = of.values()
+    shapes = {one: every, hybrid: once, form: every, early: every, sweep: every}
+    expected = [(name, s, r) for r in RANKS for name in (one, hybrid, form, early) for s in shapes[name]]
     assert asked == expected + [(sweep, s, r) for r in RANKS for s in every]
     assert [sum(ranks) for ranks in RANKS] == [16, 32]
     assert len(once) == 2
     asked.clear()
     monkeypatch.setattr(doctor, "sweeps", lambda: False)
+    monkeypatch.setattr(steps, "tiles_of", lambda device: configs.INTERPRETER)
     list(candidates.parts(settings))
-    assert asked == expected
-    assert "C is left out" in capsys.readouterr().out
+    assert asked == [what for what in expected if what[0] != early]
+    told = capsys.readouterr().out
+    assert "C is left out" in told
+    assert "D is left out" in told
+
+
+@pytest.mark.parametrize("differs", [None, "h", "B_up"])
+def test_early_launches_that_change_a_bit_are_not_timed(differs):
+    values = {name: torch.ones(2) for name in ("h", "x", *ADAPTERS)}
+    other = {name: value + 2.0**-23 if name == differs else value.clone() for name, value in values.items()}
+    one, early = (SimpleNamespace(h=found.pop("h"), grads=found) for found in (values, other))
+    with pytest.raises(RuntimeError, match=f"race: other bits in {differs}") if differs else contextlib.nullcontext():
+        candidates.refuse_races(one, early)
 
 
 def test_what_is_compiled_before_it_is_all_that_its_ways_launch(monkeypatch):
@@ -171,7 +184,7 @@ def test_what_is_compiled_before_it_is_all_that_its_ways_launch(monkeypatch):
     planned = set(jobs.candidate_jobs())
     monkeypatch.setattr(steps, "tiles_of", lambda device: configs.SM90)
     launched_by(found.append, monkeypatch)
-    for question, ranks, shape in ((q, r, s) for q in QUESTIONS[:3] for r in RANKS for s in HEADLINE if q.at(s)):
+    for question, ranks, shape in ((q, r, s) for q in QUESTIONS[:-1] for r in RANKS for s in HEADLINE if q.at(s)):
         t = roofline.operands_of(shape, ranks, torch.bfloat16)
         if not has_bias(shape):
             t["bias"] = None
@@ -181,6 +194,7 @@ def test_what_is_compiled_before_it_is_all_that_its_ways_launch(monkeypatch):
             _, *left = forward(t["x"].detach(), op)
             backward(torch.empty(shape.M, shape.N, dtype=torch.bfloat16, device="meta"), *left)
     assert {repr(kind_of(launch, 90)) for launch in found} == planned
+    assert any(launch.options.get("launch_pdl") for launch in found)
     assert {"x", *ADAPTERS} == NEEDS
 
 

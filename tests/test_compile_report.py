@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,18 @@ from benchmarks import compile_report
 from benchmarks.compile_report import MULTIPROCESSORS, VARIANTS, Binary, Compilation, CompileRow
 from benchmarks.measuring import timing
 from benchmarks.measuring.methods import Ranks
+from hydra_kernels.kernels import configs
 
 FUSED = [
     *("sum_rows C", "compose stack", "one_pass"),
-    *("grad_z", "sum_rows dU", "gemm dx", "sum_rows dD", "reduce", "through_weight", "finish"),
+    *("grad_z", "sum_rows dU", "gemm dx", "sum_rows dD", "reduce", "through_weight"),
 ]
 OTHER_TILES = ["one_pass", "gemm dx"]  # for few, on sm_90; under input dropout there are no others
 BY_GEMM = ["gemm forward", "gemm forward"]  # hybrid's, on sm_90
 EFFECTIVE = ["effective", "rebuild"]  # the form's own; it has no dropout
 DROPPING = ["one_pass", "gemm dx", "sum_rows dD"]  # and a pass of its own around cuBLAS
 PASSES = ("effective", "down", "grad_z", "sum_rows C", "sum_rows dU", "sum_rows dD", "through_weight")
+KERNEL_MODULES = ("compose", "effective", "gemm", "one_pass", "philox", "reduce", "skinny")
 MATRIX_OPCODE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 ALIGNED = [name for name, variant in VARIANTS.items() if variant.aligned]
@@ -178,7 +184,7 @@ def divisible(job: Compilation) -> set[str]:
 @pytest.mark.parametrize("ranks", [Ranks(8, 8), Ranks(16, 0), Ranks(0, 16)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_launch_of_a_step_is_there(ranks, variant):
-    expected = [name for name in FUSED if ranks.r_b or name not in ("sum_rows C", "through_weight", "finish")]
+    expected = [name for name in FUSED if ranks.r_b or name not in ("sum_rows C", "through_weight")]
     if not ranks.r_b:
         expected[0] = "compose"
     expected += ["compose", "down"] if ranks.r_b else ["down"]
@@ -236,7 +242,7 @@ def test_descriptors_carry_their_blocks():
 def test_what_two_variants_share_is_one_compilation():
     plain, options = (jobs(90, "bf16", Ranks(8, 8), variant) for variant in ("plain", "options"))
     same = [name for name in FUSED if repr(plain[name]) == repr(options[name])]
-    assert same == ["sum_rows C", "sum_rows dU", "gemm dx", "sum_rows dD", "through_weight", "finish"]
+    assert same == ["sum_rows C", "sum_rows dU", "gemm dx", "sum_rows dD", "through_weight"]
     assert repr(plain["gemm forward"]) == repr(options["gemm forward"])
     dropping = jobs(90, "bf16", Ranks(8, 8), "input-dropout")
     assert [name for name in FUSED if repr(dropping[name]) != repr(options[name])] == DROPPING
@@ -270,6 +276,66 @@ def test_the_precision_of_fp32_products_is_chosen_and_put_back():
 def test_programs_that_fit(arch, registers, shared_bytes, columns, num_warps, expected):
     binary = Binary(registers, 0, shared_bytes, columns, {})
     assert compile_report.programs_that_fit(MULTIPROCESSORS[arch], binary, num_warps) == expected
+
+
+@pytest.mark.slow
+def test_kernels_that_start_early_wait_first(tmp_path):
+    """With programmatic dependent launch, which no configuration has."""
+    arguments = ["--early", "--arch", "90", "--ranks", "8+8", "--variant", "options", "input-dropout"]
+    rows = rows_of(tmp_path / "report.json", *arguments)
+    assert {row["kernel"] for row in rows} == {*FUSED, *EFFECTIVE, "compose", "down", "gemm forward", "dropped_product"}
+    assert compile_report.fault_lines(rows) == []
+
+
+WAIT = "griddepcontrol.wait; // dummy %r1"
+
+
+@pytest.mark.parametrize(
+    ("body", "early", "fault"),
+    [
+        ([WAIT, "@%p1 ld.global.b32 %r2, [%rd1];"], True, None),
+        (["ld.param.b64 %rd1, [k_param_0];", "st.shared.b32 [%r3], %r4;", WAIT, "bra $L1;"], True, None),
+        (["@%p1 ld.global.b32 %r2, [%rd1];", WAIT], True, "touches memory"),
+        (["st.global.b32 [%rd1], %r2;", WAIT], True, "touches memory"),
+        (["cp.async.cg.shared.global [%r1], [%rd1], 16;", WAIT], True, "touches memory"),
+        (["@%p1 bra $L1;", WAIT], True, "touches memory"),
+        (["ret;"], True, "touches memory"),
+        (["@%p1 ld.global.b32 %r2, [%rd1];"], False, None),
+        (["st.global.b32 [%rd1], %r2;", "bar.sync 0;", f"@%p1 {compile_report.COUNT} %r3, [%rd2], 1;"], False, None),
+        (["st.global.b32 [%rd1], %r2;", f"@%p1 {compile_report.COUNT} %r3, [%rd2], 1;"], False, "counts itself"),
+        (["bar.sync 0;", "atom.global.gpu.relaxed.add.u32 %r3, [%rd2], 1;"], False, "counts itself"),
+    ],
+)
+def test_what_ptx_has_in_the_wrong_order(body, early, fault):
+    ptx = "\n".join([".visible .entry k(.param .u64 k_param_0)", "{", *(f"\t{line}" for line in body), "}"])
+    found = compile_report.misordered(ptx, early)
+    assert len(found) == (fault is not None)
+    assert all(line.startswith(fault) for line in found)
+    row = compile_report.row_of({"dtype": "bf16", "config": {"num_warps": 4}}, 90, Binary(64, 0, 0, 0, {}, found))
+    assert compile_report.faults(row) == list(found)
+
+
+def test_every_kernel_begins_by_waiting():
+    """What it compiles to is looked at above; here, that none is forgotten."""
+    modules = [importlib.import_module(f"hydra_kernels.kernels.{name}") for name in KERNEL_MODULES]
+    kernels = {v for module in modules for name, v in vars(module).items() if name.endswith("_kernel")}
+    assert len(kernels) == 11
+    for kernel in kernels:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body
+        assert ast.unparse(function.body[0]) == "begin(DEPENDENT)"
+        assert inspect.signature(kernel.fn).parameters["DEPENDENT"].default is False
+
+
+def test_no_architecture_starts_kernels_early_and_only_hopper_and_later_can():
+    assert not any(arch.early for arch in (*configs.BY_CAPABILITY.values(), configs.INTERPRETER))
+    plain, early = (compile_report.launches(90, "bf16", Ranks(8, 8), VARIANTS["plain"], way) for way in (False, True))
+    assert not any("DEPENDENT" in launch.arguments or "launch_pdl" in launch.options for launch in plain)
+    assert all(launch.arguments["DEPENDENT"] is launch.options["launch_pdl"] is True for launch in early)
+    assert [compile_report.name_of(launch) for launch in early] == [compile_report.name_of(launch) for launch in plain]
+    for arch in (configs.SM80, configs.SM86, configs.INTERPRETER):
+        with pytest.raises(ValueError, match=f"needs sm_90 or later, and these tiles are of {arch.name}"):
+            arch.with_early_launches()
+    assert configs.SM120.with_early_launches().early
 
 
 def test_limits_of_shared_memory():

@@ -51,9 +51,9 @@ WRITTEN = {
     "down_kernel": {"Z_ptr"},
     "grad_z_kernel": {"dZ_ptr", "g_ptr", "z_sums_ptr", "scales_ptr"},
     "sum_rows_kernel": {"out_ptr", "v_sums_ptr"},
-    "reduce_kernel": {f"d{name}_ptr" for name in reduce.GRADIENTS if name != "B_down"} | {"T_ptr", "z_ptr"},
-    "through_weight_kernel": {"partials_ptr"},
-    "finish_kernel": {"dB_down_ptr"},
+    "reduce_kernel": {f"d{name}_ptr" for name in reduce.GRADIENTS if name != "B_down"}
+    | {"T_ptr", "z_ptr", "ended_ptr"},
+    "through_weight_kernel": {"partials_ptr", "dB_down_ptr"},  # and ended_ptr, which it reads first
 }
 FORWARD = ["sum_rows", "compose", "one_pass"]
 # hybrid with our GEMM for every output: `triton` has neither `down` nor the GEMM's forward.
@@ -98,8 +98,8 @@ def names(launches: list[Launch]) -> list[str]:
     return [name_of(launch) for launch in launches]
 
 
-def test_a_step_takes_three_and_seven_launches():
-    backward = ["grad_z", "sum_rows", "gemm", "sum_rows", "reduce", "through_weight", "finish"]
+def test_a_step_takes_three_and_six_launches():
+    backward = ["grad_z", "sum_rows", "gemm", "sum_rows", "reduce", "through_weight"]
     assert names(launched(ALL)) == [*FORWARD, *backward]
     by_cublas = ["sum_rows", "compose", "down", *(name for name in backward if name != "gemm")]  # and 4 of cuBLAS's
     assert names(launched(ALL, False)) == by_cublas
@@ -212,7 +212,7 @@ def test_tiles_know_how_many_multiprocessors_the_card_has(monkeypatch):
         ("A_up", ["sum_rows", "reduce"], set()),
         ("B_up", ["sum_rows", "reduce"], set()),
         ("A_down", ["grad_z", "sum_rows", "reduce"], {"dZ_ptr"}),
-        ("B_down", ["grad_z", "sum_rows", "reduce", "through_weight", "finish"], {"dZ_ptr", "z_sums_ptr"}),
+        ("B_down", ["grad_z", "sum_rows", "reduce", "through_weight"], {"dZ_ptr", "z_sums_ptr"}),
         ("A_down_bias", ["grad_z", "reduce"], {"dZ_ptr", "z_sums_ptr"}),
         ("B_up_bias", ["grad_z", "reduce"], {"g_ptr"}),
         ("bias", ["grad_z", "reduce"], {"dZ_ptr", "g_ptr", "z_sums_ptr"}),
@@ -229,7 +229,39 @@ def test_nothing_is_launched_or_written_for_what_needs_no_gradient(wanted, backw
     if "reduce" in backward:
         arguments = launches[len(FORWARD) + backward.index("reduce")].arguments
         filled = {name for name in WRITTEN["reduce_kernel"] if arguments[name] is not None}
-        assert filled == ({"T_ptr", "z_ptr"} if wanted == "B_down" else {f"d{wanted}_ptr"})
+        assert filled == ({"T_ptr", "z_ptr", "ended_ptr"} if wanted == "B_down" else {f"d{wanted}_ptr"})
+
+
+@pytest.mark.parametrize(
+    ("r_a", "r_b", "adapters"),
+    [(8, 4, F32), (8, 4, BF16), (0, 8, BF16), (6, 5, BF16)]
+    + [pytest.param(*few, marks=pytest.mark.slow) for few in ((8, 0, BF16), (0, 8, F32), (40, 36, BF16), (6, 5, F32))],
+)
+def test_adapters_are_read_where_they_lie(r_a, r_b, adapters):
+    """B_down by C's pass, A_up and B_up by dZ's; but those are copied once where their rows are no pieces of 8 bytes,
+    or do not start at a multiple of 16. The bits are the same."""
+    case = replace(EVERYTHING, lead=(33,), r_a=r_a, r_b=r_b)
+    t, G = operands(case, BF16, adapters)
+    ups = [t[name] for name in ("A_up", "B_up") if name in t]
+    odd = dict(t)
+    for name in ("A_up", "B_up"):
+        if name in t:
+            odd[name] = torch.cat([t[name].new_zeros(1), t[name].flatten()])[1:].view(t[name].shape)
+    found = {}
+    for way, given in (("as they are", t), ("odd", odd)):
+        launches: list[Launch] = []
+        found[way] = step(given, G, lambda launch, to=launches: (to.append(launch), launch.run()), fused=False)
+        (grad_z,) = (launch.arguments for launch in launches if name_of(launch) == "grad_z")
+        read = [grad_z[name] for name in ("A_up_ptr", "B_up_ptr") if grad_z[name] is not None]
+        in_place = way == "as they are" and (r_a, r_b) != (6, 5)
+        assert [v.data_ptr() for v in read] == [v.data_ptr() for v in ups] if in_place else len(read) == 1
+        if r_b:
+            assert launches[0].arguments["y_ptr"].data_ptr() == t["B_down"].data_ptr()
+    assert all(torch.equal(value, found["odd"][name]) for name, value in found["as they are"].items())
+    wanted = set(t) - {"weight", "mask"}
+    true = differentiate(hydra, {name: v.double() for name, v in t.items()}, G.double(), wanted)
+    naive = differentiate(lambda t: hk.reference.hydra_linear(**complete(t)), t, G, wanted)
+    assert not violations(found["as they are"], naive, true, BF16)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "strided", "transposed", "expanded"])
@@ -301,7 +333,8 @@ def run_guarded(at_end: bool, cases: tuple[Case, ...], route: dict) -> None:
                 base = v.base.fill_(torch.nan) if name in written else v.base
                 arguments[name] = replace(v, base=guarded(base, at_end))
             elif isinstance(v, Tensor) and v.numel() and v.is_contiguous():
-                arguments[name] = guarded(v.fill_(torch.nan) if name in written else v, at_end)
+                poison = torch.nan if v.is_floating_point() else -1
+                arguments[name] = guarded(v.fill_(poison) if name in written else v, at_end)
         launch._replace(arguments=arguments).run()
         for name in written & launch.arguments.keys():
             described = isinstance(launch.arguments[name], TensorDescriptor)

@@ -29,12 +29,15 @@ LLAMA = models.MODELS["llama"]
 PAPERS = models.MODELS["vit-b/32"]
 
 
-def jobs_of(steps_: Iterable[Step]) -> Mapping[str, Job]:
-    """The kernels of the steps on this GPU; without one those of an H100 and an H200."""
+def jobs_of(steps_: Iterable[Step], early: bool = False) -> Mapping[str, Job]:
+    """The kernels of the steps on this GPU; without one those of an H100 and an H200. None ``early`` before sm_90."""
+    arch, capability = configs.SM90, 90
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        return planned(steps_, steps.tiles_of(torch.device("cuda", 0)), 10 * major + minor)
-    return planned(steps_, configs.SM90, 90)
+        arch, capability = steps.tiles_of(torch.device("cuda", 0)), 10 * major + minor
+    if early and not arch.can_start_early:
+        return {}
+    return planned(steps_, arch.with_early_launches() if early else arch, capability)
 
 
 def table4_jobs() -> Mapping[str, Job]:
@@ -82,10 +85,12 @@ def other_jobs() -> Mapping[str, Job]:
 def candidate_jobs() -> Mapping[str, Job]:
     """What `hybrid` launches where it reads x once, `triton` launches too."""
     ways = ((True, "composed"), (False, "composed"), (False, "effective"))
-    return jobs_of(
-        Step(Case((M,), K, N, *ranks, bias=has_bias(Shape(M, K, N))), "bf16", fused, form=form)
-        for ranks, (M, K, N), (fused, form) in itertools.product((GOALS_RANKS, OTHER_RANKS[0]), HEADLINE, ways)
-    )
+    cases = [
+        Case((M,), K, N, *ranks, bias=has_bias(Shape(M, K, N)))
+        for ranks, (M, K, N) in itertools.product((GOALS_RANKS, OTHER_RANKS[0]), HEADLINE)
+    ]
+    found = jobs_of(Step(case, "bf16", fused, form=form) for case, (fused, form) in itertools.product(cases, ways))
+    return {**found, **jobs_of((Step(case, "bf16", False) for case in cases), early=True)}
 
 
 def tune_jobs() -> Mapping[str, Job]:

@@ -42,10 +42,10 @@ WRITTEN = {
     "gemm dx": ("out",),
     "reduce": (
         *("dA_down_ptr", "dA_up_ptr", "dB_up_ptr", "dA_down_bias_ptr", "dA_up_bias_ptr", "dB_down_bias_ptr"),
-        *("dB_up_bias_ptr", "dscale_a_ptr", "dscale_b_ptr", "dbias_ptr", "T_ptr", "z_ptr"),
+        *("dB_up_bias_ptr", "dscale_a_ptr", "dscale_b_ptr", "dbias_ptr", "T_ptr", "z_ptr", "ended_ptr"),
     ),
-    "through_weight": ("partials_ptr",),
-    "finish": ("dB_down_ptr",),
+    # The sums are read again too, from L2.
+    "through_weight": ("partials_ptr", "ended_ptr", "dB_down_ptr"),
 }
 # The large operand, read again for each block of ranks.
 PASSED = {"down": "x_ptr", "grad_z": "G_ptr", "sum_rows": "x_ptr", "through_weight": "w_ptr"}

@@ -3,7 +3,7 @@
 forward     effective: W, b, D, d    cuBLAS: h = x W^T + b
 backward    down: Z    rebuild: W    cuBLAS: dx = G W    and what `triton.backward` does for every gradient but dx
 
-2 + 10 launches where every gradient is wanted. Nothing here has dropout, which lies between D and U. Saved are x, D and
+2 + 8 launches where every gradient is wanted. Nothing here has dropout, which lies between D and U. Saved are x, D and
 d: W is as large as W0, a layer's and never a model's, and W0 is read once and W written once to make it again.
 """
 
@@ -18,7 +18,7 @@ from ..kernels.configs import Architecture
 from ..kernels.launch import Launch
 from . import triton as composed
 from .interface import FROM_Z, LOW_PRECISION, Operands, Saved, read_backwards
-from .triton import Run, contiguous, precision_of
+from .triton import Run, contiguous, launching, precision_of
 
 
 def forward(
@@ -26,6 +26,7 @@ def forward(
 ) -> tuple[Tensor, Operands, Saved]:
     from ..kernels import effective
 
+    run = launching(run, arch)
     op, precision = contiguous(op), precision_of(x.dtype)
     (N, K), R, from_Z = op.weight.shape, op.r_a + op.r_b, not needs.isdisjoint(FROM_Z)
     down_biases = op.A_down_bias is not None or op.B_down_bias is not None
@@ -51,6 +52,7 @@ def backward(
 ) -> dict[str, Tensor]:
     from ..kernels import effective, skinny
 
+    run = launching(run, arch)
     x, D, d = saved
     precision, R, Z = precision_of(G.dtype), op.r_a + op.r_b, None
     grads: dict[str, Tensor] = {}

@@ -4,9 +4,9 @@
 
 forward     sum_rows: C    compose: D, C's rounding rest, d, U, u    one_pass: Z and h
 backward    grad_z: dZ, sums over rows    sum_rows: dU    gemm: dx    sum_rows: dD
-            reduce: every other gradient but dB_down      through_weight, finish: dB_down
+            reduce: every other gradient but dB_down      through_weight: dB_down
 
-So 3 + 7 launches where every gradient is wanted, and fewer where not. That is `triton`: x is read once in the forward.
+So 3 + 6 launches where every gradient is wanted, and fewer where not. That is `triton`: x is read once in the forward.
 
 `hybrid` takes Z from a pass of its own, `down`. It computes h, and also dx, in `gemm` where that was measured to be
 faster (`Tiles.fuses`), else in two GEMMs of cuBLAS. A configuration can make it read x once too, where h has few
@@ -114,6 +114,7 @@ def forward(
     # Triton is imported at the first use, not with the package.
     from ..kernels import compose, gemm, one_pass, skinny
 
+    run = launching(run, arch)
     op = contiguous(op)
     precision = precision_of(x.dtype)
     (M, K), N, R = x.shape, op.weight.shape[0], op.r_a + op.r_b
@@ -141,10 +142,10 @@ def forward(
     with_bias = fuse_h and op.bias is not None
     C = b_sums = None
     if op.B_down is not None:
-        S, B_down = arch.splits(tiles, N, K), op.B_down.to(x.dtype)
+        S = arch.splits(tiles, N, K)
         C = x.new_empty(S, op.r_b, K, dtype=torch.float32)
         b_sums = None if op.bias is None else x.new_empty(S, op.r_b, dtype=torch.float32)
-        run(skinny.sum_rows(op.weight, B_down.t(), C, tiles.sum_rows, precision, op.bias, b_sums))
+        run(skinny.sum_rows(op.weight, op.B_down.t(), C, tiles.sum_rows, precision, op.bias, b_sums))
     run(compose.compose(
         op.bias, adapters, scales, C, b_sums, D, rest, stack, d, U, u, with_bias, tiles.reduce, precision
     ))  # fmt: skip
@@ -192,6 +193,7 @@ def backward(
 ) -> dict[str, Tensor]:  # fmt: skip
     from ..kernels import gemm, philox, reduce, skinny
 
+    run = launching(run, arch)
     x, Z, D = saved
     if needs.isdisjoint(("A_down", "B_down")):
         x = None  # it was saved for a gradient that this backward is not asked for
@@ -226,7 +228,7 @@ def backward(
     up_biases = (op.A_up_bias if "scale_a" in needs else None, op.B_up_bias if "scale_b" in needs else None)
     if dZ is not None or of_scales or partials.g is not None:
         run(skinny.grad_z(
-            G, _stacked_up(op, G.dtype), r_a, up_biases, scales, Z if of_scales else None, op.mask, op.mask_scale,
+            G, op.A_up, op.B_up, up_biases, scales, Z if of_scales else None, op.mask, op.mask_scale,
             dZ, partials.g, partials.z_sums, partials.scales, tiles.grad_z, precision,
         ))  # fmt: skip
     if partials.dU is not None:
@@ -246,13 +248,20 @@ def backward(
     if grads:
         through_W0 = "B_down" in needs
         T, z_b = partial(through_W0, r_b, K), partial(through_W0 and op.bias is not None, r_b)
+        products = partial(through_W0, arch.splits_of_columns(tiles, N, K), r_b, N)
+        ended = G.new_empty(reduce.blocks_of(r_b, N, tiles.through), dtype=torch.int32) if through_W0 else None
         shape, B_down = (N, K, r_a, r_b), op.B_down if "bias" in needs else None
-        run(reduce.reduce(partials, P, B_down, scales, shape, grads, T, z_b, tiles.reduce))
-        if T is not None:
-            products = T.new_empty(arch.splits_of_columns(tiles, N, K), r_b, N)
-            run(reduce.through_weight(T, op.weight, products, tiles.through, precision))
-            run(reduce.finish(products, z_b, op.bias, grads["B_down"], tiles.reduce))
+        run(reduce.reduce(partials, P, B_down, scales, shape, grads, T, z_b, ended, tiles.reduce, tiles.through))
+        if through_W0:
+            run(reduce.through_weight(
+                T, op.weight, z_b, op.bias, products, ended, grads["B_down"], tiles.through, precision
+            ))  # fmt: skip
     return grads | dx
+
+
+def launching(run: Run, arch: Architecture) -> Run:
+    """run, of early launches where the architecture has them."""
+    return (lambda launch: run(launch.early())) if arch.early else run
 
 
 def input_dropout(op: Operands) -> InputDropout:
@@ -262,11 +271,6 @@ def input_dropout(op: Operands) -> InputDropout:
     if not op.drops_input:
         return NONE
     return InputDropout(op.r_a, op.input_seed, op.input_mask, threshold(op.input_p), 1 / (1 - op.input_p))
-
-
-def _stacked_up(op: Operands, dtype: torch.dtype) -> Tensor:
-    """[A_up, B_up]^T [R, N]: wide loads can take its rows at any rank, those of [N, R] not."""
-    return torch.cat([up.t().to(dtype) for up in (op.A_up, op.B_up) if up is not None]).contiguous()
 
 
 def contiguous(op: Operands) -> Operands:

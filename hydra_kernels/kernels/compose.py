@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Reduce, cdiv
-from .language import leading, scalar, store, sum_of_partials
+from .language import begin, leading, scalar, store, sum_of_partials
 from .launch import Launch, Scales
 
 
@@ -133,7 +133,9 @@ def compose_kernel(
     WITH_BIAS: tl.constexpr,  # whether u includes b0
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
     PRECISION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
     pid = tl.program_id(0)
     if pid < end_C:
         if C_ptr is not None:

@@ -118,11 +118,22 @@ class Architecture(NamedTuple):
     tf32: Tiles  # aligned float32 in tf32
     small: Tiles  # all else: elements are loaded one by one, or products run without matrix instructions
     multiprocessors: int
+    early: bool = False  # programmatic dependent launch; nobody sets it until it is measured
 
     @property
     def programs(self) -> int:
         """How many keep memory busy: two on each multiprocessor, on an H200 up to 30 % faster than one."""
         return 2 * self.multiprocessors
+
+    @property
+    def can_start_early(self) -> bool:
+        return self.name.startswith("sm_") and int(self.name.removeprefix("sm_")) >= 90
+
+    def with_early_launches(self) -> Architecture:
+        """With programmatic dependent launch: a kernel's launch is hidden behind the kernel before it."""
+        if not self.can_start_early:
+            raise ValueError(f"programmatic dependent launch needs sm_90 or later, and these tiles are of {self.name}")
+        return self._replace(early=True)
 
     def tiles(self, dtype: torch.dtype, precision: str, operands: list[Tensor]) -> Tiles:
         """For products of these operands (W0, x, G) in dtype and precision ("ieee" or "tf32")."""

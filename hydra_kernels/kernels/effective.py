@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Skinny, cdiv, rank_block
-from .language import dot, rounded, scalar, store
+from .language import begin, dot, in_dtype, rounded, scalar, store
 from .launch import Launch, Scales
 
 
@@ -32,7 +32,7 @@ def load_tile(ptr, offs_row, offs_column, rows, columns, dtype: tl.constexpr):
     """A tile of a contiguous matrix, in dtype; 0 outside."""
     inside = (offs_row < rows)[:, None] & (offs_column < columns)[None, :]
     tile = tl.load(ptr + offs_row[:, None] * columns + offs_column[None, :], mask=inside, other=0.0)
-    return tile if tile.dtype == dtype else rounded(tile.to(tl.float32), dtype)
+    return in_dtype(tile, dtype)
 
 
 @triton.jit
@@ -172,7 +172,9 @@ def effective_kernel(
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
     block, blocks = tl.program_id(0), tl.cdiv(K, BLOCK_K)
     first = tl.program_id(1).to(tl.int64) * rows_of_split
     last = tl.minimum(first + rows_of_split, N)
@@ -225,7 +227,9 @@ def rebuild_kernel(
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
     dtype = w_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)

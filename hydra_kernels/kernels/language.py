@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda.gdc import gdc_launch_dependents, gdc_wait
 
 # The interpreter multiplies bfloat16 as raw bits and truncates where hardware rounds to nearest even.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def begin(DEPENDENT: tl.constexpr):
+    """What every kernel does first. Under programmatic dependent launch it has started while others still run.
+
+    It waits until they have ended and all that they wrote is there, and only then lets the next kernel start. So no
+    kernel touches memory before every earlier one is done with it.
+    """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -30,6 +43,12 @@ def rounded(v, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
     return v.to(dtype)
+
+
+@triton.jit
+def in_dtype(v, dtype: tl.constexpr):
+    """v, rounded to dtype where it is of another: adapters may be fp32 over weights in low precision."""
+    return v if v.dtype == dtype else rounded(v.to(tl.float32), dtype)
 
 
 @triton.jit

@@ -32,6 +32,12 @@ class Launch(NamedTuple):
             options["maxnreg"] = config.max_registers
         return cls(kernel, grid, arguments, options)
 
+    def early(self) -> Launch:
+        """The same under programmatic dependent launch: it may start before the kernel before it has ended."""
+        return self._replace(
+            arguments=self.arguments | {"DEPENDENT": True}, options=self.options | {"launch_pdl": True}
+        )  # fmt: skip
+
     def run(self) -> None:
         """Enqueues the kernel on the current stream of its tensors' device; an empty grid runs nothing."""
         if 0 in self.grid:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .configs import Gemm, cdiv, rank_block
 from .gemm import offsets, operand, place, pointers
-from .language import dot, rounded
+from .language import begin, dot, rounded
 from .launch import Launch
 from .philox import NONE, InputDropout, dropped
 
@@ -128,7 +128,9 @@ def one_pass_kernel(
     DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,  # whether the rows of a tile of h span 2^31 elements
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
     if PERSISTENT:
         for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
             compute_tile(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Skinny, cdiv, rank_block
-from .language import dot, rounded, store
+from .language import begin, dot, rounded, store
 from .launch import Launch
 
 
@@ -67,7 +67,9 @@ def dropped_product_kernel(
     r_dropped, seed_ptr, input_mask_ptr, threshold, input_scale,
     SEQUENTIAL: tl.constexpr,  # whether r_dropped < R
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1).to(tl.int64) * BLOCK_K
     offs_k = k + tl.arange(0, BLOCK_K)

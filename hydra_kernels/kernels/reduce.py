@@ -1,4 +1,4 @@
-"""The last kernels of a backward. `reduce` adds partial sums up to gradients; dB_down takes two more, one over W0.
+"""The last kernels of a backward. `reduce` adds partial sums up to gradients; dB_down takes one more, over W0.
 
 From grad_z, over P blocks of rows:   g = sum_m G [P, N], z = sum_m dZ [P, R], scales [P, R + 2]
 From sum_rows, over splits of rows:   dU^T [Q, R, N], and dD [S, R, K], whose last r_b rows are T
@@ -7,8 +7,9 @@ From sum_rows, over splits of rows:   dU^T [Q, R, N], and dD [S, R, K], whose la
     db0 = g + z_b B_down                  dB_down = T W0^T + z_b b0^T, T in two parts where products round it
 
 `reduce` is one launch for all its sums, T [r_b, K] and z_b [r_b] included; the program number selects the job. Then
-`through_weight` computes T W0^T in partial sums over ranges of K, so that a small W0 has enough programs too, and
-`finish` adds them up. Every sum is added in the same order each time.
+`through_weight` computes T W0^T in partial sums over ranges of K, so that a small W0 has enough programs too. Of the
+programs that share a block of columns of dB_down, the one that ends last adds their sums up. Every sum is added in the
+same order each time, whoever adds it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Reduce, Skinny, cdiv, rank_block
-from .language import dot, leading, scalar, store, sum_of_partials
+from .language import begin, dot, leading, scalar, store, sum_of_partials
 from .launch import Launch, Scales
 
 
@@ -84,11 +85,16 @@ def gradients_of_columns(
 
 @triton.jit
 def gradients_of_ranks(
-    z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, z_ptr, dscale_a_ptr, dscale_b_ptr,
-    P, r_a, r_b, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, z_ptr, ended_ptr, dscale_a_ptr, dscale_b_ptr,
+    P, N, r_a, r_b, COUNTED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """da_d [r_a], db_d and z_b [r_b], ds_a and ds_b."""
+    """da_d [r_a], db_d and z_b [r_b], ds_a and ds_b; and zeros for `through_weight` to count from."""
     R = r_a + r_b
+    if ended_ptr is not None:
+        blocks = tl.cdiv(N, COUNTED) * tl.cdiv(r_b, BLOCK_R)
+        for block in range(0, blocks, BLOCK_R):
+            offs = block + tl.arange(0, BLOCK_R)
+            tl.store(ended_ptr + offs, tl.zeros((BLOCK_R,), tl.int32), mask=offs < blocks)
     if dA_down_bias_ptr is not None or dB_down_bias_ptr is not None or z_ptr is not None:
         for r in range(0, R, BLOCK_R):
             offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
@@ -125,11 +131,15 @@ def reduce_kernel(
     dscale_a_ptr, dscale_b_ptr, dbias_ptr,
     T_ptr,  # [r_b, K] fp32, written, or None
     z_ptr,  # [r_b] fp32, written, or None
+    ended_ptr,  # [blocks] int32, zeros are written, or None
     end_up, end_down, end_columns,  # the first program number after each job
     P, Q, S, N, K, r_a, r_b,
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
+    COUNTED: tl.constexpr,  # columns of dB_down for which `through_weight` has one count
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
     pid = tl.program_id(0)
     if pid < end_up:
         if dU_ptr is not None:
@@ -148,11 +158,13 @@ def reduce_kernel(
             )  # fmt: skip
     else:
         gradients_of_ranks(
-            z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, z_ptr, dscale_a_ptr, dscale_b_ptr,
-            P, r_a, r_b, BLOCK_R, BLOCK_P,
+            z_sums_ptr, scales_ptr, dA_down_bias_ptr, dB_down_bias_ptr, z_ptr, ended_ptr, dscale_a_ptr, dscale_b_ptr,
+            P, N, r_a, r_b, COUNTED, BLOCK_R, BLOCK_P,
         )  # fmt: skip
 
 
+# Partial sums that through_weight adds at a time: 64 registers a thread.
+_HELD = 8192
 # The gradients that a backward writes beside dx, named as operands.
 GRADIENTS = (
     *("A_down", "A_up", "B_down", "B_up"),
@@ -172,10 +184,12 @@ class Partials(NamedTuple):
 
 def reduce(
     partials: Partials, P: int, B_down: Tensor | None, scales: Scales, shape: tuple[int, int, int, int],
-    grads: dict[str, Tensor], T: Tensor | None, z_b: Tensor | None, config: Reduce,
+    grads: dict[str, Tensor], T: Tensor | None, z_b: Tensor | None, ended: Tensor | None,
+    config: Reduce, through: Skinny,
 ) -> Launch:  # fmt: skip
-    """Fills grads (named as operands; B_down is left to `finish`) and, where they are not None, T [r_b, K] and
-    z_b [r_b], from P partial sums; shape is (N, K, r_a, r_b)."""
+    """Fills grads (named as operands; B_down is left to `through_weight`) and, where they are not None, T [r_b, K],
+    z_b [r_b] and ended, which becomes zero, from P partial sums; shape is (N, K, r_a, r_b), and through the tile of
+    `through_weight`."""
     (N, K, r_a, r_b), (s_a, s_b), grad = shape, scales, grads.get
     dU, g, z_sums, scale_sums, dD = partials
 
@@ -186,7 +200,7 @@ def reduce(
         programs(N * (r_a + r_b), grad("A_up"), grad("B_up")),
         programs((r_a if T is None else r_a + r_b) * K, grad("A_down"), T),
         programs(N, grad("bias"), grad("A_up_bias"), grad("B_up_bias")),
-        programs(1, grad("A_down_bias"), grad("B_down_bias"), z_b, grad("scale_a"), grad("scale_b")),
+        programs(1, grad("A_down_bias"), grad("B_down_bias"), z_b, ended, grad("scale_a"), grad("scale_b")),
     ))  # fmt: skip
     return Launch.of(
         reduce_kernel, (end,), config,
@@ -197,11 +211,11 @@ def reduce(
         dA_down_bias_ptr=grad("A_down_bias"), dA_up_bias_ptr=grad("A_up_bias"),
         dB_down_bias_ptr=grad("B_down_bias"), dB_up_bias_ptr=grad("B_up_bias"),
         dscale_a_ptr=grad("scale_a"), dscale_b_ptr=grad("scale_b"), dbias_ptr=grad("bias"),
-        T_ptr=T, z_ptr=z_b,
+        T_ptr=T, z_ptr=z_b, ended_ptr=ended,
         end_up=end_up, end_down=end_down, end_columns=end_columns,
         P=P, Q=0 if dU is None else len(dU), S=0 if dD is None else len(dD), N=N, K=K, r_a=r_a, r_b=r_b,
         LOADED_A=isinstance(s_a, Tensor), LOADED_B=isinstance(s_b, Tensor),
-        BLOCK_R=rank_block(r_b), BLOCK_E=config.BLOCK_E, BLOCK_P=config.BLOCK_P,
+        COUNTED=through.BLOCK_ROWS, BLOCK_R=rank_block(r_b), BLOCK_E=config.BLOCK_E, BLOCK_P=config.BLOCK_P,
     )  # fmt: skip
 
 
@@ -209,12 +223,20 @@ def reduce(
 def through_weight_kernel(
     T_ptr,  # [r_b, K] fp32
     w_ptr,  # W0 [N, K] with strides
-    partials_ptr,  # [splits, r_b, N] fp32, written
+    z_ptr,  # [r_b] fp32, or None where b0 is
+    bias_ptr,  # b0 [N]
+    partials_ptr,  # [splits, r_b, N] fp32, written and read
+    ended_ptr,  # [blocks] int32: how many programs of each block of dB_down have ended, at first 0
+    dB_down_ptr,  # [r_b, N], written
     N, K, r_b,
     columns_of_split,  # whole blocks
     stride_wn, stride_wk,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
+    splits, block = tl.num_programs(1), tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1).to(tl.int64)
     offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -238,47 +260,42 @@ def through_weight_kernel(
             acc = dot(hi, w, acc, PRECISION)
             if dtype != tl.float32 or PRECISION == "tf32":
                 acc = dot(leading(T - hi.to(tl.float32), dtype, PRECISION), w, acc, PRECISION)
-    partials_ptrs = partials_ptr + (split * r_b + offs_r)[:, None] * N + offs_n[None, :]
-    tl.store(partials_ptrs, acc, mask=mask_r[:, None] & mask_n[None, :])
+    inside, offs = mask_r[:, None] & mask_n[None, :], offs_r[:, None] * N + offs_n[None, :]
+    tl.store(partials_ptr + split * r_b * N + offs, acc, mask=inside)
+    # All threads have stored before one of them counts; whoever counts last sees what all programs before it stored.
+    tl.debug_barrier()
+    if tl.atomic_add(ended_ptr + block, 1, sem="acq_rel") == splits - 1:
+        dB_down = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        ptrs, size = partials_ptr + offs, tl.full((1, 1), r_b, tl.int64) * N
+        for p in range(0, splits, BLOCK_P):
+            for further in tl.static_range(BLOCK_P):  # their loads are under way at once
+                dB_down += tl.load(ptrs, mask=inside & (p + further < splits), other=0.0)
+                ptrs += size
+        if z_ptr is not None:
+            b0 = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            dB_down += tl.load(z_ptr + offs_r, mask=mask_r, other=0.0)[:, None] * b0[None, :]
+        store(dB_down_ptr + offs, dB_down, inside)
 
 
-def through_weight(T: Tensor, weight: Tensor, partials: Tensor, config: Skinny, precision: str) -> Launch:
-    """Partial sums [splits, r_b, N] of T W0^T for T [r_b, K] and weight [N, K]."""
+def blocks_of(r_b: int, N: int, config: Skinny) -> int:
+    """How many blocks of dB_down `through_weight` computes."""
+    return cdiv(N, config.BLOCK_ROWS) * cdiv(r_b, rank_block(r_b))
+
+
+def through_weight(
+    T: Tensor, weight: Tensor, z_b: Tensor | None, bias: Tensor | None, partials: Tensor, ended: Tensor,
+    dB_down: Tensor, config: Skinny, precision: str,
+) -> Launch:  # fmt: skip
+    """dB_down [r_b, N] = T W0^T + z_b b0^T for T [r_b, K], weight [N, K], z_b [r_b], None where bias is.
+
+    partials [splits, r_b, N] and ended [blocks], zeros, are written on the way."""
     (r_b, K), N, splits = T.shape, weight.shape[0], len(partials)
     BLOCK_N, BLOCK_K, BLOCK_R = config.BLOCK_ROWS, config.BLOCK_COLUMNS, rank_block(r_b)
     return Launch.of(
         through_weight_kernel, (cdiv(N, BLOCK_N), splits, cdiv(r_b, BLOCK_R)), config,
-        T_ptr=T, w_ptr=weight, partials_ptr=partials,
+        T_ptr=T, w_ptr=weight, z_ptr=z_b, bias_ptr=bias, partials_ptr=partials, ended_ptr=ended, dB_down_ptr=dB_down,
         N=N, K=K, r_b=r_b, columns_of_split=cdiv(cdiv(K, splits), BLOCK_K) * BLOCK_K,
         stride_wn=weight.stride(0), stride_wk=weight.stride(1),
         PRECISION=precision, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["splits"])
-def finish_kernel(
-    partials_ptr,  # [splits, r_b, N] fp32
-    z_ptr,  # [r_b] fp32, or None
-    bias_ptr,  # b0 [N]
-    dB_down_ptr,  # [r_b, N], written
-    splits, N, r_b,
-    BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    offs, size = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E), tl.full((1,), r_b, tl.int64) * N
-    inside = offs < size
-    dB_down = sum_of_partials(partials_ptr, splits, size, offs, inside, BLOCK_P)
-    if z_ptr is not None:
-        b0 = tl.load(bias_ptr + offs % N, mask=inside, other=0.0).to(tl.float32)
-        dB_down += tl.load(z_ptr + offs // N, mask=inside, other=0.0) * b0
-    store(dB_down_ptr + offs, dB_down, inside)
-
-
-def finish(partials: Tensor, z_b: Tensor | None, bias: Tensor | None, dB_down: Tensor, config: Reduce) -> Launch:
-    """dB_down [r_b, N] from what `through_weight` and `reduce` wrote; z_b is None where bias is."""
-    splits, r_b, N = partials.shape
-    return Launch.of(
-        finish_kernel, (cdiv(r_b * N, config.BLOCK_E),), config,
-        partials_ptr=partials, z_ptr=z_b, bias_ptr=bias, dB_down_ptr=dB_down,
-        splits=splits, N=N, r_b=r_b,
-        BLOCK_E=config.BLOCK_E, BLOCK_P=config.BLOCK_P,
+        BLOCK_P=max(1, _HELD // (BLOCK_R * BLOCK_N)),
     )  # fmt: skip

@@ -16,12 +16,13 @@ Where R exceeds BLOCK_R, the grid's last axis runs over blocks of ranks, and the
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .configs import Skinny, cdiv, rank_block
-from .language import dot, rounded, scale_of_rank, store
+from .language import begin, dot, in_dtype, rounded, scale_of_rank, store
 from .launch import Launch, Scales
 from .philox import NONE, InputDropout, dropped
 
@@ -40,7 +41,9 @@ def down_kernel(
     r_dropped, seed_ptr, input_mask_ptr, threshold, input_scale,  # of input dropout
     SEQUENTIAL: tl.constexpr,  # whether r_dropped < R
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
     first, rows = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.arange(0, BLOCK_M)
     offs_m, offs_r = first + rows, tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
@@ -88,10 +91,27 @@ def down(
     )  # fmt: skip
 
 
+@triton.jit
+def pointers_to_up(
+    A_up_ptr, B_up_ptr, offs_n, offs_r, N, R: tl.constexpr, R_A: tl.constexpr, BY_RANK: tl.constexpr
+):  # fmt: skip
+    """To rows offs_n and ranks offs_r of [A_up, B_up]."""
+    if BY_RANK:
+        return A_up_ptr + offs_r.to(tl.int64) * N + offs_n
+    elif R_A == R:
+        return A_up_ptr + offs_n * R_A + offs_r
+    elif R_A == 0:
+        return B_up_ptr + offs_n * R + offs_r
+    else:
+        return tl.where(
+            offs_r < R_A, A_up_ptr + offs_n * R_A + offs_r, B_up_ptr + offs_n * (R - R_A) + (offs_r - R_A)
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M"])
 def grad_z_kernel(
     G_ptr,  # [M, N] with strides
-    up_ptr,  # [A_up, B_up]^T [R, N]
+    A_up_ptr, B_up_ptr,  # [N, r_a] and [N, r_b], None where absent; with BY_RANK [A_up, B_up]^T [R, N] and None
     A_up_bias_ptr, B_up_bias_ptr,  # each where the gradient of its scale is wanted, else None
     scale_a, scale_b,
     Z_ptr,  # [M, R], or None
@@ -101,11 +121,15 @@ def grad_z_kernel(
     g_ptr,  # [P, N] fp32: sum_m G, written, or None; P = blocks of rows
     z_sums_ptr,  # [P, R] fp32: sum_m dZ, written, or None
     scales_ptr,  # [P, R + 2] fp32, written, or None: <G [A_up, B_up], Z> by rank, <G, a_u> and <G, b_u>
-    M, N, R, r_a,
+    M, N,
     stride_gm, stride_gn,
+    R: tl.constexpr, R_A: tl.constexpr,  # R and r_a: the rows of A_up and B_up are loaded as wide as they are
+    BY_RANK: tl.constexpr,
     LOADED_A: tl.constexpr, LOADED_B: tl.constexpr,  # whether scale_a, scale_b are pointers
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
     pid, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, rows = pid * BLOCK_M, tl.arange(0, BLOCK_M)
     offs_m, offs_r = first + rows, pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -123,8 +147,9 @@ def grad_z_kernel(
         G_ptrs = G_ptr + offs_m[:, None] * stride_gm + offs_n[None, :] * stride_gn
         G = tl.load(G_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         if dZ_ptr is not None or scales_ptr is not None:
-            up_ptrs = up_ptr + offs_r[None, :].to(tl.int64) * N + offs_n[:, None]
-            dz = dot(G, tl.load(up_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0), dz, PRECISION)
+            up_ptrs = pointers_to_up(A_up_ptr, B_up_ptr, offs_n[:, None], offs_r[None, :], N, R, R_A, BY_RANK)
+            up = in_dtype(tl.load(up_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0), dtype)
+            dz = dot(G, up, dz, PRECISION)
         if g_ptr is not None or A_up_bias_ptr is not None or B_up_bias_ptr is not None:
             g, mask_g = tl.sum(G.to(tl.float32), 0), mask_n & (pid_r == 0)
             if g_ptr is not None:
@@ -141,7 +166,7 @@ def grad_z_kernel(
             tl.store(scales_ptr + pid * (R + 2) + R, tl.sum(ds_a, 0))
             tl.store(scales_ptr + pid * (R + 2) + R + 1, tl.sum(ds_b, 0))
     if dZ_ptr is not None:
-        dz *= scale_of_rank(scale_a, scale_b, offs_r, r_a, LOADED_A, LOADED_B)[None, :]
+        dz *= scale_of_rank(scale_a, scale_b, offs_r, R_A, LOADED_A, LOADED_B)[None, :]
         if mask_ptr is not None:
             dz *= tl.load(mask_ptr + first * R + tile, mask=inside, other=0.0).to(tl.float32) * mask_scale
         dz_rounded = rounded(dz, dtype)
@@ -152,21 +177,25 @@ def grad_z_kernel(
 
 
 def grad_z(
-    G: Tensor, up: Tensor, r_a: int, up_biases: tuple[Tensor | None, Tensor | None], scales: Scales,
+    G: Tensor, A_up: Tensor | None, B_up: Tensor | None, up_biases: tuple[Tensor | None, Tensor | None], scales: Scales,
     Z: Tensor | None, mask: Tensor | None, mask_scale: float,
     dZ: Tensor | None, g: Tensor | None, z_sums: Tensor | None, scale_sums: Tensor | None,
     config: Skinny, precision: str,
 ) -> Launch:  # fmt: skip
-    """Writes those of dZ [M, R] and the kernel's partial sums that are not None; up is [R, N]."""
-    (M, N), R, (s_a, s_b) = G.shape, len(up), scales
+    """Writes those of dZ [M, R] and the kernel's partial sums that are not None; A_up is [N, r_a], B_up [N, r_b]."""
+    (M, N), (s_a, s_b), ups = G.shape, scales, [up for up in (A_up, B_up) if up is not None]
+    R, r_a = sum(up.shape[1] for up in ups), 0 if A_up is None else A_up.shape[1]
+    # Rows that asynchronous copies take in small pieces, or not at all, are copied once instead.
+    by_rank = any(up.shape[1] * up.element_size() % 8 or up.data_ptr() % 16 for up in ups)
+    if by_rank:
+        A_up, B_up = torch.cat([up.t().to(G.dtype) for up in ups]).contiguous(), None
     BLOCK_M, BLOCK_R = config.BLOCK_ROWS, rank_block(R)
     return Launch.of(
         grad_z_kernel, (cdiv(M, BLOCK_M), cdiv(R, BLOCK_R)), config,
-        G_ptr=G, up_ptr=up, A_up_bias_ptr=up_biases[0], B_up_bias_ptr=up_biases[1],
+        G_ptr=G, A_up_ptr=A_up, B_up_ptr=B_up, A_up_bias_ptr=up_biases[0], B_up_bias_ptr=up_biases[1],
         scale_a=s_a, scale_b=s_b, Z_ptr=Z, mask_ptr=mask, mask_scale=mask_scale,
         dZ_ptr=dZ, g_ptr=g, z_sums_ptr=z_sums, scales_ptr=scale_sums,
-        M=M, N=N, R=R, r_a=r_a,
-        stride_gm=G.stride(0), stride_gn=G.stride(1),
+        M=M, N=N, stride_gm=G.stride(0), stride_gn=G.stride(1), R=R, R_A=r_a, BY_RANK=by_rank,
         LOADED_A=isinstance(s_a, Tensor), LOADED_B=isinstance(s_b, Tensor),
         PRECISION=precision, BLOCK_M=BLOCK_M, BLOCK_N=config.BLOCK_COLUMNS, BLOCK_R=BLOCK_R,
     )  # fmt: skip
@@ -185,7 +214,9 @@ def sum_rows_kernel(
     r_dropped, seed_ptr, input_mask_ptr, threshold, input_scale,  # of input dropout on x, for columns of y
     SEQUENTIAL: tl.constexpr,  # whether r_dropped < R
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    begin(DEPENDENT)
     split = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK_K
     offs_k = first + tl.arange(0, BLOCK_K)
@@ -198,7 +229,7 @@ def sum_rows_kernel(
         offs_m = split * rows_of_split + m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_r[None, :] * stride_yr
-        y = tl.load(y_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        y = in_dtype(tl.load(y_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0), x_ptr.dtype.element_ty)
         x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if seed_ptr is not None or input_mask_ptr is not None:
