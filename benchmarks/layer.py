@@ -15,9 +15,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +37,7 @@ from benchmarks.measuring.shapes import (
     DRY_SHAPES,
     Entry,
     Shape,
+    deadlines,
     entries_of,
     ranks_option,
     shape_option,
@@ -68,15 +68,11 @@ class Settings:
     ranks: tuple[Ranks, ...]
     methods: tuple[str, ...]
     backend: str
-    # Of ours too.
-    form: str
-    # Whether the frozen layer has b0.
-    bias: bool
-    # Of PEFT's LoRA and ours.
-    lora_dropout: float
+    form: str  # of ours too
+    bias: bool  # whether the frozen layer has b0
+    lora_dropout: float  # of PEFT's LoRA and ours
     rounds: int
-    # Seconds within which all shapes are measured, but for MIN_ROUNDS of each.
-    time_limit: float
+    time_limit: float  # seconds within which all shapes are measured, except MIN_ROUNDS of each
     seed: int
     dry: bool
 
@@ -195,22 +191,6 @@ def play(bench: Bench, contestants: Mapping[str, Contestant], deadline: float) -
         now = time.perf_counter()
         if number + 1 >= MIN_ROUNDS and 2 * now - started > deadline:
             break
-
-
-def deadlines(shapes: Sequence[Shape], end: float) -> list[tuple[Shape, Callable[[], float]]]:
-    """The shapes from the cheapest on, each with a call that gives the end of its share of the time left then.
-
-    A share goes with the arithmetic; what small shapes leave over goes to the large ones. A constant for each shape
-    stands for building and compiling.
-    """
-    cheapest_first = sorted(shapes, key=math.prod)
-    weights = [math.prod(shape) + (4 << 30) for shape in cheapest_first]
-
-    def share(place: int) -> float:
-        now = time.perf_counter()
-        return now + max(0.0, end - now) * weights[place] / sum(weights[place:])
-
-    return [(shape, partial(share, place)) for place, shape in enumerate(cheapest_first)]
 
 
 def measure(shape: Shape, hydra: Ranks, settings: Settings, deadline: float) -> list[LayerRow]:

@@ -22,7 +22,7 @@ from benchmarks.layer import Bench, Settings
 from benchmarks.measuring import methods, modes, timing
 from benchmarks.measuring.methods import Ranks
 from benchmarks.measuring.rows import SweepRow
-from benchmarks.measuring.shapes import Entry, Shape, ranks_option, shape_option
+from benchmarks.measuring.shapes import Entry, Shape, deadlines, ranks_option, shape_option
 from benchmarks.rendering.tables import Table, environment_note, show
 from hydra_kernels.choose.choice import choose
 from hydra_kernels.choose.machine import here
@@ -154,7 +154,7 @@ def table(rows: Sequence[SweepRow]) -> Table:
 def run(settings: Settings, console: Console) -> list[SweepRow]:
     """Every shape with the first pair of ranks, in the order of the settings."""
     end, rows = time.perf_counter() + settings.time_limit, {}
-    for shape, share in layer.deadlines(settings.shapes, end):
+    for shape, share in deadlines(settings.shapes, end):
         rows[shape] = measure(shape, settings.ranks[0], settings, share())
         console.print(f"{shape}: {rows[shape]['runs']} rounds", highlight=False)
     return [rows[shape] for shape in settings.shapes]

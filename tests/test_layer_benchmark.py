@@ -24,7 +24,7 @@ from benchmarks.measuring import methods, modes, passes, shapes, timing
 from benchmarks.measuring.methods import ParityError, Ranks
 from benchmarks.measuring.passes import Inputs, Pass, Replay
 from benchmarks.measuring.rows import LayerRow, SweepRow
-from benchmarks.measuring.shapes import Entry, Shape
+from benchmarks.measuring.shapes import Entry, Shape, deadlines
 from benchmarks.rendering import goals
 from benchmarks.rendering import layer as render_layer
 from benchmarks.rendering.tables import Stored
@@ -280,7 +280,7 @@ def test_rounds_are_interleaved_and_stop_at_the_deadline(monkeypatch):
 def test_what_small_shapes_leave_over_goes_to_the_large(monkeypatch):
     monkeypatch.setattr(layer.time, "perf_counter", lambda: 20.0)
     large, small = Shape(6400, 768, 768), Shape(64, 768, 768)
-    (first, share), (last, rest) = layer.deadlines([large, small], 120.0)
+    (first, share), (last, rest) = deadlines([large, small], 120.0)
     assert (first, last) == (small, large)
     weights = [math.prod(shape) + 2**32 for shape in (small, large)]
     assert share() == pytest.approx(20 + 100 * weights[0] / sum(weights))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from benchmarks.measuring.methods import Ranks
@@ -122,3 +125,19 @@ def ranks_option(text: str) -> Ranks:
     if len(parts) != 2 or not all(map(str.isdecimal, parts)) or not any(map(int, parts)):
         raise ValueError(f"ranks is {text!r}, expected A+B, not both 0")
     return Ranks(*map(int, parts))
+
+
+def deadlines(shapes: Sequence[Shape], end: float) -> list[tuple[Shape, Callable[[], float]]]:
+    """The shapes from the cheapest on, each with a call that gives the end of its share of the time left then.
+
+    A share goes with the arithmetic; what small shapes leave over goes to the large ones. A constant for each shape
+    stands for building and compiling.
+    """
+    cheapest_first = sorted(shapes, key=math.prod)
+    weights = [math.prod(shape) + (4 << 30) for shape in cheapest_first]
+
+    def share(place: int) -> float:
+        now = time.perf_counter()
+        return now + max(0.0, end - now) * weights[place] / sum(weights[place:])
+
+    return [(shape, partial(share, place)) for place, shape in enumerate(cheapest_first)]
