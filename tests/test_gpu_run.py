@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import hydra_kernels as hk
-from benchmarks import doctor, gpu, render
+from benchmarks import gpu, render
 from benchmarks.device import compilation, run
 from benchmarks.device.compilation import KERNEL_SECONDS, RIVAL_SECONDS, START, Compilation, Rival
+from benchmarks.device.doctor_backends import call
 from benchmarks.device.isolated import CheckRow
 from benchmarks.device.run import Part, Planned, Settings, Stage
 from benchmarks.measuring import timing
@@ -289,7 +290,7 @@ def test_what_is_planned_is_what_hydra_linear_launches(case, dtype, adapters, bi
         with monkeypatch.context() as patch:
             for name in ("forward", "backward"):
                 patch.setattr(way, name, partial(getattr(way, name), run=noted))
-            differentiate(partial(doctor.call, hk.hydra_linear, case, backend=backend, form=form), t, G, wanted)
+            differentiate(partial(call, hk.hydra_linear, case, backend=backend, form=form), t, G, wanted)
         step = compilation.Step(case, dtype, backend == "triton", adapters, bias, form)
         planned = compilation.launches_of(step, configs.INTERPRETER)
         assert [launch.kernel.__name__ for launch in planned] == [launch.kernel.__name__ for launch in found]
