@@ -95,6 +95,7 @@ def test_fsdp_trains_as_one_process(groups, spec, world):
     check(groups, world, training.fsdp, spec, seeds_for(spec))
 
 
+@pytest.mark.slow
 def test_fsdp_trains_a_model_of_peft_with_learnable_scales_as_one_process(groups):
     pytest.importorskip("peft")  # an optional extra
     spec = Spec(options=EVERY_OPTION)

@@ -358,16 +358,17 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True)
 
 
-def test_no_kernel_strays_over_the_edge_of_an_argument():
+@pytest.mark.parametrize("route", ["triton", "hybrid", pytest.param("effective", marks=pytest.mark.slow)])
+def test_no_kernel_strays_over_the_edge_of_an_argument(route):
     code = """
 from tests.test_kernels import *
 four = tuple(replace(case, dropout=False) for case in FOUR)
 # The effective form: not aligned with the adapters' biases, aligned, one branch alone.
-for route, cases in (("triton", FOUR), ("hybrid", FOUR[:2]), ("effective", four)):
-    run_guarded(True, cases, ROUTES[route])
-    run_guarded(False, cases[:1], ROUTES[route])
+cases = {"triton": FOUR, "hybrid": FOUR[:2], "effective": four}[route]
+run_guarded(True, cases, ROUTES[route])
+run_guarded(False, cases[:1], ROUTES[route])
 """
-    run = python(code, TRITON_INTERPRET="1")
+    run = python(f"route = {route!r}" + code, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stderr
 
 
