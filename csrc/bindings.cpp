@@ -97,6 +97,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("operands", torch::wrap_pybind_function(table),
         "[(name, \"tensor\", \"scale\" or \"number\")] in the order of Operands");
   m.def("onednn", &hydra::cpu::has_onednn, "Whether torch's oneDNN operators for the products with W0 can be called.");
+  m.def("widened", [](bool fp16) { return hydra::cpu::is_widened(fp16 ? at::kHalf : at::kBFloat16); }, pybind11::arg("fp16"),
+        "Whether products with W0 in bf16, or fp16, run in fp32, block by block.");
   m.def("matrix_units", &hydra::cpu::has_matrix_units, "Whether bf16 runs on matrix units (AMX, AVX512-BF16).");
   m.def("amx", [] { return hydra::cpu::has_matrix_units() && hydra::cpu::amx::available(); }, "Whether bf16 runs on AMX's tiles.");
   m.def("instructions", &hydra::cpu::instructions, "The instruction set of the CPU kernels.");

@@ -129,24 +129,24 @@ Forward kept_forward(const at::Tensor& x, const Operands& op, Needs needs, const
   return {h, {needs.any(A_DOWN) ? x : at::Tensor(), wants_dU ? Z : at::Tensor(), needs.any(B_DOWN) ? y0 : at::Tensor()}};
 }
 
-// bf16(W0 + U D), for dx = G (W0 + U D). A pass over [N, K] costs less than one over [M, K] from so many times N rows on.
-// In the backward nothing like b0 cancels G W0, so it is as exact as the naive layer's G + dZ_b B_down in bf16.
+// W0 + U D in 16 bits, for dx = G (W0 + U D). A pass over [N, K] costs less than one over [M, K] from so many times N rows
+// on. In the backward nothing like b0 cancels G W0, so it is as exact as the naive layer's rounded G + dZ_b B_down.
 constexpr int64_t ROWS_OVER_N = 2;
 
-at::Tensor rounded_effective_weight(const Adapters<float>& ad, const Rows<c10::BFloat16>& W, const at::Tensor& weight,
-                                    const at::Tensor& D) {
+template <OfLow E>
+at::Tensor rounded_effective_weight(const Adapters<float>& ad, const Rows<E>& W, const at::Tensor& weight, const at::Tensor& D) {
   const int64_t N = ad.N, R = ad.R, K = weight.size(1);
   at::Tensor out = at::empty({N, K}, weight.options().memory_format(at::MemoryFormat::Contiguous));
   const Buffer<float> U = ad.U();
-  const Buffer<c10::BFloat16> rows(N * R);
+  const Buffer<E> rows(N * R);
   for (int64_t n = 0; n < N; ++n)
     for (int64_t r = 0; r < R; ++r) rows.data()[n * R + r] = U.data()[n * padded(R) + r];
-  const Small<c10::BFloat16> up(vector<float>(D), R, K, UP);
+  const Small<E> up(vector<float>(D), R, K, UP);
   spread(N, 2 * R * N * K, [&](int64_t first, int64_t last) {
     constexpr int64_t BLOCK = 64;
     for (int64_t n = first; n < last; n += BLOCK)
       up.up(rows.data() + n * R, R, std::min(BLOCK, last - n), nullptr, W.row(n), W.stride,
-            out.mutable_data_ptr<c10::BFloat16>() + n * K, K);
+            out.mutable_data_ptr<E>() + n * K, K);
   });
   return out;
 }
@@ -310,6 +310,7 @@ Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Plan plan)
   switch (x.scalar_type()) {
     case at::kDouble: return forward_of<double>(x, op, needs, plan);
     case at::kBFloat16: return forward_of<c10::BFloat16>(x, op, needs, plan);
+    case at::kHalf: return forward_of<c10::Half>(x, op, needs, plan);
     default: return forward_of<float>(x, op, needs, plan);
   }
 }
@@ -318,6 +319,7 @@ Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, 
   switch (G.scalar_type()) {
     case at::kDouble: return backward_of<double>(G, op, saved, needs, plan);
     case at::kBFloat16: return backward_of<c10::BFloat16>(G, op, saved, needs, plan);
+    case at::kHalf: return backward_of<c10::Half>(G, op, saved, needs, plan);
     default: return backward_of<float>(G, op, saved, needs, plan);
   }
 }

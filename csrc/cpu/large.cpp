@@ -4,9 +4,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
-#include "small.h"
+#include "adapters.h"
 
 namespace hydra::cpu {
 namespace {
@@ -19,8 +20,8 @@ using ProductAndAdd = at::Tensor(const at::Tensor&, const at::Tensor&, const at:
 
 // torch's operator if it is there with just this signature.
 template <class Signature>
-std::optional<c10::TypedOperatorHandle<Signature>> found(const char* overload) {
-  const auto handle = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", overload});
+std::optional<c10::TypedOperatorHandle<Signature>> found(const char* name, const char* overload) {
+  const auto handle = c10::Dispatcher::singleton().findSchema({name, overload});
   if (!handle) return std::nullopt;
   try {
     return handle->typed<Signature>();
@@ -30,8 +31,16 @@ std::optional<c10::TypedOperatorHandle<Signature>> found(const char* overload) {
 }
 
 struct OneDnn {
-  std::optional<c10::TypedOperatorHandle<Product>> product = found<Product>("");
-  std::optional<c10::TypedOperatorHandle<ProductAndAdd>> product_and_add = found<ProductAndAdd>("binary");
+  std::optional<c10::TypedOperatorHandle<Product>> product = found<Product>("mkldnn::_linear_pointwise", "");
+  std::optional<c10::TypedOperatorHandle<ProductAndAdd>> product_and_add =
+      found<ProductAndAdd>("mkldnn::_linear_pointwise", "binary");
+  bool bf16 = says("mkldnn::_is_mkldnn_bf16_supported"), fp16 = says("mkldnn::_is_mkldnn_fp16_supported");
+
+  // True too where there is no such question, since nothing then is known against torch's own products.
+  static bool says(const char* question) {
+    const auto asked = found<bool()>(question, "");
+    return !asked || asked->call();
+  }
 };
 
 const OneDnn& onednn() {
@@ -52,13 +61,106 @@ bool suits_onednn(const at::Tensor& v, const at::Tensor& matrix) {
   return dense && served && has_onednn();
 }
 
+// A copy in fp32, with contiguous rows.
+at::Tensor widened(const at::Tensor& t) {
+  return at::empty(t.sizes(), t.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous)).copy_(t);
+}
+
+// Few rows are a small operand of small.h beside W0, which is then read once, as it is.
+constexpr int64_t FEW_ROWS = 32;
+
+// out [M, N] = bias [N] + onto [M, N] + sums, with sums(first, last, out) for columns of the fp32 [M, N] `out`.
+template <OfLow E, class Sums>
+at::Tensor of_few_rows(int64_t M, int64_t N, int64_t K, const at::Tensor& like, const at::Tensor& bias, const at::Tensor& onto,
+                       const Sums& sums) {
+  const at::Tensor out = onto.defined() ? onto : at::empty({M, N}, like.options());
+  const at::Tensor row = in<float>(bias);
+  const Buffer<float> all(M * N);
+  E* to = out.mutable_data_ptr<E>();
+  spread(N, 2 * M * N * K, [&](int64_t first, int64_t last) {
+    sums(first, last, all.data());
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t n = first; n < last; ++n) {
+        const float base = onto.defined() ? float(to[m * N + n]) : 0;
+        to[m * N + n] = all.data()[m * N + n] + (row.defined() ? row.const_data_ptr<float>()[n] : 0) + base;
+      }
+  });
+  return out;
+}
+
+template <OfLow E>
+at::Tensor linear_of_few_rows(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& onto) {
+  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
+  const at::Tensor rows = in<float>(x);
+  const Rows<E> W(weight);
+  const Small<E> small(rows.const_data_ptr<float>(), M, K, 0);
+  return of_few_rows<E>(M, N, K, x, bias, onto, [&](int64_t first, int64_t last, float* out) {
+    constexpr int64_t BLOCK = 32;
+    const Buffer<float> block(BLOCK * M);  // transposed
+    for (int64_t n = first; n < last; n += BLOCK) {
+      const int64_t count = std::min(BLOCK, last - n);
+      small.down(W.row(n), W.stride, count, nullptr, block.data(), M);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t m = 0; m < M; ++m) out[m * N + n + i] = block.data()[i * M + m];
+    }
+  });
+}
+
+template <OfLow E>
+at::Tensor few_rows_times_weight(const at::Tensor& G, const at::Tensor& weight, const at::Tensor& onto) {
+  const int64_t M = G.size(0), N = weight.size(0), K = weight.size(1);
+  const at::Tensor rows = in<float>(G);
+  const Rows<E> W(weight);
+  const Left<E> left(rows.const_data_ptr<float>(), M, N);
+  return of_few_rows<E>(M, K, N, G, {}, onto, [&](int64_t first, int64_t last, float* out) {
+    left.times(W.data, W.stride, first, last, out, K);
+  });
+}
+
+// out [M, N] = bias [N] + onto [M, N] + left [M, K] right, where right(first, count) are columns of the right side in fp32 and
+// `product` multiplies with them. Blocks are so small that their memory is used again, for fresh memory costs page faults.
+template <class Right, class Multiply>
+at::Tensor by_blocks(const at::Tensor& left, int64_t N, const at::Tensor& bias, const at::Tensor& onto, const Right& right,
+                     const Multiply& product) {
+  constexpr int64_t BLOCK = 1 << 22;  // elements of the left, or of the right side
+  const int64_t M = left.size(0), K = std::max<int64_t>(left.size(1), 1);
+  const int64_t rows = std::max<int64_t>(BLOCK / K, 64), columns = std::max<int64_t>(BLOCK / K, 64);
+  const at::Tensor out = onto.defined() ? onto : at::empty({M, N}, left.options());
+  const at::Tensor row = bias.defined() ? widened(bias) : bias;
+  for (int64_t m = 0; m < M; m += rows) {
+    const int64_t high = std::min(rows, M - m);
+    const at::Tensor block = widened(left.narrow(0, m, high));
+    for (int64_t n = 0; n < N; n += columns) {
+      const int64_t wide = std::min(columns, N - n);
+      const at::Tensor target = out.narrow(0, m, high).narrow(1, n, wide);
+      target.copy_(product(block, right(n, wide), row.defined() ? row.narrow(0, n, wide) : row,
+                           onto.defined() ? widened(target) : onto));
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 bool has_onednn() {
   return onednn().product && onednn().product_and_add && at::globalContext().userEnabledMkldnn();
 }
 
+bool is_widened(at::ScalarType dtype) {
+  if (dtype != at::kBFloat16 && dtype != at::kHalf) return false;
+  return !at::globalContext().userEnabledMkldnn() || !(dtype == at::kHalf ? onednn().fp16 : onednn().bf16);
+}
+
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& onto, Library library) {
+  if (is_widened(x.scalar_type()) && x.size(0) <= FEW_ROWS)
+    return x.scalar_type() == at::kHalf ? linear_of_few_rows<c10::Half>(x, weight, bias, onto)
+                                        : linear_of_few_rows<c10::BFloat16>(x, weight, bias, onto);
+  if (is_widened(x.scalar_type()))
+    return by_blocks(
+        x, weight.size(0), bias, onto, [&](int64_t n, int64_t count) { return widened(weight.narrow(0, n, count)); },
+        [&](const at::Tensor& v, const at::Tensor& W, const at::Tensor& row, const at::Tensor& sum) {
+          return linear(v, W, row, sum, library);
+        });
   // In bf16 ATen itself calls oneDNN, but has no product that adds a matrix and a bias before it rounds.
   const bool three_summands = bias.defined() && onto.defined();
   if ((library != Library::aten || (three_summands && x.scalar_type() == at::kBFloat16)) && suits_onednn(x, weight))
@@ -75,6 +177,15 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 }
 
 at::Tensor times_weight(const at::Tensor& G, const at::Tensor& weight, const at::Tensor& onto, Library library) {
+  if (is_widened(G.scalar_type()) && G.size(0) <= FEW_ROWS)
+    return G.scalar_type() == at::kHalf ? few_rows_times_weight<c10::Half>(G, weight, onto)
+                                        : few_rows_times_weight<c10::BFloat16>(G, weight, onto);
+  if (is_widened(G.scalar_type()))
+    return by_blocks(
+        G, weight.size(1), {}, onto, [&](int64_t k, int64_t count) { return widened(weight.narrow(1, k, count)); },
+        [&](const at::Tensor& v, const at::Tensor& W, const at::Tensor&, const at::Tensor& sum) {
+          return times_weight(v, W, sum, library);
+        });
   if (library == Library::onednn && suits_onednn(G, weight)) return by_onednn(G, weight.t(), std::nullopt, onto);
   if (!onto.defined()) return at::mm(G, weight);
   at::Tensor out = onto;

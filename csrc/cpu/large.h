@@ -5,6 +5,9 @@
 //
 // bias and onto may be undefined. The result may be onto itself, overwritten. What is added is added in the accumulator, so
 // that nothing is rounded before the sum.
+//
+// Where torch has no oneDNN kernels for bf16 or fp16, it multiplies them in plain loops: G W0 then takes a hundred times as
+// long as in fp32. There these products are fp32's, of blocks that are widened, and each result is rounded once.
 #pragma once
 
 #include "../operands.h"
@@ -16,5 +19,8 @@ at::Tensor times_weight(const at::Tensor& G, const at::Tensor& weight, const at:
 
 // Whether this torch has oneDNN's operators in the form that is called here, and its settings allow them.
 bool has_onednn();
+
+// Whether products in this dtype are computed in fp32, block by block.
+bool is_widened(at::ScalarType dtype);
 
 }  // namespace hydra::cpu

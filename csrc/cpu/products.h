@@ -39,14 +39,17 @@ struct Combine {
   int64_t left_ahead = 0, right_ahead = 0;  // to prefetch: how far beyond the current elements the caller's next ones lie
 };
 
-// bf16 is handled as its bits here.
+// Numbers of 16 bits are handled as their bits here.
 //
-//   widen    out[i, c] = in[i, c], from bf16 to fp32
-//   narrow   out[i, c] = in[i, c] + row[c] + base[i, c], summed in fp32 and rounded to bf16 once; row and base may be null
-//   pair     out[p / 2, c] = in[p, c] and above it in[p + 1, c], as matrix units read their right operand; an odd last row
+//   widen    out[i, c] = in[i, c], from bf16 or fp16 to fp32
+//   narrow   out[i, c] = in[i, c] + row[c] + base[i, c], summed in fp32 and rounded to 16 bits once; row and base may be null
+//   pair     bf16: out[p / 2, c] = in[p, c] and above it in[p + 1, c], as matrix units read their right operand; an odd last row
 //            meets zeros
-//   split    hi = in rounded to bf16, lo = (in - hi) rounded to bf16; *exact: whether all of lo is zero
+//   split    bf16: hi = in rounded to bf16, lo = (in - hi) rounded to bf16; *exact: whether all of lo is zero
+enum class Low { bf16, fp16 };
+
 struct Widen {
+  Low dtype;
   int64_t rows, columns;
   const uint16_t* in;
   int64_t ld_in;
@@ -55,6 +58,7 @@ struct Widen {
 };
 
 struct Narrow {
+  Low dtype;
   int64_t rows, columns;
   const float* in;
   int64_t ld_in;

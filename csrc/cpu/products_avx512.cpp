@@ -1,9 +1,10 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cstdint>
+#include <type_traits>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,f16c,prefer-vector-width=512")
 #endif
 #define VECTOR_BYTES 64
 #include "products_impl.h"

@@ -2,6 +2,8 @@
 
 #include "products.h"
 
+#include <type_traits>
+
 #ifdef __x86_64__
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 sees it in its own header
@@ -29,7 +31,8 @@ HYDRA_INLINE const Vector<T, LANES>& at(const T* p) { return *reinterpret_cast<c
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int SIDE = VECTOR_BYTES >= 64 ? 4 : 2;  // a tile of dots has SIDE x SIDE accumulators
+// A tile of dots has TALL x WIDE accumulators: 8 at least, since two of them are added to in a cycle and each takes four.
+constexpr int TALL = VECTOR_BYTES >= 64 ? 4 : 2, WIDE = 4;
 constexpr int ROWS = VECTOR_BYTES >= 64 ? 16 : 8;  // a tile of combine has so many rows, an accumulator each
 constexpr int64_t DOTS_DEPTH = 1024;  // length of a block of p, whose operands stay in the L1 cache
 
@@ -42,34 +45,34 @@ HYDRA_INLINE T sum(Vector<T, LANES> v) {
   return total[0];
 }
 
-// A tile of at most SIDE x SIDE dots. It always computes SIDE x SIDE, and stores those that exist.
+// A tile of at most TALL x WIDE dots. It always computes TALL x WIDE, and stores those that exist.
 template <class T>
 void dots_tile(const Dots<T>& d, int64_t i0, int64_t j0, int64_t p0, int64_t depth, const T* base, int64_t ld_base) {
   constexpr int LANES = VECTOR_BYTES / sizeof(T);
   using V = Vector<T, LANES>;
-  const int64_t rows = least(SIDE, d.rows - i0), columns = least(SIDE, d.columns - j0);
-  const T *left[SIDE], *right[SIDE];
-  for (int i = 0; i < SIDE; ++i) {
-    left[i] = d.left + (i0 + least(i, rows - 1)) * d.ld_left + p0;
-    right[i] = d.right + (j0 + least(i, columns - 1)) * d.ld_right + p0;
-  }
-  V acc[SIDE][SIDE] = {};
+  const int64_t rows = least(TALL, d.rows - i0), columns = least(WIDE, d.columns - j0);
+  const T *left[TALL], *right[WIDE];
+  for (int i = 0; i < TALL; ++i) left[i] = d.left + (i0 + least(i, rows - 1)) * d.ld_left + p0;
+  for (int j = 0; j < WIDE; ++j) right[j] = d.right + (j0 + least(j, columns - 1)) * d.ld_right + p0;
+  V acc[TALL][WIDE] = {};
   int64_t p = 0;
   for (; p + LANES <= depth; p += LANES) {
-    V r[SIDE];
-    for (int j = 0; j < SIDE; ++j) r[j] = at<T, LANES>(right[j] + p);
-    for (int i = 0; i < SIDE; ++i) {
+    V r[WIDE];
+    for (int j = 0; j < WIDE; ++j) r[j] = at<T, LANES>(right[j] + p);
+    for (int i = 0; i < TALL; ++i) {
       const V l = at<T, LANES>(left[i] + p);
-      if (j0 == 0) __builtin_prefetch(left[i] + p + SIDE * d.ld_left);  // rows of the next tile; each is on a page of its own
-      for (int j = 0; j < SIDE; ++j) acc[i][j] += l * r[j];
+      if (j0 == 0) __builtin_prefetch(left[i] + p + TALL * d.ld_left);  // rows of the next tile; each is on a page of its own
+      for (int j = 0; j < WIDE; ++j) acc[i][j] += l * r[j];
     }
   }
   if (p < depth) {
-    T l[SIDE][LANES] = {}, r[SIDE][LANES] = {};
-    for (int i = 0; i < SIDE; ++i)
-      for (int64_t q = p; q < depth; ++q) l[i][q - p] = left[i][q], r[i][q - p] = right[i][q];
-    for (int i = 0; i < SIDE; ++i)
-      for (int j = 0; j < SIDE; ++j) acc[i][j] += at<T, LANES>(l[i]) * at<T, LANES>(r[j]);
+    T l[TALL][LANES] = {}, r[WIDE][LANES] = {};
+    for (int64_t q = p; q < depth; ++q) {
+      for (int i = 0; i < TALL; ++i) l[i][q - p] = left[i][q];
+      for (int j = 0; j < WIDE; ++j) r[j][q - p] = right[j][q];
+    }
+    for (int i = 0; i < TALL; ++i)
+      for (int j = 0; j < WIDE; ++j) acc[i][j] += at<T, LANES>(l[i]) * at<T, LANES>(r[j]);
   }
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j) {
@@ -84,8 +87,8 @@ void run_dots(const Dots<T>& d) {
   int64_t ld_base = d.ld_base, p0 = 0;
   do {  // at least once: an empty sum must be written too
     const int64_t depth = least(DOTS_DEPTH, d.depth - p0);
-    for (int64_t i0 = 0; i0 < d.rows; i0 += SIDE)
-      for (int64_t j0 = 0; j0 < d.columns; j0 += SIDE) dots_tile(d, i0, j0, p0, depth, base, ld_base);
+    for (int64_t i0 = 0; i0 < d.rows; i0 += TALL)
+      for (int64_t j0 = 0; j0 < d.columns; j0 += WIDE) dots_tile(d, i0, j0, p0, depth, base, ld_base);
     base = d.out, ld_base = d.ld_out, p0 += DOTS_DEPTH;
   } while (p0 < d.depth);
 }
@@ -144,46 +147,102 @@ void run_combine(const Combine<T>& c) {
   } while (p0 < c.depth);
 }
 
-HYDRA_INLINE float widened(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &wide, sizeof(value));
-  return value;
+template <class To, class From>
+HYDRA_INLINE To bits_of(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  __builtin_memcpy(&result, &value, sizeof(To));
+  return result;
 }
 
-// To the nearest, ties to even; NaN stays NaN.
-HYDRA_INLINE uint16_t narrowed(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-}
+struct Bf16 {
+  static HYDRA_INLINE float widened(uint16_t bits) { return bits_of<float>(uint32_t(bits) << 16); }
 
-void run_widen(const Widen& w) {
+  // To the nearest, ties to even; NaN stays NaN.
+  static HYDRA_INLINE uint16_t narrowed(float value) {
+    const uint32_t bits = bits_of<uint32_t>(value);
+    return static_cast<uint16_t>(value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+};
+
+struct Fp16 {
+  static HYDRA_INLINE float widened(uint16_t bits) {
+#if VECTOR_BYTES >= 32
+    return _cvtsh_ss(bits);
+#else
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+    const uint32_t normal = (exponent + (exponent == 31 ? 224 : 112)) << 23 | fraction << 13;
+    const uint32_t small = bits_of<uint32_t>(fraction * 0x1p-24f);
+    return bits_of<float>(sign | (exponent == 0 ? small : normal));
+#endif
+  }
+
+  // To the nearest, ties to even; from 65520 on infinity; NaN stays NaN.
+  static HYDRA_INLINE uint16_t narrowed(float value) {
+#if VECTOR_BYTES >= 32
+    return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const uint32_t bits = bits_of<uint32_t>(value), size = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+    // 1/2 has the last place of fp16's subnormal numbers, so that the addition rounds to it.
+    const uint32_t small = bits_of<uint32_t>(bits_of<float>(size) + 0.5f) - bits_of<uint32_t>(0.5f);
+    const uint32_t normal = ((size + 0xfff + (size >> 13 & 1)) >> 13) - (112 << 10);
+    const uint32_t result = size > 0x7f800000 ? 0x7e00 : size >= 0x477ff000 ? 0x7c00 : size < 0x38800000 ? small : normal;
+    return static_cast<uint16_t>(sign | result);
+#endif
+  }
+};
+
+template <class D>
+void widen_rows(const Widen& w) {
   for (int64_t i = 0; i < w.rows; ++i) {
     const uint16_t* in = w.in + i * w.ld_in;
     float* out = w.out + i * w.ld_out;
-    for (int64_t c = 0; c < w.columns; ++c) out[c] = widened(in[c]);
+    int64_t c = 0;
+#if VECTOR_BYTES >= 32  // the compiler finds no vectors of fp16 by itself
+    for (; std::is_same_v<D, Fp16> && c + 8 <= w.columns; c += 8)
+      _mm256_storeu_ps(out + c, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + c))));
+#endif
+    for (; c < w.columns; ++c) out[c] = D::widened(in[c]);
   }
 }
 
-template <bool ROW, bool BASE>
+void run_widen(const Widen& w) {
+  if (w.dtype == Low::fp16) widen_rows<Fp16>(w);
+  else widen_rows<Bf16>(w);
+}
+
+template <class D, bool ROW, bool BASE>
 void narrow_rows(const Narrow& n) {
   for (int64_t i = 0; i < n.rows; ++i) {
     const float *in = n.in + i * n.ld_in, *row = n.row;
     const uint16_t* base = n.base + i * n.ld_base;
     uint16_t* out = n.out + i * n.ld_out;
+    int64_t c = 0;
+#if VECTOR_BYTES >= 32
+    for (; std::is_same_v<D, Fp16> && c + 8 <= n.columns; c += 8) {
+      __m256 sum = _mm256_loadu_ps(in + c);
+      if (ROW) sum = _mm256_add_ps(sum, _mm256_loadu_ps(row + c));
+      if (BASE) sum = _mm256_add_ps(sum, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(base + c))));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), _mm256_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
 #pragma GCC ivdep  // out may be base itself
-    for (int64_t c = 0; c < n.columns; ++c)
-      out[c] = narrowed(in[c] + (ROW ? row[c] : 0) + (BASE ? widened(base[c]) : 0));
+    for (; c < n.columns; ++c)
+      out[c] = D::narrowed(in[c] + (ROW ? row[c] : 0) + (BASE ? D::widened(base[c]) : 0));
   }
 }
 
+template <class D>
+void narrow_all(const Narrow& n) {
+  if (n.row && n.base) narrow_rows<D, true, true>(n);
+  else if (n.row) narrow_rows<D, true, false>(n);
+  else if (n.base) narrow_rows<D, false, true>(n);
+  else narrow_rows<D, false, false>(n);
+}
+
 void run_narrow(const Narrow& n) {
-  if (n.row && n.base) narrow_rows<true, true>(n);
-  else if (n.row) narrow_rows<true, false>(n);
-  else if (n.base) narrow_rows<false, true>(n);
-  else narrow_rows<false, false>(n);
+  if (n.dtype == Low::fp16) narrow_all<Fp16>(n);
+  else narrow_all<Bf16>(n);
 }
 
 void run_pair(const Pair& pair) {
@@ -200,8 +259,8 @@ void run_pair(const Pair& pair) {
 void run_split(const Split& s) {
   uint32_t rests = 0;
   for (int64_t i = 0; i < s.size; ++i) {
-    s.hi[i] = narrowed(s.in[i]);
-    s.lo[i] = narrowed(s.in[i] - widened(s.hi[i]));
+    s.hi[i] = Bf16::narrowed(s.in[i]);
+    s.lo[i] = Bf16::narrowed(s.in[i] - Bf16::widened(s.hi[i]));
     rests |= s.lo[i] & 0x7fff;
   }
   *s.exact = rests == 0;
@@ -216,7 +275,7 @@ constexpr uint64_t LOW = 0xFFFFFFFF;
 HYDRA_INLINE Words widening_product(Words words, uint64_t factor) {
 #if VECTOR_BYTES == 64
   return (Words)_mm512_mul_epu32((__m512i)words, _mm512_set1_epi64(factor));
-#elif defined(__AVX2__)
+#elif VECTOR_BYTES == 32
   return (Words)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi64x(factor));
 #else
   return (words & LOW) * factor;

@@ -5,11 +5,14 @@
 //   outer   out[r, c] += sum_m Z[m, r] v[m, c]                          dU^T, dD, C
 //
 // float and double go to products.h. bf16 goes to matrix units (AMX, AVX512-BF16) where torch's oneDNN has kernels for them,
-// with S as hi + lo, two bf16 numbers, so that S counts as if it were fp32; elsewhere blocks are widened to fp32.
+// with S as hi + lo, two bf16 numbers, so that S counts as if it were fp32. Elsewhere, and for fp16, blocks are widened to
+// fp32.
 #pragma once
 
 #include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -19,7 +22,10 @@
 namespace hydra::cpu {
 
 template <class E>
-using Sum = std::conditional_t<std::is_same_v<E, c10::BFloat16>, float, E>;
+concept OfLow = std::is_same_v<E, c10::BFloat16> || std::is_same_v<E, c10::Half>;
+
+template <class E>
+using Sum = std::conditional_t<OfLow<E>, float, E>;
 
 // Whether this processor, this torch and its settings (torch.backends.mkldnn, ONEDNN_MAX_CPU_ISA) have matrix units.
 bool has_matrix_units();
@@ -46,7 +52,7 @@ struct Halves {
   Halves(const float* S, int64_t ranks, int64_t columns);
 };
 
-// What S is prepared for: each use has a layout of its own. Unprepared, S serves all uses, by widened blocks.
+// What S is prepared for, for matrix units: each use has a layout of its own. Unprepared, S serves all uses, by widened blocks.
 enum Use : int { DOWN = 1, UP = 2 };
 
 template <class E>
@@ -69,14 +75,13 @@ class Small {
   int64_t R_, columns_;
 };
 
-template <>
-class Small<c10::BFloat16> {
+template <OfLow E>
+class Small<E> {
  public:
   Small(const float* S, int64_t ranks, int64_t columns, int uses);
 
-  void down(const c10::BFloat16* v, int64_t stride, int64_t rows, const float* base, float* out, int64_t ld_out) const;
-  void up(const c10::BFloat16* Z, int64_t ld_z, int64_t rows, const float* row, const c10::BFloat16* base, int64_t ld_base,
-          c10::BFloat16* out, int64_t ld_out) const;
+  void down(const E* v, int64_t stride, int64_t rows, const float* base, float* out, int64_t ld_out) const;
+  void up(const E* Z, int64_t ld_z, int64_t rows, const float* row, const E* base, int64_t ld_base, E* out, int64_t ld_out) const;
 
  private:
   const float* S_;
@@ -100,20 +105,23 @@ class Left {
   int64_t R_, rows_;
 };
 
-template <>
-class Left<c10::BFloat16> {
+template <OfLow E>
+class Left<E> {
  public:
   Left(const float* S, int64_t ranks, int64_t rows);
-  void times(const c10::BFloat16* v, int64_t stride, int64_t first, int64_t last, float* out, int64_t ld_out) const;
+  void times(const E* v, int64_t stride, int64_t first, int64_t last, float* out, int64_t ld_out) const;
 
  private:
-  Halves S_;
+  const float* S_;
+  int64_t R_, rows_;
+  std::optional<Halves> halves_;  // for matrix units
 };
 
 // Columns [first, last) of out [ranks, ld_out]; Z_t is Z^T [ranks, outer_rows(rows)], zero beyond `rows`, in rows of ld_z.
 // `add` to out, or write it.
 inline int64_t outer_rows(int64_t rows) { return (rows + 31) / 32 * 32; }
-void outer(const c10::BFloat16* Z_t, int64_t ld_z, int64_t ranks, const c10::BFloat16* v, int64_t stride, int64_t rows,
-           int64_t first, int64_t last, bool add, float* out, int64_t ld_out);
+template <OfLow E>
+void outer(const E* Z_t, int64_t ld_z, int64_t ranks, const E* v, int64_t stride, int64_t rows, int64_t first, int64_t last,
+           bool add, float* out, int64_t ld_out);
 
 }  // namespace hydra::cpu

@@ -24,7 +24,7 @@ from .interface import (
 )
 from .triton import KERNEL_DTYPES, too_old
 
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def unavailable(device: torch.device) -> str | None:
