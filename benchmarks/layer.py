@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = modes.file_name("layer", settings.device, settings.dtype, settings.mode, settings.dry)
     path = out / name.replace(".json", f"-dropout{settings.lora_dropout:g}.json" if settings.lora_dropout else ".json")
     timing.write_result(path, environment, rows, LayerRow)
-    wanted = goals.goal_tables(goals.layer_goals(rows))
+    wanted = goals.goal_tables(goals.layer_goals(environment, rows))
     show(
         200,
         [*layer_tables(rows), *wanted, environment_note(environment), LEGEND, *layer_notes(rows), f"Stored: {path}"],

@@ -124,7 +124,8 @@ def steps_of(rows: list[LayerRow]) -> list[dict[str, LayerRow]]:
 
 
 def goals_missed(rows: list[LayerRow]) -> list[str]:
-    return [f"{goal.what} {goal.figure:.3f}, goal {goal.limit:.2f}" for goal in goals.layer_goals(rows) if goal.missed]
+    told = goals.layer_goals(ENVIRONMENT, rows)
+    return [f"{goal.what} {goal.figure:.3f}, goal {goal.limit:.2f}" for goal in told if goal.missed]
 
 
 @pytest.fixture
