@@ -3,6 +3,9 @@
 ``python -m benchmarks.render`` rewrites these pages between their markers and the charts beside the results from
 ``benchmarks/results``; with ``--check`` it changes nothing and exits with 1 where one of them is stale. ``--take out``
 first takes over what `benchmarks.gpu` stored there, be it of half a run. A page says where nothing was measured.
+
+The files of one processor stand in ``benchmarks/results``; those of a further one in a folder of its own there, under
+the same names. Tables of further processors stand below the first's. What the README shows is the first's alone.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ from benchmarks.rendering.steps_chart import models_chart, table4_chart
 from benchmarks.rendering.subspaces import subspace_block, subspace_chart
 from benchmarks.rendering.summary import summary
 from benchmarks.rendering.table4 import is_papers, table4_block
-from benchmarks.rendering.tables import Stored, is_gpu
+from benchmarks.rendering.tables import Stored, by_device, is_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS, LEARNING, GOALS = "README.md", "docs/results.md", "docs/learning.md", "benchmarks/GOALS.md"
@@ -77,8 +80,11 @@ class Block(NamedTuple):
     page: str = RESULTS
     # Which rows of the files, where not all.
     rows: Callable[[Any], bool] = lambda row: True
-    # One chart of all files, called as the block.
+    # One chart of all the first processor's files, called as the block.
     overview: Callable[[Sequence[Stored]], Figure] | None = None
+    # Whether each device has a part of its own, where there are several. Elsewhere the headings name it, or none
+    # measured.
+    parted: bool = True
 
 
 class Digest(NamedTuple):
@@ -99,7 +105,7 @@ class Picture(NamedTuple):
 
 
 BLOCKS = (
-    Block("measured:table4", "table4", Table4Row, table4_block, table4_chart, rows=is_papers),
+    Block("measured:table4", "table4", Table4Row, table4_block, table4_chart, rows=is_papers, parted=False),
     Block(
         "measured:models",
         "table4",
@@ -107,11 +113,28 @@ BLOCKS = (
         models_block,
         overview=models_chart,
         rows=lambda row: row["base"] == "none",
+        parted=False,
     ),
     Block("measured:accelerated", "table4-llama-peft", Table4Row, accelerated_block),
     Block("measured:quantised", "table4-", Table4Row, quantised_block, rows=lambda row: row["base"] != "none"),
-    Block("measured:layer", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cpu"),
-    Block("measured:gpu", "layer", LayerRow, layer_block, layer_chart, rows=lambda row: row["device"] == "cuda"),
+    Block(
+        "measured:layer",
+        "layer",
+        LayerRow,
+        layer_block,
+        layer_chart,
+        rows=lambda row: row["device"] == "cpu",
+        parted=False,
+    ),
+    Block(
+        "measured:gpu",
+        "layer",
+        LayerRow,
+        layer_block,
+        layer_chart,
+        rows=lambda row: row["device"] == "cuda",
+        parted=False,
+    ),
     Block("measured:host", "host", HostRow, host_block),
     Block("measured:claim", "learn", LearnRow, claim_block),
     Block("measured:pretrained", "learn", LearnRow, pretrained_block, page=LEARNING, rows=is_pretrained),
@@ -131,7 +154,7 @@ BLOCKS = (
     Block("measured:ceilings", "ceilings", CeilingRow, ceilings_block, page=GPU),
     Block("measured:tune", "tune", TuneRow, tune_block, page=GPU),
     Block("measured:candidates", "candidates", CandidateRow, candidates_block, page=NOTES),
-    Block("predicted:roofline", "predicted", RooflineRow, roofline_block),
+    Block("predicted:roofline", "predicted", RooflineRow, roofline_block, parted=False),
 )
 STEPS = ("measured:models", "measured:layer", "measured:gpu")
 MEASURED = tuple(block.marker for block in BLOCKS if block.marker.startswith("measured:"))
@@ -145,9 +168,12 @@ PICTURES = (Picture("overview.svg", ("measured:layer", "measured:gpu"), overview
 
 
 def stored_results(results: Path, block: Block) -> list[Stored]:
-    """Every stored result of one block in the order of the file names; a ValueError where one is from a dry run."""
+    """Every stored result of one block in the order of the file names, further processors' last; a ValueError where
+    one is from a dry run.
+    """
     found = []
-    for path in sorted(results.glob(f"{block.files}*.json"), key=lambda path: path.stem):
+    paths = [path for folder in ("", "*/") for path in results.glob(f"{folder}{block.files}*.json")]
+    for path in sorted(paths, key=lambda path: (path.parent, path.stem)):
         stored = Stored(path, *timing.read_result(path, block.schema))
         refuse_dry(path, stored.rows)
         if rows := [row for row in stored.rows if block.rows(row)]:
@@ -158,6 +184,26 @@ def stored_results(results: Path, block: Block) -> list[Stored]:
 def refuse_dry(path: Path, rows: Sequence[Any]) -> None:
     if any(row.get("dry") for row in rows):
         raise ValueError(f"{path} is from a dry run: its figures mean nothing and are not published")
+
+
+def refuse_mixed(files: Sequence[Stored]) -> None:
+    """A ValueError where a folder has results of two processors: which of them is the first would be chance."""
+    owners: dict[Path, Stored] = {}
+    for file in files:
+        if is_gpu(file.environment):
+            continue
+        owner = owners.setdefault(file.path.parent, file)
+        one, other = owner.environment["device"], file.environment["device"]
+        if one != other:
+            raise ValueError(
+                f"{file.path} is of {other}, {owner.path.name} beside it of {one}: a further processor has a folder of "
+                "its own in the results"
+            )
+
+
+def of_first(files: Sequence[Stored], results: Path) -> list[Stored]:
+    """Those of the first processor, and of every GPU beside it."""
+    return [file for file in files if file.path.parent == results]
 
 
 def with_kernels(found: Mapping[str, list[Stored]], digests: Mapping[str, str]) -> dict[str, list[Stored]]:
@@ -187,6 +233,7 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
             if marker not in known:
                 raise ValueError(f"{page} has markers for {marker}, expected {', '.join(known)}")
     found = {block.marker: stored_results(results, block) for block in BLOCKS}
+    refuse_mixed([file for marker, files in found.items() if marker.startswith("measured:") for file in files])
     commits = {file.environment["commit"] for files in found.values() for file in files if is_gpu(file.environment)}
     digests = kernels.recorded(ROOT, results, sorted(commit for commit in commits if commit))
     found = with_machines(with_kernels(found, digests))
@@ -199,22 +246,26 @@ def rendered(root: Path, results: Path) -> dict[Path, str]:
             charts: dict[Path, str] = {}
             for file in stored if block.chart else ():
                 charts[file.path.with_suffix(".svg")] = pictures.svg(block.chart, file)
-            if block.overview:
-                charts[results / f"{block.marker.partition(':')[2]}.svg"] = pictures.svg(block.overview, stored)
+            if block.overview and (first := of_first(stored, results)):
+                charts[results / f"{block.marker.partition(':')[2]}.svg"] = pictures.svg(block.overview, first)
             links = [
-                f"![{chart.stem}]({Path(os.path.relpath(chart, pages[block.page].parent)).as_posix()})"
+                f"![{chart.relative_to(results).with_suffix('').as_posix()}]"
+                f"({Path(os.path.relpath(chart, pages[block.page].parent)).as_posix()})"
                 for chart in charts
             ]
-            content = "\n\n".join([block.to_markdown(stored), *links])
+            told = by_device(stored, block.to_markdown) if block.parted else block.to_markdown(stored)
+            content = "\n\n".join([told, *links])
             texts[block.page] = replace_block(text, block.page, block.marker, content)
             drawn |= charts
     for picture in PICTURES:
-        given = [found.get(marker, []) for marker in picture.of]
+        given = [of_first(found.get(marker, []), results) for marker in picture.of]
         if any(given):
             drawn[results / picture.name] = pictures.svg(picture.chart, *given)
     for part in DIGESTS:
         if f"{part.marker} -->" in texts.get(part.page, ""):
-            content = part.to_markdown(*(found.get(marker, []) for marker in part.of))
+            given = [found.get(marker, []) for marker in part.of]
+            given = [of_first(files, results) for files in given] if part.page == README else given
+            content = part.to_markdown(*given)
             texts[part.page] = replace_block(texts[part.page], part.page, part.marker, content)
     return {**{pages[page]: text for page, text in texts.items()}, **drawn}
 

@@ -42,6 +42,7 @@ from .test_render import (
     table4_rows,
 )
 
+RESULTS = render.ROOT / "benchmarks" / "results"
 CPU = Environment(**{**ENVIRONMENT, "device": "A Processor", "capability": "AVX2", "driver": None})
 
 
@@ -270,19 +271,24 @@ def test_letters_and_marks_can_be_read_and_told_apart_by_everyone():
 
 @cache
 def found() -> dict[str, list[Stored]]:
-    results = render.ROOT / "benchmarks" / "results"
     read = {
-        block.marker: render.stored_results(results, block) for block in render.BLOCKS if block.chart or block.overview
+        block.marker: render.stored_results(RESULTS, block) for block in render.BLOCKS if block.chart or block.overview
     }
-    return render.with_kernels(read, kernels.recorded(render.ROOT, results, []))
+    return render.with_kernels(read, kernels.recorded(render.ROOT, RESULTS, []))
+
+
+def name_of(path: Path) -> str:
+    """A file of results without its suffix; a further processor's with its folder."""
+    return path.relative_to(RESULTS).with_suffix("").as_posix()
 
 
 def published() -> dict[str, tuple]:
     """What draws each picture of the stored results, and of what."""
-    made = {Path(picture.name).stem: (picture.chart, [found()[of] for of in picture.of]) for picture in render.PICTURES}
+    first = {marker: render.of_first(files, RESULTS) for marker, files in found().items()}
+    made = {Path(picture.name).stem: (picture.chart, [first[of] for of in picture.of]) for picture in render.PICTURES}
     for block in render.BLOCKS:
-        made |= {file.path.stem: (block.chart, [file]) for file in found().get(block.marker, []) if block.chart}
-        made |= {block.marker.partition(":")[2]: (block.overview, [found()[block.marker]])} if block.overview else {}
+        made |= {name_of(file.path): (block.chart, [file]) for file in found().get(block.marker, []) if block.chart}
+        made |= {block.marker.partition(":")[2]: (block.overview, [first[block.marker]])} if block.overview else {}
     return made
 
 
@@ -313,7 +319,7 @@ def test_words_stay_on_the_card_and_the_legend_is_clear_of_the_dots(draw):
 
 # One of each kind; the others differ in their rows alone.
 QUICK = ("overview", "table4-cpu-bf16", "layer-cpu-bf16-dropout0.05", "learn-cpu-digits")
-NAMES = sorted(path.stem for path in (render.ROOT / "benchmarks" / "results").glob("*.svg"))
+NAMES = sorted(name_of(path) for path in RESULTS.rglob("*.svg"))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES])
@@ -337,6 +343,6 @@ def test_every_stored_picture_stands_in_a_page():
         for target in re.findall(r"!\[[^]]*\]\(([^)]+\.svg)\)", page.read_text(encoding="utf-8"))
     }
     drawn = {
-        path.resolve() for folder in ("docs", "benchmarks/results") for path in (render.ROOT / folder).glob("*.svg")
+        path.resolve() for folder in ("docs", "benchmarks/results") for path in (render.ROOT / folder).rglob("*.svg")
     }
     assert linked == drawn

@@ -259,8 +259,8 @@ def layer_block(stored: Sequence[Stored]) -> str:
             single = single if len(single) > 1 else []
             mixed = [rows for rows in runs if not any(rows is other for other in single)]
             for place, rows in enumerate(mixed):
-                made.append((what_ran(rows), layer_markdown(file, rows, further=place > 0)))
+                made.append((what_ran(rows), file, layer_markdown(file, rows, further=place > 0)))
             if single:
                 rows = [row for run in single for row in run]
-                made.append((what_ran(rows), with_caption(backend_tables(single), file, run_notes(rows))))
+                made.append((what_ran(rows), file, with_caption(backend_tables(single), file, run_notes(rows))))
     return headed(made)

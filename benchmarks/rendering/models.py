@@ -33,6 +33,6 @@ def models_block(stored: Sequence[Stored]) -> str:
     found = ((file, rows) for file in stored for _, rows, _ in runs([file]))
     shown = [(file, rows) for file, rows in found if not (is_script(rows) or is_papers(rows[0]))]
     return (
-        headed((run_of(rows[0]), table4_markdown(file, rows)) for file, rows in shown)
+        headed((run_of(rows[0]), file, table4_markdown(file, rows)) for file, rows in shown)
         or "Of other models nothing was measured yet."
     )

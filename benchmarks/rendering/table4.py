@@ -130,7 +130,7 @@ def is_papers(row: Table4Row) -> bool:
 
 def table4_block(stored: Sequence[Stored]) -> str:
     return headed(
-        (f"{what_ran(group)}, {batch_of(group[0])}", table4_markdown(file, group))
+        (f"{what_ran(group)}, {batch_of(group[0])}", file, table4_markdown(file, group))
         for file in stored
         for group in table4_groups(file.rows)
     )

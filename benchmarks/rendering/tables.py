@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -159,6 +159,19 @@ def what_ran(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{rows[0]['dtype']}, {rows[0]['mode']}{dropped}{', ours: ' if backends else ''}{', '.join(backends)}"
 
 
-def headed(made: Iterable[tuple[str, str]]) -> str:
-    """Texts, each under its heading."""
-    return "\n\n".join(f"**{heading}**\n\n{text}" for heading, text in made)
+def headed(made: Iterable[tuple[str, Stored, str]]) -> str:
+    """Texts, each of one file and under its heading, which names the device where there are several."""
+    found = list(made)
+    devices = {file.environment["device"] for _, file, _ in found}
+    names = [f"; {file.environment['device']}" if len(devices) > 1 else "" for _, file, _ in found]
+    return "\n\n".join(f"**{heading}{name}**\n\n{text}" for (heading, _, text), name in zip(found, names, strict=True))
+
+
+def by_device(stored: Sequence[Stored], to_markdown: Callable[[Sequence[Stored]], str]) -> str:
+    """What is said of each device's results, under its name where there are several."""
+    devices: dict[str, list[Stored]] = {}
+    for file in stored:
+        devices.setdefault(file.environment["device"], []).append(file)
+    if len(devices) == 1:
+        return to_markdown(stored)
+    return "\n\n".join(f"**{device}**\n\n{to_markdown(files)}" for device, files in devices.items())
