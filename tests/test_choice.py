@@ -9,12 +9,14 @@ from hydra_kernels.choose import explain as choose_explain
 from hydra_kernels.choose.choice import Cpu, Machine, Measured, choose
 from hydra_kernels.choose.machine import fixed_backward
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 RUNS = dict.fromkeys(("aten", "native", "hybrid", "triton"))
 NATIVE = Machine("a processor", None, RUNS | {"hybrid": "no GPU", "triton": "no GPU"}, [])
 CPU = NATIVE._replace(reasons={**NATIVE.reasons, "native": "not built"})
 INTEL = NATIVE._replace(cpu=Cpu("Intel", True, True, "auto"))
 AMD = NATIVE._replace(cpu=Cpu("AMD", True, True, "auto"))
+AMD_AVX2 = NATIVE._replace(cpu=Cpu("AMD", False, True, "auto", (F16, BF16)))
+INTEL_FP16 = NATIVE._replace(cpu=Cpu("Intel", True, True, "auto", (F16,)))
 BUILT = Machine("a card", (9, 0), RUNS, [])
 H100 = BUILT._replace(reasons=RUNS | {"native": "not built"})
 
@@ -85,7 +87,10 @@ def test_few_rows_of_a_large_weight_are_kept_on_a_gpu(dtype):
         (NATIVE, BF16, "aten", "no matrix units"),
         (NATIVE._replace(cpu=Cpu("Intel", False, True, "auto")), BF16, "aten", "no matrix units"),
         (INTEL, BF16, "native", "faster than ATen calls"),
-        (INTEL, torch.float16, "aten", "does not support float16"),
+        (INTEL, F16, "aten", "oneDNN kernels for float16"),
+        (INTEL_FP16, F16, "native", "no oneDNN kernels for this dtype"),
+        (INTEL_FP16, BF16, "native", "faster than ATen calls"),
+        (AMD_AVX2, BF16, "native", "no oneDNN kernels for this dtype"),
         (NATIVE, F32, "native", "faster than ATen calls"),
         (NATIVE._replace(reasons=RUNS), F32, "native", "faster"),  # the interpreter is for tests that ask for it
     ],
@@ -181,9 +186,18 @@ def test_up_projections_that_train_alone_do_not_take_the_form_that_saves_x():
         (INTEL, None, 4096, F32, "aten", "as fast or more exact"),
         (INTEL, 16, 4096, F64, "aten", ""),
         (INTEL, 16, 4096, BF16, "aten", "ATen calls oneDNN itself"),
-        (AMD, 1, 768, F32, "onednn", "AMD"),
-        (AMD, 1600, 768, F32, "onednn", "AMD"),
-        (AMD, None, 768, F32, "onednn", "AMD"),
+        (INTEL_FP16, 16, 768, F16, "aten", "MKL"),
+        (AMD, 1, 768, F32, "onednn", "twice as long"),
+        (AMD, 1600, 768, F32, "onednn", "twice as long"),
+        (AMD, None, 768, F32, "onednn", "twice as long"),
+        (AMD, 1600, 170, F32, "aten", "a small W0"),
+        (AMD, 1600, 171, F32, "onednn", "twice as long"),
+        (AMD_AVX2, 256, 768, F32, "onednn-forward", "multiple of 512 and no power of two"),
+        (AMD_AVX2, 257, 768, F32, "aten", "except for 2 to 256 rows"),
+        (AMD_AVX2, 1, 768, F32, "aten", "except for 2 to 256 rows"),
+        (AMD_AVX2, None, 768, F32, "aten", "except for 2 to 256 rows"),
+        (AMD_AVX2, 1600, 768, BF16, "onednn", "blocks of W0"),
+        (AMD_AVX2, 1600, 10, F16, "onednn", "blocks of W0"),
         (AMD, 1600, 768, BF16, "aten", "ATen calls oneDNN itself"),
         (AMD._replace(cpu=Cpu("AMD", True, False, "onednn")), 1600, 768, F32, "aten", "no oneDNN operators"),
         (AMD._replace(cpu=Cpu("AMD", True, True, "aten")), 1600, 768, F32, "aten", "sets it"),
@@ -193,11 +207,18 @@ def test_up_projections_that_train_alone_do_not_take_the_form_that_saves_x():
     ],
 )
 def test_library_of_the_large_products(machine, M, N, dtype, library, why):
+    """Here K is 3072."""
     choice = choose(M, 3072, N, 8, 8, dtype, machine)
     assert choice.library == library
     assert why in choice.why_library
     assert bool(why) == bool(choice.why_library)
     assert choice.plan == (choice.form if library == "aten" else f"{choice.form} {library}")
+
+
+@pytest.mark.parametrize("K", [768, 1024, 3000, 4096])
+def test_onednn_in_both_passes_for_few_rows_on_amd_without_avx512(K):
+    choice = choose(64, K, 1024, 8, 8, F32, AMD_AVX2)
+    assert (choice.library, "up to twice as fast" in choice.why_library) == ("onednn", True)
 
 
 SWEEPING = BUILT._replace(backward="sweep")

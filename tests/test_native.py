@@ -22,7 +22,7 @@ from hydra_kernels.backend.interface import LIBRARIES, Operands
 from hydra_kernels.choose import machine
 
 from .cases import PLAIN, ROUNDING, Case, operands
-from .test_backends import BF16, EVERYTHING, F32, F64, NAMES, call, compare, everything
+from .test_backends import BF16, EVERYTHING, F16, F32, F64, NAMES, call, compare, everything
 from .test_bad_input import CALLS, NESTED, R_A, R_B, K, M, N, arguments
 
 NATIVE = extension.load()
@@ -38,6 +38,7 @@ LARGE = [
     Case((300,), 70, 90, 8, 0, G_layout="transposed"),
     Case((0,), 300, 200, 8, 8),
 ]
+FEW = Case((32,), 301, 530, 3, 2)  # so few rows that W0 is read once, as it is
 
 
 @pytest.fixture(autouse=True)
@@ -60,32 +61,85 @@ def test_kernels(case, form, threads, dtype):
     compare(case, "native", form, (dtype, dtype))
 
 
-@pytest.mark.parametrize(("base", "adapters"), [(BF16, BF16), (BF16, F32)], ids=str)
-@pytest.mark.parametrize("units", [True, False], ids=["matrix_units", "widened"])
-@pytest.mark.parametrize("form", ["composed", "kept"])
-@pytest.mark.parametrize("case", LARGE, ids=str)
-def test_kernels_in_bfloat16(case, form, units, base, adapters):
-    """With matrix units where this processor has them, and without: then blocks are widened to fp32."""
-    torch._C._set_mkldnn_enabled(units)
+@pytest.fixture
+def products_by_aten(monkeypatch):
+    monkeypatch.setenv("HYDRA_KERNELS_PRODUCTS", "aten")
+    machine.forget()
+    yield
+    monkeypatch.undo()
+    machine.forget()
+
+
+@pytest.fixture
+def widened():
+    """As on a processor for which torch has no oneDNN kernels in bf16 and fp16."""
+    torch._C._set_mkldnn_enabled(False)
     try:
-        assert NATIVE.matrix_units() <= units
-        compare(case, "native", form, (base, adapters))
+        assert (NATIVE.widened(fp16=False), NATIVE.widened(fp16=True), NATIVE.matrix_units()) == (True, True, False)
+        yield
     finally:
         torch._C._set_mkldnn_enabled(True)
 
 
+@pytest.mark.parametrize("adapters", [BF16, F32], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_kernels_in_bfloat16(case, form, adapters):
+    """With matrix units, where this processor has them."""
+    compare(case, "native", form, (BF16, adapters))
+
+
+@pytest.mark.parametrize(("base", "adapters"), [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+@pytest.mark.parametrize("case", [*LARGE, FEW], ids=str)
+def test_kernels_that_widen(case, form, base, adapters, widened):
+    compare(case, "native", form, (base, adapters))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_widened_products_of_several_blocks(form, dtype, widened):
+    """W0 and x have more elements than a block: two blocks of rows and of W0's rows, and many of W0's columns."""
+    compare(Case((70,), 65537, 70, 3, 2), "native", form, (dtype, dtype))
+
+
+def test_products_are_widened_where_torch_has_no_onednn_for_them():
+    assert NATIVE.widened(fp16=False) != torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert NATIVE.widened(fp16=True) != torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    expected = tuple(dtype for dtype, fp16 in ((F16, True), (BF16, False)) if NATIVE.widened(fp16=fp16))
+    assert machine.cpu().widened == expected
+
+
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_every_number_of_float16(form, widened):
+    """Where W0 is zero, h is x A_up^T: every number of fp16 is read, and products of them are rounded to the nearest,
+    ties to even, to subnormal numbers and to infinity."""
+    x = torch.zeros(2**16, 8, dtype=F16)
+    x[:, 0] = torch.arange(-(2**15), 2**15).to(torch.int16).view(F16)
+    A_up = torch.tensor([[1], [3], [1.5 * 2**-10], [2**-14], [-(2**-24)], [60000], [1 + 2**-10]], dtype=F16)
+    A_down = torch.zeros(1, 8, dtype=F16)
+    A_down[0, 0] = 1
+    h = hk.hydra_linear(x, torch.zeros(7, 8, dtype=F16), None, A_down, A_up, None, None, form=form, backend="native")
+    finite = x[:, 0].isfinite()
+    exact = (x[:, :1].float() @ A_up.float().t()).half()
+    torch.testing.assert_close(h[finite], exact[finite], rtol=0, atol=0)
+    assert finite.sum() == 2**16 - 2**11
+    assert h[~finite].isnan().all()  # infinity times W0's zeros
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("form", ["composed", "kept"])
 @pytest.mark.parametrize("case", [replace(case, lead=(200,)) for case in ROUNDING], ids=str)
-def test_cancelling_bias_and_huge_channels_of_many_rows_in_bfloat16(case, form):
+def test_cancelling_bias_and_huge_channels_of_many_rows(case, form, dtype):
     """So many rows that dx goes through W0 + U D."""
     for seed in range(3):
-        compare(case, "native", form, (BF16, BF16), seed=seed)
+        compare(case, "native", form, (dtype, dtype), seed=seed)
 
 
 @pytest.mark.parametrize(
     ("form", "dtype"), [(f, d) for f in FORMS for d in (F32, F64, BF16) if (f, d) != ("effective", BF16)]
 )
-def test_sums_that_all_threads_share(form, dtype):
+def test_sums_that_all_threads_share(form, dtype, products_by_aten):
     """32 threads for 70 rows: sums of each would take more memory than x and G, so there is one set of them."""
     torch.set_num_threads(32)
     case = Case((70,), 1100, 1030, 9, 8)
@@ -96,8 +150,9 @@ def test_sums_that_all_threads_share(form, dtype):
     peak = timing.peak_bytes(lambda: h.backward(G), torch.device("cpu"))
     sums = (9 + 8) * (1100 + 1030) * (8 if dtype == F64 else 4)  # of one thread
     weight = t["weight"].nbytes if form == "effective" else 0  # W0 + U D
-    with torch.no_grad():  # dx, and what torch's own product takes for itself: of bf16 a multiple of W0
-        product = timing.peak_bytes(lambda: torch.mm(G, t["weight"]), torch.device("cpu"))
+    with torch.no_grad():  # dx, and what a product takes for itself: of bf16 a multiple of W0, or both sides in fp32
+        of = torch.float32 if dtype == BF16 and NATIVE.widened(fp16=False) else dtype
+        product = timing.peak_bytes(lambda: torch.mm(G.to(of), t["weight"].to(of)).to(dtype), torch.device("cpu"))
     assert sums < peak - weight - product < 32 * sums
 
 
@@ -180,16 +235,17 @@ def test_a_library_of_another_name_is_refused(monkeypatch):
 )
 def test_every_instruction_set_that_this_processor_has(capability):
     """ATEN_CPU_CAPABILITY, which torch reads once, rules ours too."""
+    if capability == "avx512" and not torch.cpu._is_avx512_supported():  # torch believes the variable
+        pytest.skip("this processor has no AVX-512")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     code = "from hydra_kernels import extension; print(extension.load().instructions())"
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     found = said.stdout.strip()
-    if capability != "default" and found != capability:
-        pytest.skip(f"this processor has no {capability}")
     assert found == {"default": "plain"}.get(capability, capability)
     if found == NATIVE.instructions():
         return  # the same tests run in this process
-    tests = [f"{__file__}::test_kernels", f"{__file__}::test_weights_of_any_layout"]
+    names = ("test_kernels", "test_every_number_of_float16", "test_weights_of_any_layout")
+    tests = [f"{__file__}::{name}" for name in names]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -351,7 +351,7 @@ def test_explain_answers_for_any_machine(capability, dtype, capsys):
     on_gpu = capability not in ("cpu", (7, 5), None)
     expected = "hybrid" if on_gpu and dtype == BF16 else "aten"
     native = extension.load() if capability in ("cpu", None) and native_runs() else None
-    if native is not None and (dtype != BF16 or native.matrix_units()):
+    if native is not None and (dtype != BF16 or native.matrix_units() or native.widened(fp16=False)):
         expected = "native"
     assert choice.backend == expected
     assert f"runs      {choice.backend}, {choice.form} form" in text

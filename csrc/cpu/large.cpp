@@ -7,6 +7,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
+#include <bit>
+
 #include "adapters.h"
 
 namespace hydra::cpu {
@@ -124,7 +126,9 @@ at::Tensor by_blocks(const at::Tensor& left, int64_t N, const at::Tensor& bias, 
                      const Multiply& product) {
   constexpr int64_t BLOCK = 1 << 22;  // elements of the left, or of the right side
   const int64_t M = left.size(0), K = std::max<int64_t>(left.size(1), 1);
-  const int64_t rows = std::max<int64_t>(BLOCK / K, 64), columns = std::max<int64_t>(BLOCK / K, 64);
+  const int64_t rows = std::max<int64_t>(BLOCK / K, 64);
+  // A power of two, since oneDNN is slow for other multiples of 1024 (findings/wide-weights-by-page-strides.sh).
+  const int64_t columns = std::clamp<int64_t>(std::bit_floor(static_cast<uint64_t>(BLOCK / K)), 64, 2048);
   const at::Tensor out = onto.defined() ? onto : at::empty({M, N}, left.options());
   const at::Tensor row = bias.defined() ? widened(bias) : bias;
   for (int64_t m = 0; m < M; m += rows) {

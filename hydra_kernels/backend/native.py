@@ -16,6 +16,7 @@ from .. import extension
 from .interface import (
     ARGUMENTS,
     CPU,
+    LOW_PRECISION,
     MAX_NATIVE_RANK,
     Operands,
     Saved,
@@ -61,8 +62,8 @@ def refusal(
         return "on a GPU it has only the composed form"
     if on_gpu and r_a + r_b > MAX_NATIVE_RANK:
         return f"its GPU kernels support ranks up to {MAX_NATIVE_RANK}, and r_a + r_b is {r_a + r_b}"
-    if form == "effective" and dtype == torch.bfloat16:
-        return "the effective form rounds W0 + U D to torch.bfloat16, which is less exact than the naive layer"
+    if form == "effective" and dtype in LOW_PRECISION:
+        return f"the effective form rounds W0 + U D to {dtype}, which is less exact than the naive layer"
     if form == "effective" and masked:
         return "the effective form does not support dropout"
     if drops_input and on_gpu:

@@ -23,9 +23,10 @@ _FEW_ROWS: float = DATA["on_a_gpu"]["kept_below_M_over_K"]
 _LARGE_WEIGHT: int = DATA["on_a_gpu"]["kept_from_weight_elements"]
 _SMALL_WORK: int = DATA["on_a_gpu"]["native_below_multiply_adds"]
 _PLAIN_ROWS: int = DATA["on_a_cpu"]["compiled_plain_up_to_rows"]
-_ONEDNN_VENDOR: str = DATA["on_a_cpu"]["onednn_for_vendor"]
 _ONEDNN_ROWS: list[int] = DATA["on_a_cpu"]["onednn_forward_for_rows"]
 _ONEDNN_WEIGHT: int = DATA["on_a_cpu"]["onednn_from_weight_elements"]
+_ONEDNN_WEIGHT_AMD: int = DATA["on_a_cpu"]["onednn_on_amd_from_weight_elements"]
+_ONEDNN_STRIDE: int = DATA["on_a_cpu"]["onednn_slow_for_multiples_of"]
 _WHY_SMALL = (
     "the host would take longer to launch Triton kernels than the GPU to run them (measured on an H200); in a CUDA "
     "graph only the GPU's time counts: there try backend='hybrid'"
@@ -36,7 +37,20 @@ _WHY_PLAIN = (
 )
 # Made once: a choice is made in every call.
 _ROWS = f"{_ONEDNN_ROWS[0]} to {_ONEDNN_ROWS[1]} rows"
-_WHY_ONEDNN_VENDOR = f"on {_ONEDNN_VENDOR} MKL, which ATen calls, takes twice as long as oneDNN (measured on a Zen 5)"
+_WHY_AMD_AVX512 = "on AMD MKL, which ATen calls, takes twice as long as oneDNN (measured on a Zen 5)"
+_WHY_AMD_FEW_ROWS = f"on AMD without AVX-512 oneDNN is up to twice as fast for {_ROWS} (measured on a Zen 3)"
+_WHY_AMD_STRIDE = f"{_WHY_AMD_FEW_ROWS}, but not G W0 where K is a multiple of {_ONEDNN_STRIDE} and no power of two"
+_WHY_AMD_MKL = (
+    f"on AMD MKL is more exact, and about as fast without AVX-512, except for {_ROWS} (measured on a Zen 3); "
+    "a small W0 takes little time by either"
+)
+_WHY_AMD_WIDENED = (
+    "in float32 oneDNN is faster than MKL for blocks of W0 (measured on a Zen 3), and its rounding does not count here"
+)
+_WHY_WIDENED = (
+    "torch has no oneDNN kernels for this dtype on this processor; ours multiply with W0 in float32, block by block, "
+    "which takes a small part of the time (measured on a Zen 3)"
+)
 _WHY_ONEDNN_ROWS = f"oneDNN computes x W0^T faster for {_ROWS} and a large W0 (measured on an Intel Xeon)"
 _WHY_MKL = f"MKL is as fast or more exact, except for {_ROWS} and a large W0 (measured on an Intel Xeon)"
 _WHY_LORA = "there is no sequential branch, so nothing reads y0"
@@ -70,6 +84,7 @@ class Cpu(NamedTuple):
     matrix_units: bool  # for bf16
     onednn: bool  # whether torch's operators for oneDNN can be called
     library: str  # one of LIBRARIES that the user set, or "auto"
+    widened: tuple[torch.dtype, ...] = ()  # torch has no oneDNN for them: `native` multiplies with W0 in fp32
 
 
 class Machine(NamedTuple):
@@ -188,8 +203,10 @@ def _inductor_is_best(M: int | None, K: int, N: int, dtype: torch.dtype, machine
 def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
     if machine.reasons["native"] is not None:
         return "aten", "the compiled part is not built, or the device is neither a CPU nor an NVIDIA GPU"
+    if machine.cpu and dtype in machine.cpu.widened:
+        return "native", _WHY_WIDENED
     if dtype == torch.float16:
-        return "aten", "the compiled part does not support float16 on a CPU, where torch's own products are slow in it"
+        return "aten", "torch has oneDNN kernels for float16 on this processor, and ours were not measured beside them"
     if dtype == torch.bfloat16 and not (machine.cpu and machine.cpu.matrix_units):
         return "aten", "this processor has no matrix units for bfloat16 (AMX, AVX512-BF16) that torch would use"
     return "native", "the compiled part is faster than ATen calls from Python (measured on an Intel Xeon)"
@@ -200,25 +217,37 @@ def _library(
 ) -> tuple[str, str]:
     """What computes `native`'s products with W0 on a CPU, and why.
 
-    In fp32 oneDNN sums over all of K at once: its errors are about twice MKL's, so it runs only where it is faster.
+    In fp32 oneDNN adds up to a thousand products one after the other: its errors are about twice MKL's, so it runs only
+    where it is faster.
     """
     (M, K, N), cpu = sizes, machine.cpu
-    if backend != "native" or cpu is None or dtype not in (torch.float32, torch.bfloat16):
+    if backend != "native" or cpu is None or dtype == torch.float64:
         return "aten", ""
     if not cpu.onednn:
         return "aten", "this torch has no oneDNN operators, or they are switched off"
     if cpu.library != "auto":
         return cpu.library, "$HYDRA_KERNELS_PRODUCTS sets it"
-    if dtype == torch.bfloat16:
-        return "aten", "in bfloat16 ATen calls oneDNN itself"
+    if dtype in LOW_PRECISION and dtype not in cpu.widened:
+        return "aten", "in this dtype ATen calls oneDNN itself"
     if winner is not None:
         return winner.library, "it was the fastest when measured on this device"
-    if cpu.vendor == _ONEDNN_VENDOR:
-        return "onednn", _WHY_ONEDNN_VENDOR
-    few, many = _ONEDNN_ROWS
-    if M is not None and few <= M <= many and K * N >= _ONEDNN_WEIGHT:
+    few_rows = M is not None and _ONEDNN_ROWS[0] <= M <= _ONEDNN_ROWS[1]
+    if cpu.vendor == "AMD":
+        return _library_on_amd(few_rows, K, N, dtype, cpu)
+    if few_rows and K * N >= _ONEDNN_WEIGHT:
         return "onednn-forward", _WHY_ONEDNN_ROWS
     return "aten", _WHY_MKL
+
+
+def _library_on_amd(few_rows: bool, K: int, N: int, dtype: torch.dtype, cpu: Cpu) -> tuple[str, str]:
+    if dtype in cpu.widened:
+        return "onednn", _WHY_AMD_WIDENED
+    if K * N >= _ONEDNN_WEIGHT_AMD and cpu.matrix_units:
+        return "onednn", _WHY_AMD_AVX512
+    if K * N >= _ONEDNN_WEIGHT_AMD and few_rows:
+        slow = K % _ONEDNN_STRIDE == 0 and K & (K - 1) != 0
+        return ("onednn-forward", _WHY_AMD_STRIDE) if slow else ("onednn", _WHY_AMD_FEW_ROWS)
+    return "aten", _WHY_AMD_MKL
 
 
 def _backward(machine: Machine, backend: str, ranks: int) -> tuple[str, str]:
@@ -238,7 +267,7 @@ def _form(
     effective = (
         may_be_effective
         and backend == "native"
-        and dtype != torch.bfloat16
+        and dtype not in LOW_PRECISION
         and M is not None
         and M >= _EFFECTIVE_FROM * N
         and M * K * N >= _COMPOSED_FROM_WORK

@@ -17,7 +17,7 @@ import torch
 
 from .. import extension
 from ..backend import TABLE
-from ..backend.interface import BACKWARDS, FORMS, LIBRARIES
+from ..backend.interface import BACKWARDS, FORMS, LIBRARIES, LOW_PRECISION
 from ..backend.interface import CPU as CPU
 from ..backend.native import no_sweep
 from ..version import VERSION
@@ -57,7 +57,8 @@ def cpu() -> Cpu | None:
     if native is None:
         return None
     vendor = next((vendor for vendor in ("AMD", "Intel") if vendor in name), "")
-    return Cpu(vendor, native.matrix_units(), native.onednn(), library)
+    widened = tuple(dtype for dtype in LOW_PRECISION if native.widened(dtype == torch.float16))
+    return Cpu(vendor, native.matrix_units(), native.onednn(), library, widened)
 
 
 def fixed_backward() -> str:
