@@ -456,7 +456,7 @@ def test_refused_combinations_raise_and_name_the_reason(backend, form, dtype):
             call(hk.hydra_linear, t, PLAIN, form=form, backend=backend)
     refused = {
         "aten": form == "effective" or (form == "composed" and dtype in (F16, BF16)),
-        "native": dtype == F16 or (dtype == BF16 and form == "effective"),
+        "native": dtype in (F16, BF16) and form == "effective",
         "hybrid": form == "kept" or dtype == F64,
         "triton": form != "composed" or dtype == F64,
     }

@@ -420,7 +420,7 @@ def test_vmap_is_told_how_to_draw(randomness):
         return call(hk.hydra_linear, {**t, "x": x}, PLAIN, input_dropout_p=0.5)
 
     h = torch.vmap(run, randomness=randomness)(xs)
-    assert torch.equal(h[0], h[1]) == (randomness == "same")
+    assert torch.allclose(h[0], h[1]) == (randomness == "same")  # a library may sum each batch in an order of its own
     assert not torch.allclose(h[0], call(hk.hydra_linear, t, PLAIN))
 
 

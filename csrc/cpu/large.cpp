@@ -124,9 +124,9 @@ at::Tensor few_rows_times_weight(const at::Tensor& G, const at::Tensor& weight, 
 template <class Right, class Multiply>
 at::Tensor by_blocks(const at::Tensor& left, int64_t N, const at::Tensor& bias, const at::Tensor& onto, const Right& right,
                      const Multiply& product) {
-  constexpr int64_t BLOCK = 1 << 22;  // elements of the left, or of the right side
+  constexpr int64_t BLOCK = 1 << 22;  // elements of the left side, of the right side, and of the result at most
   const int64_t M = left.size(0), K = std::max<int64_t>(left.size(1), 1);
-  const int64_t rows = std::max<int64_t>(BLOCK / K, 64);
+  const int64_t rows = std::clamp<int64_t>(BLOCK / K, 64, 2048);
   // A power of two, since oneDNN is slow for other multiples of 1024 (findings/wide-weights-by-page-strides.sh).
   const int64_t columns = std::clamp<int64_t>(std::bit_floor(static_cast<uint64_t>(BLOCK / K)), 64, 2048);
   const at::Tensor out = onto.defined() ? onto : at::empty({M, N}, left.options());
