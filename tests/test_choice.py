@@ -192,12 +192,17 @@ def test_up_projections_that_train_alone_do_not_take_the_form_that_saves_x():
         (AMD, None, 768, F32, "onednn", "twice as long"),
         (AMD, 1600, 170, F32, "aten", "a small W0"),
         (AMD, 1600, 171, F32, "onednn", "twice as long"),
-        (AMD_AVX2, 256, 768, F32, "onednn-forward", "multiple of 512 and no power of two"),
+        (AMD_AVX2, 2, 768, F32, "onednn", "up to twice as fast"),
+        (AMD_AVX2, 32, 768, F32, "onednn", "up to twice as fast"),
+        (AMD_AVX2, 33, 768, F32, "onednn-forward", "for G W0 only up to 32 rows"),
+        (AMD_AVX2, 256, 768, F32, "onednn-forward", "for G W0 only up to 32 rows"),
+        (AMD_AVX2, 256, 171, F32, "onednn-forward", "for G W0 only up to 32 rows"),
+        (AMD_AVX2, 256, 170, F32, "aten", "a small W0"),
         (AMD_AVX2, 257, 768, F32, "aten", "except for 2 to 256 rows"),
         (AMD_AVX2, 1, 768, F32, "aten", "except for 2 to 256 rows"),
         (AMD_AVX2, None, 768, F32, "aten", "except for 2 to 256 rows"),
-        (AMD_AVX2, 1600, 768, BF16, "onednn", "blocks of W0"),
-        (AMD_AVX2, 1600, 10, F16, "onednn", "blocks of W0"),
+        (AMD_AVX2, 1600, 768, BF16, "aten", "except for 2 to 256 rows"),
+        (AMD_AVX2, 256, 768, F16, "onednn-forward", "for G W0 only up to 32 rows"),
         (AMD, 1600, 768, BF16, "aten", "ATen calls oneDNN itself"),
         (AMD._replace(cpu=Cpu("AMD", True, False, "onednn")), 1600, 768, F32, "aten", "no oneDNN operators"),
         (AMD._replace(cpu=Cpu("AMD", True, True, "aten")), 1600, 768, F32, "aten", "sets it"),
@@ -215,10 +220,9 @@ def test_library_of_the_large_products(machine, M, N, dtype, library, why):
     assert choice.plan == (choice.form if library == "aten" else f"{choice.form} {library}")
 
 
-@pytest.mark.parametrize("K", [768, 1024, 3000, 4096])
-def test_onednn_in_both_passes_for_few_rows_on_amd_without_avx512(K):
-    choice = choose(64, K, 1024, 8, 8, F32, AMD_AVX2)
-    assert (choice.library, "up to twice as fast" in choice.why_library) == ("onednn", True)
+@pytest.mark.parametrize(("K", "library"), [(1024, "onednn"), (4096, "onednn"), (3000, "onednn-forward")])
+def test_onednn_in_both_passes_on_amd_without_avx512_for_powers_of_two(K, library):
+    assert choose(256, K, 1024, 8, 8, F32, AMD_AVX2).library == library
 
 
 SWEEPING = BUILT._replace(backward="sweep")

@@ -78,14 +78,11 @@ at::Tensor of_few_rows(int64_t M, int64_t N, int64_t K, const at::Tensor& like, 
   const at::Tensor out = onto.defined() ? onto : at::empty({M, N}, like.options());
   const at::Tensor row = in<float>(bias);
   const Buffer<float> all(M * N);
-  E* to = out.mutable_data_ptr<E>();
+  uint16_t* to = bits(out.mutable_data_ptr<E>());
   spread(N, 2 * M * N * K, [&](int64_t first, int64_t last) {
     sums(first, last, all.data());
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t n = first; n < last; ++n) {
-        const float base = onto.defined() ? float(to[m * N + n]) : 0;
-        to[m * N + n] = all.data()[m * N + n] + (row.defined() ? row.const_data_ptr<float>()[n] : 0) + base;
-      }
+    run(Narrow{LOW<E>, M, last - first, all.data() + first, N, row.defined() ? row.const_data_ptr<float>() + first : nullptr,
+               onto.defined() ? to + first : nullptr, N, to + first, N});
   });
   return out;
 }
@@ -127,7 +124,7 @@ at::Tensor by_blocks(const at::Tensor& left, int64_t N, const at::Tensor& bias, 
   constexpr int64_t BLOCK = 1 << 22;  // elements of the left side, of the right side, and of the result at most
   const int64_t M = left.size(0), K = std::max<int64_t>(left.size(1), 1);
   const int64_t rows = std::clamp<int64_t>(BLOCK / K, 64, 2048);
-  // A power of two, since oneDNN is slow for other multiples of 1024 (findings/wide-weights-by-page-strides.sh).
+  // A power of two, since oneDNN is slow for most other widths (findings/wide-weights-by-page-strides.sh).
   const int64_t columns = std::clamp<int64_t>(std::bit_floor(static_cast<uint64_t>(BLOCK / K)), 64, 2048);
   const at::Tensor out = onto.defined() ? onto : at::empty({M, N}, left.options());
   const at::Tensor row = bias.defined() ? widened(bias) : bias;

@@ -15,14 +15,6 @@ using c10::BFloat16;
 // Columns at a time: what is widened or paired stays in the L1 cache.
 constexpr int64_t CHUNK = 256, OUTER_CHUNK = 128;
 
-template <OfLow E>
-const uint16_t* bits(const E* p) { return reinterpret_cast<const uint16_t*>(p); }
-template <OfLow E>
-uint16_t* bits(E* p) { return reinterpret_cast<uint16_t*>(p); }
-
-template <class E>
-constexpr Low LOW = std::is_same_v<E, c10::Half> ? Low::fp16 : Low::bf16;
-
 int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
 thread_local bool used = false;  // whether this thread holds the registers of matrix units

@@ -27,6 +27,13 @@ concept OfLow = std::is_same_v<E, c10::BFloat16> || std::is_same_v<E, c10::Half>
 template <class E>
 using Sum = std::conditional_t<OfLow<E>, float, E>;
 
+template <OfLow E>
+constexpr Low LOW = std::is_same_v<E, c10::Half> ? Low::fp16 : Low::bf16;
+template <OfLow E>
+const uint16_t* bits(const E* p) { return reinterpret_cast<const uint16_t*>(p); }
+template <OfLow E>
+uint16_t* bits(E* p) { return reinterpret_cast<uint16_t*>(p); }
+
 // Whether this processor, this torch and its settings (torch.backends.mkldnn, ONEDNN_MAX_CPU_ISA) have matrix units.
 bool has_matrix_units();
 

@@ -26,7 +26,7 @@ _PLAIN_ROWS: int = DATA["on_a_cpu"]["compiled_plain_up_to_rows"]
 _ONEDNN_ROWS: list[int] = DATA["on_a_cpu"]["onednn_forward_for_rows"]
 _ONEDNN_WEIGHT: int = DATA["on_a_cpu"]["onednn_from_weight_elements"]
 _ONEDNN_WEIGHT_AMD: int = DATA["on_a_cpu"]["onednn_on_amd_from_weight_elements"]
-_ONEDNN_STRIDE: int = DATA["on_a_cpu"]["onednn_slow_for_multiples_of"]
+_ONEDNN_BACKWARD_ROWS: int = DATA["on_a_cpu"]["onednn_backward_on_amd_up_to_rows"]
 _WHY_SMALL = (
     "the host would take longer to launch Triton kernels than the GPU to run them (measured on an H200); in a CUDA "
     "graph only the GPU's time counts: there try backend='hybrid'"
@@ -39,13 +39,12 @@ _WHY_PLAIN = (
 _ROWS = f"{_ONEDNN_ROWS[0]} to {_ONEDNN_ROWS[1]} rows"
 _WHY_AMD_AVX512 = "on AMD MKL, which ATen calls, takes twice as long as oneDNN (measured on a Zen 5)"
 _WHY_AMD_FEW_ROWS = f"on AMD without AVX-512 oneDNN is up to twice as fast for {_ROWS} (measured on a Zen 3)"
-_WHY_AMD_STRIDE = f"{_WHY_AMD_FEW_ROWS}, but not G W0 where K is a multiple of {_ONEDNN_STRIDE} and no power of two"
+_WHY_AMD_FORWARD = (
+    f"{_WHY_AMD_FEW_ROWS}, but for G W0 only up to {_ONEDNN_BACKWARD_ROWS} rows, or where K is a power of two"
+)
 _WHY_AMD_MKL = (
     f"on AMD MKL is more exact, and about as fast without AVX-512, except for {_ROWS} (measured on a Zen 3); "
     "a small W0 takes little time by either"
-)
-_WHY_AMD_WIDENED = (
-    "in float32 oneDNN is faster than MKL for blocks of W0 (measured on a Zen 3), and its rounding does not count here"
 )
 _WHY_WIDENED = (
     "torch has no oneDNN kernels for this dtype on this processor; ours multiply with W0 in float32, block by block, "
@@ -233,20 +232,18 @@ def _library(
         return winner.library, "it was the fastest when measured on this device"
     few_rows = M is not None and _ONEDNN_ROWS[0] <= M <= _ONEDNN_ROWS[1]
     if cpu.vendor == "AMD":
-        return _library_on_amd(few_rows, K, N, dtype, cpu)
+        return _library_on_amd(M if few_rows else None, K, N, cpu)
     if few_rows and K * N >= _ONEDNN_WEIGHT:
         return "onednn-forward", _WHY_ONEDNN_ROWS
     return "aten", _WHY_MKL
 
 
-def _library_on_amd(few_rows: bool, K: int, N: int, dtype: torch.dtype, cpu: Cpu) -> tuple[str, str]:
-    if dtype in cpu.widened:
-        return "onednn", _WHY_AMD_WIDENED
+def _library_on_amd(few_rows: int | None, K: int, N: int, cpu: Cpu) -> tuple[str, str]:
     if K * N >= _ONEDNN_WEIGHT_AMD and cpu.matrix_units:
         return "onednn", _WHY_AMD_AVX512
-    if K * N >= _ONEDNN_WEIGHT_AMD and few_rows:
-        slow = K % _ONEDNN_STRIDE == 0 and K & (K - 1) != 0
-        return ("onednn-forward", _WHY_AMD_STRIDE) if slow else ("onednn", _WHY_AMD_FEW_ROWS)
+    if K * N >= _ONEDNN_WEIGHT_AMD and few_rows is not None:
+        both = few_rows <= _ONEDNN_BACKWARD_ROWS or K & (K - 1) == 0
+        return ("onednn", _WHY_AMD_FEW_ROWS) if both else ("onednn-forward", _WHY_AMD_FORWARD)
     return "aten", _WHY_AMD_MKL
 
 
