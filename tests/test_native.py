@@ -96,8 +96,7 @@ def test_kernels_that_widen(case, form, base, adapters, widened):
     compare(case, "native", form, (base, adapters))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("form", ["composed", "kept"])
+@pytest.mark.parametrize(("form", "dtype"), [("composed", BF16), ("kept", F16)])
 def test_widened_products_of_several_blocks(form, dtype, widened):
     """W0 and x have more elements than a block: two blocks of rows and of W0's rows, and many of W0's columns."""
     compare(Case((70,), 65537, 70, 3, 2), "native", form, (dtype, dtype))

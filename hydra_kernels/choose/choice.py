@@ -216,7 +216,7 @@ def _library(
 ) -> tuple[str, str]:
     """What computes `native`'s products with W0 on a CPU, and why.
 
-    In fp32 oneDNN adds up to a thousand products one after the other: its errors are about twice MKL's, so it runs only
+    In fp32 oneDNN adds up to a thousand products one after the other: its errors are over twice MKL's, so it runs only
     where it is faster.
     """
     (M, K, N), cpu = sizes, machine.cpu
@@ -239,7 +239,7 @@ def _library(
 
 
 def _library_on_amd(few_rows: int | None, K: int, N: int, cpu: Cpu) -> tuple[str, str]:
-    if K * N >= _ONEDNN_WEIGHT_AMD and cpu.matrix_units:
+    if K * N >= _ONEDNN_WEIGHT_AMD and cpu.matrix_units:  # Zen 4 and later
         return "onednn", _WHY_AMD_AVX512
     if K * N >= _ONEDNN_WEIGHT_AMD and few_rows is not None:
         both = few_rows <= _ONEDNN_BACKWARD_ROWS or K & (K - 1) == 0
