@@ -165,6 +165,7 @@ struct Bf16 {
   }
 };
 
+// VECTOR_BYTES says which instructions there are: in C++ GCC 12 defines no __AVX2__ after `#pragma GCC target`.
 struct Fp16 {
   static HYDRA_INLINE float widened(uint16_t bits) {
 #if VECTOR_BYTES >= 32
