@@ -6,8 +6,8 @@
 namespace hydra {
 
 namespace cpu {
-// x [M, K] and G [M, N] in float32 or float64, like all operands, or in bfloat16, with adapters of that dtype or float32.
-// `saved` comes from the forward. bfloat16 has no effective form.
+// x [M, K] and G [M, N] in float32 or float64, like all operands, or in bfloat16 or float16, with adapters of that dtype or
+// float32. `saved` comes from the forward. bfloat16 and float16 have no effective form.
 Forward forward(const at::Tensor& x, const Operands& op, Needs needs, Plan plan);
 Gradients backward(const at::Tensor& G, const Operands& op, const Saved& saved, Needs needs, Plan plan);
 }  // namespace cpu

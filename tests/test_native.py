@@ -56,7 +56,8 @@ def poisoned_memory():
 )
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_kernels(case, form, threads, dtype):
+def test_kernels(case, form, threads, dtype, products_by_aten):
+    """Of our kernels: `auto` may take oneDNN's products, which round otherwise than those of the naive layer."""
     torch.set_num_threads(threads)
     compare(case, "native", form, (dtype, dtype))
 
@@ -74,11 +75,13 @@ def products_by_aten(monkeypatch):
 def widened():
     """As on a processor for which torch has no oneDNN kernels in bf16 and fp16."""
     torch._C._set_mkldnn_enabled(False)
+    machine.forget()
     try:
         assert (NATIVE.widened(fp16=False), NATIVE.widened(fp16=True), NATIVE.matrix_units()) == (True, True, False)
         yield
     finally:
         torch._C._set_mkldnn_enabled(True)
+        machine.forget()
 
 
 @pytest.mark.parametrize("adapters", [BF16, F32], ids=str)
@@ -93,6 +96,7 @@ def test_kernels_in_bfloat16(case, form, adapters):
 @pytest.mark.parametrize("form", ["composed", "kept"])
 @pytest.mark.parametrize("case", [*LARGE, FEW], ids=str)
 def test_kernels_that_widen(case, form, base, adapters, widened):
+    torch.set_num_threads(3)
     compare(case, "native", form, (base, adapters))
 
 
@@ -115,10 +119,11 @@ def test_every_number_of_float16(form, widened):
     ties to even, to subnormal numbers and to infinity."""
     x = torch.zeros(2**16, 8, dtype=F16)
     x[:, 0] = torch.arange(-(2**15), 2**15).to(torch.int16).view(F16)
-    A_up = torch.tensor([[1], [3], [1.5 * 2**-10], [2**-14], [-(2**-24)], [60000], [1 + 2**-10]], dtype=F16)
+    factors = torch.tensor([1, 3, 1.5 * 2**-10, 2**-14, -(2**-24), 60000, 1 + 2**-10], dtype=F16)
+    A_up = torch.cat([factors, factors.flip(0), -factors[:1]])[:, None]  # 15: a vector of 8, and single numbers
     A_down = torch.zeros(1, 8, dtype=F16)
     A_down[0, 0] = 1
-    h = hk.hydra_linear(x, torch.zeros(7, 8, dtype=F16), None, A_down, A_up, None, None, form=form, backend="native")
+    h = hk.hydra_linear(x, torch.zeros(15, 8, dtype=F16), None, A_down, A_up, None, None, form=form, backend="native")
     finite = x[:, 0].isfinite()
     exact = (x[:, :1].float() @ A_up.float().t()).half()
     torch.testing.assert_close(h[finite], exact[finite], rtol=0, atol=0)
@@ -461,6 +466,19 @@ def test_negated_memory_and_scales_of_another_dtype(form):
     assert torch._neg_view(-G).is_neg()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)
+
+
+@pytest.mark.parametrize("rows", [30, 40])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_negated_memory_of_16_bits(form, dtype, rows, widened):
+    case = replace(PLAIN, lead=(rows,))
+    t, G = operands(case, dtype)
+    expected = results_of(t, G, case, form)
+    negated = {name: torch._neg_view(-t[name]) for name in ("x", "weight", "bias")}
+    assert negated["weight"].is_contiguous()
+    for name, value in results_of({**t, **negated}, torch._neg_view(-G), case, form).items():
+        torch.testing.assert_close(value, expected[name])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -19,7 +19,8 @@ from benchmarks.rendering.verdicts import with_quartiles
 TABLE4_CPU = {"fp32": {"naive_lora": 0.98, "naive_seqlora": 0.98}, "bf16": {"naive_lora": 0.95, "naive_seqlora": 0.95}}
 # A PEFT LoRA script's whole step, accelerated, over PEFT's own, by dtype and whether it has lora_dropout.
 ACCELERATED_CPU = {("fp32", False): 0.88, ("bf16", False): 0.72, ("bf16", True): 0.55}
-# In place of those of fp32 on AMD's processors, where ours calls oneDNN and plain PyTorch MKL, which is slower there.
+# In place of those of fp32 on AMD's processors. They were set on a Zen 5: ours calls oneDNN there, and plain PyTorch
+# MKL, which is half as fast. On a Zen 3 MKL is as fast for many rows.
 TABLE4_AMD = {"fp32": {"naive_lora": 0.87, "naive_seqlora": 0.88}}
 ACCELERATED_AMD = {("fp32", False): 0.65}
 # Accelerated over PEFT's LoRA on the same NF4 base: peak memory by whether activations are recomputed, a step's time, a

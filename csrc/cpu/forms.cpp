@@ -84,7 +84,7 @@ Forward composed_forward(const at::Tensor& x, const Operands& op, Needs needs, c
   const at::Tensor scaled = apart ? scaled_A_down(ad, drop) : at::Tensor();
   const Small<E> down_a(vector<T>(scaled), of_a, K, use(M, DOWN)), down(vector<T>(D) + of_a * K, R - of_a, K, use(M, DOWN));
   const T* d_of = vector<T>(d);
-  // In fp32 the GEMM adds to b0 + u + Z U^T. In bf16 b0, which may cancel x W0^T, must not be rounded before their sum.
+  // In fp32 the GEMM adds to b0 + u + Z U^T. In 16 bits b0, which may cancel x W0^T, must not be rounded before their sum.
   const bool b0_apart = !std::is_same_v<E, T>;
   const T* base = ad.bias(bias.data(), !b0_apart) ? bias.data() : nullptr;
   at::Tensor Z = at::empty({M, R}, x.options()), h = at::empty({M, N}, x.options());

@@ -63,9 +63,10 @@ bool suits_onednn(const at::Tensor& v, const at::Tensor& matrix) {
   return dense && served && has_onednn();
 }
 
-// A copy in fp32, with contiguous rows.
+// A copy in fp32, with contiguous rows. Lazy negation is carried out first: torch 2.13 forgets it from fp16 to fp32.
 at::Tensor widened(const at::Tensor& t) {
-  return at::empty(t.sizes(), t.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous)).copy_(t);
+  const auto options = t.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+  return at::empty(t.sizes(), options).copy_(t.is_neg() ? t.resolve_neg() : t);
 }
 
 // Few rows are a small operand of small.h beside W0, which is then read once, as it is.
@@ -121,7 +122,7 @@ at::Tensor few_rows_times_weight(const at::Tensor& G, const at::Tensor& weight, 
 template <class Right, class Multiply>
 at::Tensor by_blocks(const at::Tensor& left, int64_t N, const at::Tensor& bias, const at::Tensor& onto, const Right& right,
                      const Multiply& product) {
-  constexpr int64_t BLOCK = 1 << 22;  // elements of the left side, of the right side, and of the result at most
+  constexpr int64_t BLOCK = 1 << 22;  // elements of the left side, of the right side, and of the result, for K up to 65,536
   const int64_t M = left.size(0), K = std::max<int64_t>(left.size(1), 1);
   const int64_t rows = std::clamp<int64_t>(BLOCK / K, 64, 2048);
   // A power of two, since oneDNN is slow for most other widths (findings/wide-weights-by-page-strides.sh).
@@ -153,18 +154,20 @@ bool is_widened(at::ScalarType dtype) {
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& onto, Library library) {
-  if (is_widened(x.scalar_type()) && x.size(0) <= FEW_ROWS)
-    return x.scalar_type() == at::kHalf ? linear_of_few_rows<c10::Half>(x, weight, bias, onto)
-                                        : linear_of_few_rows<c10::BFloat16>(x, weight, bias, onto);
-  if (is_widened(x.scalar_type()))
+  // ATen has no product that adds a matrix and a bias before it rounds.
+  const bool low = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  const bool three_summands = bias.defined() && onto.defined(), by_operator = suits_onednn(x, weight);
+  if (is_widened(x.scalar_type()) || (low && three_summands && !by_operator)) {
+    if (x.size(0) <= FEW_ROWS)
+      return x.scalar_type() == at::kHalf ? linear_of_few_rows<c10::Half>(x, weight, bias, onto)
+                                          : linear_of_few_rows<c10::BFloat16>(x, weight, bias, onto);
     return by_blocks(
         x, weight.size(0), bias, onto, [&](int64_t n, int64_t count) { return widened(weight.narrow(0, n, count)); },
         [&](const at::Tensor& v, const at::Tensor& W, const at::Tensor& row, const at::Tensor& sum) {
           return linear(v, W, row, sum, library);
         });
-  // In bf16 ATen itself calls oneDNN, but has no product that adds a matrix and a bias before it rounds.
-  const bool three_summands = bias.defined() && onto.defined();
-  if ((library != Library::aten || (three_summands && x.scalar_type() == at::kBFloat16)) && suits_onednn(x, weight))
+  }
+  if ((library != Library::aten || (low && three_summands)) && by_operator)
     return by_onednn(x, weight, bias.defined() ? Bias(bias) : std::nullopt, onto);
   if (three_summands) {
     at::Tensor y0 = at::addmm(bias, x, weight.t());

@@ -61,7 +61,7 @@ struct Sweep {
   const E* G;
   int64_t G_stride;
   bool wants_dZ = false;
-  const T* U = nullptr;           // [N, padded(R)], where dZ is wanted; for bf16 the next one
+  const T* U = nullptr;           // [N, padded(R)], where dZ is wanted; in 16 bits the next one
   const Small<E>* U_t = nullptr;  // [R, N]
   const Mask<T>* mask = nullptr;
   bool wants_dU = false;

@@ -43,12 +43,13 @@ _WHY_AMD_FORWARD = (
     f"{_WHY_AMD_FEW_ROWS}, but for G W0 only up to {_ONEDNN_BACKWARD_ROWS} rows, or where K is a power of two"
 )
 _WHY_AMD_MKL = (
-    f"on AMD MKL is more exact, and about as fast without AVX-512, except for {_ROWS} (measured on a Zen 3); "
+    f"without AVX-512 MKL is more exact and about as fast on AMD too, except for {_ROWS} (measured on a Zen 3); "
     "a small W0 takes little time by either"
 )
+_WHY_BLOCKS = "MKL multiplies blocks of W0 in float32; up to 32 rows our own kernels read W0 as it is"
 _WHY_WIDENED = (
-    "torch has no oneDNN kernels for this dtype on this processor; ours multiply with W0 in float32, block by block, "
-    "which takes a small part of the time (measured on a Zen 3)"
+    "torch has no oneDNN kernels for this dtype on this processor, or they are switched off; ours multiply with W0 in "
+    "float32, block by block, which takes a small part of the time (measured on a Zen 3)"
 )
 _WHY_ONEDNN_ROWS = f"oneDNN computes x W0^T faster for {_ROWS} and a large W0 (measured on an Intel Xeon)"
 _WHY_MKL = f"MKL is as fast or more exact, except for {_ROWS} and a large W0 (measured on an Intel Xeon)"
@@ -226,7 +227,9 @@ def _library(
         return "aten", "this torch has no oneDNN operators, or they are switched off"
     if cpu.library != "auto":
         return cpu.library, "$HYDRA_KERNELS_PRODUCTS sets it"
-    if dtype in LOW_PRECISION and dtype not in cpu.widened:
+    if dtype in cpu.widened:
+        return ("onednn", _WHY_AMD_AVX512) if cpu.vendor == "AMD" and cpu.matrix_units else ("aten", _WHY_BLOCKS)
+    if dtype in LOW_PRECISION:
         return "aten", "in this dtype ATen calls oneDNN itself"
     if winner is not None:
         return winner.library, "it was the fastest when measured on this device"
@@ -239,7 +242,7 @@ def _library(
 
 
 def _library_on_amd(few_rows: int | None, K: int, N: int, cpu: Cpu) -> tuple[str, str]:
-    if K * N >= _ONEDNN_WEIGHT_AMD and cpu.matrix_units:  # Zen 4 and later
+    if cpu.matrix_units:  # Zen 4 and later
         return "onednn", _WHY_AMD_AVX512
     if K * N >= _ONEDNN_WEIGHT_AMD and few_rows is not None:
         both = few_rows <= _ONEDNN_BACKWARD_ROWS or K & (K - 1) == 0
