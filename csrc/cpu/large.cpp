@@ -156,8 +156,9 @@ bool is_widened(at::ScalarType dtype) {
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& onto, Library library) {
   // ATen has no product that adds a matrix and a bias before it rounds.
   const bool low = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  const bool three_summands = bias.defined() && onto.defined(), by_operator = suits_onednn(x, weight);
-  if (is_widened(x.scalar_type()) || (low && three_summands && !by_operator)) {
+  const bool three_summands = bias.defined() && onto.defined();
+  const bool by_operator = (library != Library::aten || (low && three_summands)) && suits_onednn(x, weight);
+  if (low && (is_widened(x.scalar_type()) || (three_summands && !by_operator))) {
     if (x.size(0) <= FEW_ROWS)
       return x.scalar_type() == at::kHalf ? linear_of_few_rows<c10::Half>(x, weight, bias, onto)
                                           : linear_of_few_rows<c10::BFloat16>(x, weight, bias, onto);
@@ -167,8 +168,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
           return linear(v, W, row, sum, library);
         });
   }
-  if ((library != Library::aten || (low && three_summands)) && by_operator)
-    return by_onednn(x, weight, bias.defined() ? Bias(bias) : std::nullopt, onto);
+  if (by_operator) return by_onednn(x, weight, bias.defined() ? Bias(bias) : std::nullopt, onto);
   if (three_summands) {
     at::Tensor y0 = at::addmm(bias, x, weight.t());
     return y0.add_(onto);
