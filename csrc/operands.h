@@ -99,9 +99,9 @@ static_assert(GRADIENTS <= 32, "sets of gradients are 32 bits wide");
 // composed: y0 is never computed. effective: nor is Z, since the forward is x (W0 + U D)^T. kept: y0 is saved.
 enum class Form { composed, effective, kept };
 
-// What computes the products with W0 on a CPU: ATen, which calls MKL in fp32, or oneDNN by torch's own operator, in the
-// forward alone or in both passes.
-enum class Library { aten, onednn_forward, onednn };
+// What computes the products with W0 on a CPU: ATen, which calls MKL in fp32; oneDNN by torch's own operator, in the
+// forward alone or in both passes; or, in fp32, our kernels for few rows.
+enum class Library { aten, onednn_forward, onednn, own };
 
 struct Plan {
   Form form = Form::composed;

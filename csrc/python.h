@@ -67,12 +67,13 @@ inline const std::array<py::str, GRADIENTS>& gradient_names() {
 }
 
 // A form's name, and after a blank the library's where it is not ATen, or "sweep": "composed", "kept onednn",
-// "kept onednn-forward", "composed sweep".
+// "kept onednn-forward", "kept own", "composed sweep".
 inline Plan plan_named(const std::string& name) {
   const std::string form = name.substr(0, name.find(' '));
   return {form == "composed" ? Form::composed : form == "effective" ? Form::effective : Form::kept,
           name == form + " onednn"           ? Library::onednn
           : name == form + " onednn-forward" ? Library::onednn_forward
+          : name == form + " own"            ? Library::own
                                              : Library::aten,
           name == form + " sweep"};
 }

@@ -38,7 +38,7 @@ LARGE = [
     Case((300,), 70, 90, 8, 0, G_layout="transposed"),
     Case((0,), 300, 200, 8, 8),
 ]
-FEW = Case((32,), 301, 530, 3, 2)  # so few rows that W0 is read once, as it is
+FEW = Case((128,), 301, 530, 3, 2)  # so few rows that our own kernels multiply with W0
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,16 @@ def test_kernels(case, form, threads, dtype, products_by_aten):
 
 @pytest.fixture
 def products_by_aten(monkeypatch):
-    monkeypatch.setenv("HYDRA_KERNELS_PRODUCTS", "aten")
+    yield from products_by("aten", monkeypatch)
+
+
+@pytest.fixture
+def products_by_own(monkeypatch):
+    yield from products_by("own", monkeypatch)
+
+
+def products_by(library, monkeypatch):
+    monkeypatch.setenv("HYDRA_KERNELS_PRODUCTS", library)
     machine.forget()
     yield
     monkeypatch.undo()
@@ -102,8 +111,8 @@ def test_kernels_that_widen(case, form, base, adapters, widened):
 
 @pytest.mark.parametrize(("form", "dtype"), [("composed", BF16), ("kept", F16)])
 def test_widened_products_of_several_blocks(form, dtype, widened):
-    """W0 and x have more elements than a block: two blocks of rows and of W0's rows, and many of W0's columns."""
-    compare(Case((70,), 65537, 70, 3, 2), "native", form, (dtype, dtype))
+    """W0 and x have more elements than a block: several blocks of rows, two of W0's rows, and many of W0's columns."""
+    compare(Case((130,), 65537, 70, 3, 2), "native", form, (dtype, dtype))
 
 
 def test_products_are_widened_where_torch_has_no_onednn_for_them():
@@ -154,9 +163,10 @@ def test_sums_that_all_threads_share(form, dtype, products_by_aten):
     peak = timing.peak_bytes(lambda: h.backward(G), torch.device("cpu"))
     sums = (9 + 8) * (1100 + 1030) * (8 if dtype == F64 else 4)  # of one thread
     weight = t["weight"].nbytes if form == "effective" else 0  # W0 + U D
-    with torch.no_grad():  # dx, and what a product takes for itself: of bf16 a multiple of W0, or both sides in fp32
-        of = torch.float32 if dtype == BF16 and NATIVE.widened(fp16=False) else dtype
-        product = timing.peak_bytes(lambda: torch.mm(G.to(of), t["weight"].to(of)).to(dtype), torch.device("cpu"))
+    with torch.no_grad():  # dx, and what a product takes for itself: of bf16 a multiple of W0
+        product = timing.peak_bytes(lambda: torch.mm(G, t["weight"]), torch.device("cpu"))
+    if dtype == BF16 and NATIVE.widened(fp16=False):
+        product = t["x"].nbytes + 2 * G.nbytes  # dx, and G in fp32
     assert sums < peak - weight - product < 32 * sums
 
 
@@ -205,10 +215,34 @@ def test_every_library(form, library, monkeypatch):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call(hk.hydra_linear, t, PLAIN, form=form, backend="native").backward(G)
         by_onednn = sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events())
-        assert by_onednn == {"aten": 0, "onednn-forward": 1, "onednn": 2}[library]
+        assert by_onednn == {"aten": 0, "onednn-forward": 1, "onednn": 2, "own": 0}[library]
     finally:
         monkeypatch.undo()
         machine.forget()
+
+
+# Rows of x that go by dots, by one panel and by more, by one block of 128 rows and by more; columns that fill no panel.
+@pytest.mark.parametrize("M", [1, 2, 8, 9, 17, 48, 97, 131])
+@pytest.mark.parametrize(("K", "N"), [(7, 5), (61, 530), (259, 97), (530, 61)])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_our_kernels_for_few_rows(form, dtype, K, N, M, products_by_own):
+    torch.set_num_threads(3)
+    compare(Case((M,), K, N, 8, 8), "native", form, (dtype, dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_our_kernels_for_few_rows_read_any_layout(dtype, products_by_own):
+    """x and W0 as some columns of every second row, as a transposed matrix, and negated lazily: the same bits."""
+    t, G = operands(replace(PLAIN, lead=(20,)), dtype)
+    expected = results(t, G, "kept")
+    for name in ("weight", "x"):
+        plain = t[name]
+        wide = torch.full((2 * plain.shape[0], plain.shape[1] + 3), float("nan"), dtype=dtype)
+        wide[::2, : plain.shape[1]] = plain
+        for layout in (wide[::2, : plain.shape[1]], plain.t().contiguous().t(), torch._neg_view(-plain)):
+            for found, value in results({**t, name: layout}, G, "kept").items():
+                assert torch.equal(value, expected[found]), (name, layout.stride(), found)
 
 
 def test_a_plan_that_sweeps_is_the_composed_form_on_a_cpu():
@@ -248,8 +282,8 @@ def test_every_instruction_set_that_this_processor_has(capability):
     assert found == {"default": "plain"}.get(capability, capability)
     if found == NATIVE.instructions():
         return  # the same tests run in this process
-    names = ("test_kernels", "test_every_number_of_float16", "test_weights_of_any_layout")
-    tests = [f"{__file__}::{name}" for name in names]
+    names = ("kernels", "our_kernels_for_few_rows", "every_number_of_float16", "weights_of_any_layout")
+    tests = [f"{__file__}::test_{name}" for name in names]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

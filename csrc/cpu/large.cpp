@@ -10,6 +10,7 @@
 #include <bit>
 
 #include "adapters.h"
+#include "few_rows.h"
 
 namespace hydra::cpu {
 namespace {
@@ -69,52 +70,13 @@ at::Tensor widened(const at::Tensor& t) {
   return at::empty(t.sizes(), options).copy_(t.is_neg() ? t.resolve_neg() : t);
 }
 
-// Few rows are a small operand of small.h beside W0, which is then read once, as it is.
-constexpr int64_t FEW_ROWS = 32;
+// Rows up to which our own kernels are faster than blocks of W0 in fp32.
+constexpr int64_t FEW_ROWS = 128;
 
-// out [M, N] = bias [N] + onto [M, N] + sums, with sums(first, last, out) for columns of the fp32 [M, N] `out`.
-template <OfLow E, class Sums>
-at::Tensor of_few_rows(int64_t M, int64_t N, int64_t K, const at::Tensor& like, const at::Tensor& bias, const at::Tensor& onto,
-                       const Sums& sums) {
-  const at::Tensor out = onto.defined() ? onto : at::empty({M, N}, like.options());
-  const at::Tensor row = in<float>(bias);
-  const Buffer<float> all(M * N);
-  uint16_t* to = bits(out.mutable_data_ptr<E>());
-  spread(N, 2 * M * N * K, [&](int64_t first, int64_t last) {
-    sums(first, last, all.data());
-    run(Narrow{LOW<E>, M, last - first, all.data() + first, N, row.defined() ? row.const_data_ptr<float>() + first : nullptr,
-               onto.defined() ? to + first : nullptr, N, to + first, N});
-  });
-  return out;
-}
-
-template <OfLow E>
-at::Tensor linear_of_few_rows(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& onto) {
-  const int64_t M = x.size(0), N = weight.size(0), K = weight.size(1);
-  const at::Tensor rows = in<float>(x);
-  const Rows<E> W(weight);
-  const Small<E> small(rows.const_data_ptr<float>(), M, K, 0);
-  return of_few_rows<E>(M, N, K, x, bias, onto, [&](int64_t first, int64_t last, float* out) {
-    constexpr int64_t BLOCK = 32;
-    const Buffer<float> block(BLOCK * M);  // transposed
-    for (int64_t n = first; n < last; n += BLOCK) {
-      const int64_t count = std::min(BLOCK, last - n);
-      small.down(W.row(n), W.stride, count, nullptr, block.data(), M);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t m = 0; m < M; ++m) out[m * N + n + i] = block.data()[i * M + m];
-    }
-  });
-}
-
-template <OfLow E>
-at::Tensor few_rows_times_weight(const at::Tensor& G, const at::Tensor& weight, const at::Tensor& onto) {
-  const int64_t M = G.size(0), N = weight.size(0), K = weight.size(1);
-  const at::Tensor rows = in<float>(G);
-  const Rows<E> W(weight);
-  const Left<E> left(rows.const_data_ptr<float>(), M, N);
-  return of_few_rows<E>(M, K, N, G, {}, onto, [&](int64_t first, int64_t last, float* out) {
-    left.times(W.data, W.stride, first, last, out, K);
-  });
+// Whether our own kernels multiply v [rows, *] with W0; `blocks`: the choice is between them and blocks of W0 in fp32.
+bool by_own_kernels(const at::Tensor& v, Library library, bool blocks) {
+  if (v.scalar_type() == at::kDouble) return false;
+  return library == Library::own || (blocks && v.size(0) <= FEW_ROWS);
 }
 
 // out [M, N] = bias [N] + onto [M, N] + left [M, K] right, where right(first, count) are columns of the right side in fp32 and
@@ -157,17 +119,16 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   // ATen has no product that adds a matrix and a bias before it rounds.
   const bool low = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
   const bool three_summands = bias.defined() && onto.defined();
-  const bool by_operator = (library != Library::aten || (low && three_summands)) && suits_onednn(x, weight);
-  if (low && (is_widened(x.scalar_type()) || (three_summands && !by_operator))) {
-    if (x.size(0) <= FEW_ROWS)
-      return x.scalar_type() == at::kHalf ? linear_of_few_rows<c10::Half>(x, weight, bias, onto)
-                                          : linear_of_few_rows<c10::BFloat16>(x, weight, bias, onto);
+  const bool library_onednn = library == Library::onednn || library == Library::onednn_forward;
+  const bool by_operator = (library_onednn || (low && three_summands)) && suits_onednn(x, weight);
+  const bool blocks = low && (is_widened(x.scalar_type()) || (three_summands && !by_operator));
+  if (by_own_kernels(x, library, blocks)) return linear_of_few_rows(x, weight, bias, onto);
+  if (blocks)
     return by_blocks(
         x, weight.size(0), bias, onto, [&](int64_t n, int64_t count) { return widened(weight.narrow(0, n, count)); },
         [&](const at::Tensor& v, const at::Tensor& W, const at::Tensor& row, const at::Tensor& sum) {
           return linear(v, W, row, sum, library);
         });
-  }
   if (by_operator) return by_onednn(x, weight, bias.defined() ? Bias(bias) : std::nullopt, onto);
   if (three_summands) {
     at::Tensor y0 = at::addmm(bias, x, weight.t());
@@ -181,10 +142,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 }
 
 at::Tensor times_weight(const at::Tensor& G, const at::Tensor& weight, const at::Tensor& onto, Library library) {
-  if (is_widened(G.scalar_type()) && G.size(0) <= FEW_ROWS)
-    return G.scalar_type() == at::kHalf ? few_rows_times_weight<c10::Half>(G, weight, onto)
-                                        : few_rows_times_weight<c10::BFloat16>(G, weight, onto);
-  if (is_widened(G.scalar_type()))
+  const bool blocks = is_widened(G.scalar_type());
+  if (by_own_kernels(G, library, blocks)) return few_rows_times_weight(G, weight, onto);
+  if (blocks)
     return by_blocks(
         G, weight.size(1), {}, onto, [&](int64_t k, int64_t count) { return widened(weight.narrow(1, k, count)); },
         [&](const at::Tensor& v, const at::Tensor& W, const at::Tensor&, const at::Tensor& sum) {

@@ -7,7 +7,8 @@
 // that nothing is rounded before the sum.
 //
 // Where torch has no oneDNN kernels for bf16 or fp16, it multiplies them in plain loops: G W0 then takes a hundred times as
-// long as in fp32. There these products are fp32's, of blocks that are widened, and each result is rounded once.
+// long as in fp32. There these products are fp32's: up to 128 rows by our own kernels (few_rows.h), beyond by a library, of
+// blocks that are widened. Each result is rounded once.
 #pragma once
 
 #include "../operands.h"

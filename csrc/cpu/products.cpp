@@ -13,6 +13,9 @@ namespace hydra::cpu {
   void run(const Dots<double>& product);     \
   void run(const Combine<float>& product);   \
   void run(const Combine<double>& product);  \
+  int64_t lanes();                           \
+  void run(const Pack& copy);                \
+  void run(const Panels& product);           \
   void run(const Widen& copy);               \
   void run(const Narrow& copy);              \
   void run(const Pair& copy);                \
@@ -58,10 +61,23 @@ const char* instructions() {
   return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "plain";
 }
 
+int64_t lanes() {
+#ifdef __x86_64__
+  switch (isa()) {
+    case Isa::avx512: return avx512::lanes();
+    case Isa::avx2: return avx2::lanes();
+    default: break;
+  }
+#endif
+  return plain::lanes();
+}
+
 void run(const Dots<float>& product) { dispatch(product); }
 void run(const Dots<double>& product) { dispatch(product); }
 void run(const Combine<float>& product) { dispatch(product); }
 void run(const Combine<double>& product) { dispatch(product); }
+void run(const Pack& copy) { dispatch(copy); }
+void run(const Panels& product) { dispatch(product); }
 void run(const Widen& copy) { dispatch(copy); }
 void run(const Narrow& copy) { dispatch(copy); }
 void run(const Pair& copy) { dispatch(copy); }

@@ -39,6 +39,33 @@ struct Combine {
   int64_t left_ahead = 0, right_ahead = 0;  // to prefetch: how far beyond the current elements the caller's next ones lie
 };
 
+// Products with W0 of few rows: their right side is packed into panels, which stay in the L1 cache.
+//
+//   pack      out = panels of right [depth, columns]: one after another, each [depth, 2 lanes()], its columns beyond `columns`
+//             zero; the last is [depth, lanes()] where that is enough
+//   panels    out[i, c] = sum_p left[i, p] right[p, c]    added to out, or in its place
+
+// Numbers of fp32 in a vector of this processor.
+int64_t lanes();
+
+struct Pack {
+  int64_t depth, columns;
+  const float* in;  // element (p, c) at p * in_p + c * in_c; one of the two strides is 1
+  int64_t in_p, in_c;
+  float* out;  // [depth * columns, rounded up to lanes()]
+};
+
+struct Panels {
+  int64_t rows, columns, depth;
+  const float* left;  // [rows, depth]
+  int64_t ld_left;
+  bool left_ahead;  // to prefetch: left comes from memory, and more of its rows follow
+  const float* right;  // packed
+  bool add;
+  float* out;  // [rows, columns]
+  int64_t ld_out;
+};
+
 // Numbers of 16 bits are handled as their bits here.
 //
 //   widen    out[i, c] = in[i, c], from bf16 or fp16 to fp32
@@ -112,6 +139,8 @@ void run(const Dots<float>& product);
 void run(const Dots<double>& product);
 void run(const Combine<float>& product);
 void run(const Combine<double>& product);
+void run(const Pack& copy);
+void run(const Panels& product);
 void run(const Widen& copy);
 void run(const Narrow& copy);
 void run(const Pair& copy);

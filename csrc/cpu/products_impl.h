@@ -147,6 +147,84 @@ void run_combine(const Combine<T>& c) {
   } while (p0 < c.depth);
 }
 
+constexpr int FLOATS = VECTOR_BYTES / sizeof(float);
+// A tile of a panel has so many rows, two accumulators each: all registers but one or two for the panel and one for left.
+constexpr int TILE_ROWS = VECTOR_BYTES >= 64 ? 12 : 6;
+
+void run_pack(const Pack& k) {
+  float* out = k.out;
+  for (int64_t c0 = 0; c0 < k.columns; c0 += 2 * FLOATS) {
+    const int64_t count = least(2 * FLOATS, k.columns - c0), width = count > FLOATS ? 2 * FLOATS : FLOATS;
+    const float* in = k.in + c0 * k.in_c;
+    if (count < width)
+      for (int64_t p = 0; p < k.depth; ++p)
+        for (int64_t c = count; c < width; ++c) out[p * width + c] = 0;
+    if (k.in_c != 1)
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t p = 0; p < k.depth; ++p) out[p * width + c] = in[p * k.in_p + c * k.in_c];
+    else if (count < 2 * FLOATS)
+      for (int64_t p = 0; p < k.depth; ++p)
+        for (int64_t c = 0; c < count; ++c) out[p * width + c] = in[p * k.in_p + c];
+    out += k.depth * width;
+  }
+  // Whole panels in order of rows, since each long row is on a page of its own.
+  constexpr int64_t AHEAD = 8;
+  for (int64_t p = 0; k.in_c == 1 && p < k.depth; ++p) {
+    const float* in = k.in + p * k.in_p;
+    out = k.out + p * 2 * FLOATS;
+    for (int64_t c = 0; c + 2 * FLOATS <= k.columns; c += 2 * FLOATS, out += k.depth * 2 * FLOATS) {
+      __builtin_prefetch(in + c + AHEAD * k.in_p);
+      at<float, FLOATS>(out) = at<float, FLOATS>(in + c);
+      at<float, FLOATS>(out + FLOATS) = at<float, FLOATS>(in + c + FLOATS);
+    }
+  }
+}
+
+// `rows` of left [<= R] times one panel of VECTORS; the first `columns` of it are stored.
+template <int R, int VECTORS>
+void panel_tile(const Panels& p, int64_t rows, int64_t i0, const float* right, int64_t c0, int64_t columns, bool ahead) {
+  if constexpr (R > 1)
+    if (rows < R) return panel_tile<R - 1, VECTORS>(p, rows, i0, right, c0, columns, ahead);
+  using V = Vector<float, FLOATS>;
+  constexpr int64_t LINE = 16;
+  const float* left = p.left + i0 * p.ld_left;
+  V acc[R][VECTORS] = {};
+  for (int64_t q = 0; q < p.depth;) {
+    if (ahead)
+      for (int i = 0; i < R; ++i) __builtin_prefetch(left + (R + i) * p.ld_left + q);
+    for (const int64_t end = least(p.depth, q + LINE); q < end; ++q, right += VECTORS * FLOATS) {
+      V r[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) r[v] = at<float, FLOATS>(right + v * FLOATS);
+      for (int i = 0; i < R; ++i)
+        for (int v = 0; v < VECTORS; ++v) acc[i][v] += left[i * p.ld_left + q] * r[v];
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    float *out = p.out + (i0 + i) * p.ld_out + c0, sums[VECTORS * FLOATS];
+    const bool whole = columns == VECTORS * FLOATS;
+    for (int v = 0; v < VECTORS; ++v) {
+      if (!whole) at<float, FLOATS>(sums + v * FLOATS) = acc[i][v];
+      else at<float, FLOATS>(out + v * FLOATS) = p.add ? at<float, FLOATS>(out + v * FLOATS) + acc[i][v] : acc[i][v];
+    }
+    for (int64_t c = 0; !whole && c < columns; ++c) out[c] = p.add ? out[c] + sums[c] : sums[c];
+  }
+}
+
+// Tiles of almost equal height, since one of a single row takes as long as a whole one.
+void run_panels(const Panels& p) {
+  const int64_t tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t i0 = p.rows * t / tiles, rows = p.rows * (t + 1) / tiles - i0;
+    const float* right = p.right;
+    for (int64_t c0 = 0; c0 < p.columns; c0 += 2 * FLOATS) {
+      const int64_t columns = least(2 * FLOATS, p.columns - c0);
+      const bool ahead = p.left_ahead && c0 == 0;
+      if (columns > FLOATS) panel_tile<TILE_ROWS, 2>(p, rows, i0, right, c0, columns, ahead), right += p.depth * 2 * FLOATS;
+      else panel_tile<TILE_ROWS, 1>(p, rows, i0, right, c0, columns, ahead);
+    }
+  }
+}
+
 template <class To, class From>
 HYDRA_INLINE To bits_of(From value) {
   static_assert(sizeof(To) == sizeof(From));
@@ -335,6 +413,9 @@ void run_masked(const Masked<T>& m) {
   void run(const Dots<double>& product) { run_dots(product); }              \
   void run(const Combine<float>& product) { run_combine(product); }         \
   void run(const Combine<double>& product) { run_combine(product); }        \
+  int64_t lanes() { return FLOATS; }                                        \
+  void run(const Pack& copy) { run_pack(copy); }                            \
+  void run(const Panels& product) { run_panels(product); }                  \
   void run(const Widen& copy) { run_widen(copy); }                          \
   void run(const Narrow& copy) { run_narrow(copy); }                        \
   void run(const Pair& copy) { run_pair(copy); }                            \

@@ -28,7 +28,7 @@ def rounds_the_sum(form: str, dtype: torch.dtype) -> bool:
 
 
 # What computes `native`'s products with W0 on a CPU: ATen (MKL in fp32), or oneDNN in the forward or in both passes.
-LIBRARIES = ("aten", "onednn-forward", "onednn")
+LIBRARIES = ("aten", "onednn-forward", "onednn", "own")
 # How `native`'s backward reads x and G on a GPU: pass by pass, or both in one sweep, on compute capability 9.x alone.
 BACKWARDS = ("passes", "sweep")
 MAX_SWEEP_RANK = 32

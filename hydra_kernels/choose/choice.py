@@ -25,8 +25,9 @@ _SMALL_WORK: int = DATA["on_a_gpu"]["native_below_multiply_adds"]
 _PLAIN_ROWS: int = DATA["on_a_cpu"]["compiled_plain_up_to_rows"]
 _ONEDNN_ROWS: list[int] = DATA["on_a_cpu"]["onednn_forward_for_rows"]
 _ONEDNN_WEIGHT: int = DATA["on_a_cpu"]["onednn_from_weight_elements"]
-_ONEDNN_WEIGHT_AMD: int = DATA["on_a_cpu"]["onednn_on_amd_from_weight_elements"]
-_ONEDNN_BACKWARD_ROWS: int = DATA["on_a_cpu"]["onednn_backward_on_amd_up_to_rows"]
+_LARGE_WEIGHT_AMD: int = DATA["on_a_cpu"]["large_weight_on_amd_from_elements"]
+_OWN_ROWS: list[int] = DATA["on_a_cpu"]["own_on_amd_for_rows"]
+_OWN_ROWS_LARGE: int = DATA["on_a_cpu"]["own_on_amd_up_to_rows_of_a_large_weight"]
 _WHY_SMALL = (
     "the host would take longer to launch Triton kernels than the GPU to run them (measured on an H200); in a CUDA "
     "graph only the GPU's time counts: there try backend='hybrid'"
@@ -38,15 +39,17 @@ _WHY_PLAIN = (
 # Made once: a choice is made in every call.
 _ROWS = f"{_ONEDNN_ROWS[0]} to {_ONEDNN_ROWS[1]} rows"
 _WHY_AMD_AVX512 = "on AMD MKL, which ATen calls, takes twice as long as oneDNN (measured on a Zen 5)"
-_WHY_AMD_FEW_ROWS = f"on AMD without AVX-512 oneDNN is up to twice as fast for {_ROWS} (measured on a Zen 3)"
-_WHY_AMD_FORWARD = (
-    f"{_WHY_AMD_FEW_ROWS}, but for G W0 only up to {_ONEDNN_BACKWARD_ROWS} rows, or where K is a power of two"
+_WHY_OWN = (
+    f"for {_OWN_ROWS[0]} to {_OWN_ROWS[1]} rows, and up to {_OWN_ROWS_LARGE} of a larger W0, they take as little as a "
+    "third of the libraries' time, which pack all of W0 first (measured on a Zen 3)"
 )
+_WHY_AMD_ROWS = f"on AMD without AVX-512 oneDNN is faster up to {_ONEDNN_ROWS[1]} rows (measured on a Zen 3)"
+_WHY_AMD_FORWARD = f"{_WHY_AMD_ROWS}, but not for G W0 unless K is a power of two"
 _WHY_AMD_MKL = (
-    f"without AVX-512 MKL is more exact and about as fast on AMD too, except for {_ROWS} (measured on a Zen 3); "
+    "without AVX-512 MKL is more exact and about as fast for many rows on AMD too (measured on a Zen 3); "
     "a small W0 takes little time by either"
 )
-_WHY_BLOCKS = "MKL multiplies blocks of W0 in float32; up to 32 rows our own kernels read W0 as it is"
+_WHY_BLOCKS = "MKL multiplies blocks of W0 in float32; up to 128 rows our own kernels read W0 as it is"
 _WHY_WIDENED = (
     "torch has no oneDNN kernels for this dtype on this processor, or they are switched off; ours multiply with W0 in "
     "float32, block by block, which takes a small part of the time (measured on a Zen 3)"
@@ -223,10 +226,12 @@ def _library(
     (M, K, N), cpu = sizes, machine.cpu
     if backend != "native" or cpu is None or dtype == torch.float64:
         return "aten", ""
+    if cpu.library != "auto" and (cpu.onednn or "onednn" not in cpu.library):
+        return cpu.library, "$HYDRA_KERNELS_PRODUCTS sets it"
+    if winner is None and cpu.library == "auto" and dtype == torch.float32 and _own_is_best(M, K, N, cpu):
+        return "own", _WHY_OWN
     if not cpu.onednn:
         return "aten", "this torch has no oneDNN operators, or they are switched off"
-    if cpu.library != "auto":
-        return cpu.library, "$HYDRA_KERNELS_PRODUCTS sets it"
     if dtype in cpu.widened:
         return ("onednn", _WHY_AMD_AVX512) if cpu.vendor == "AMD" and cpu.matrix_units else ("aten", _WHY_BLOCKS)
     if dtype in LOW_PRECISION:
@@ -235,19 +240,26 @@ def _library(
         return winner.library, "it was the fastest when measured on this device"
     few_rows = M is not None and _ONEDNN_ROWS[0] <= M <= _ONEDNN_ROWS[1]
     if cpu.vendor == "AMD":
-        return _library_on_amd(M if few_rows else None, K, N, cpu)
+        return _library_on_amd(few_rows, K, N, cpu)
     if few_rows and K * N >= _ONEDNN_WEIGHT:
         return "onednn-forward", _WHY_ONEDNN_ROWS
     return "aten", _WHY_MKL
 
 
-def _library_on_amd(few_rows: int | None, K: int, N: int, cpu: Cpu) -> tuple[str, str]:
+def _library_on_amd(few_rows: bool, K: int, N: int, cpu: Cpu) -> tuple[str, str]:
     if cpu.matrix_units:  # Zen 4 and later
         return "onednn", _WHY_AMD_AVX512
-    if K * N >= _ONEDNN_WEIGHT_AMD and few_rows is not None:
-        both = few_rows <= _ONEDNN_BACKWARD_ROWS or K & (K - 1) == 0
-        return ("onednn", _WHY_AMD_FEW_ROWS) if both else ("onednn-forward", _WHY_AMD_FORWARD)
+    if K * N >= _LARGE_WEIGHT_AMD and few_rows:
+        return ("onednn", _WHY_AMD_ROWS) if K & (K - 1) == 0 else ("onednn-forward", _WHY_AMD_FORWARD)
     return "aten", _WHY_AMD_MKL
+
+
+def _own_is_best(M: int | None, K: int, N: int, cpu: Cpu) -> bool:
+    """Our kernels for few rows were measured on AMD without AVX-512 alone."""
+    if M is None or cpu.vendor != "AMD" or cpu.matrix_units:
+        return False
+    least, most = _OWN_ROWS
+    return least <= M <= (_OWN_ROWS_LARGE if K * N >= _LARGE_WEIGHT_AMD else most)
 
 
 def _backward(machine: Machine, backend: str, ranks: int) -> tuple[str, str]:

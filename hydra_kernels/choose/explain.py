@@ -14,7 +14,12 @@ from ..checks import check_dropout
 from .choice import DATA, Machine, choose
 from .machine import CPU, device_name, here, table
 
-_LIBRARY_NAMES = {"aten": "ATen", "onednn": "oneDNN", "onednn-forward": "oneDNN in the forward, ATen in the backward"}
+_LIBRARY_NAMES = {
+    "aten": "ATen",
+    "onednn": "oneDNN",
+    "onednn-forward": "oneDNN in the forward, ATen in the backward",
+    "own": "our own kernels for few rows",
+}
 Capability = tuple[int, int] | str | None
 
 

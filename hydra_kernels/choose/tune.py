@@ -5,7 +5,6 @@ It times what users call, so it alone in this folder imports `functional` and `l
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
@@ -199,8 +198,9 @@ def _measure(shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
     winner = min(right, key=lambda name: us[name])
     backend, form = winner.split()
     library, library_us, native = "aten", {}, extension.load()
-    if backend == "native" and device.type == "cpu" and dtype == torch.float32 and native and native.onednn():
-        library_us = _times(_libraries(native.apply, form, t, G), device, rounds)
+    if backend == "native" and device.type == "cpu" and dtype == torch.float32 and native:
+        libraries = [name for name in LIBRARIES if native.onednn() or "onednn" not in name]
+        library_us = _times({name: _by(name, native.apply, form, t, G) for name in libraries}, device, rounds)
         library = min(library_us, key=lambda name: library_us[name])
     return Tuned(
         *shape,
@@ -237,16 +237,12 @@ def _operands(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[d
     return {name: scaled(name, size) for name, size in sizes.items()}, normal(M, N).to(dtype)
 
 
-def _libraries(
-    apply: Callable[..., Tensor], form: str, t: dict[str, Tensor | None], G: Tensor
-) -> dict[str, Callable[[], object]]:
-    """A step of `native` by each library."""
-
-    def step(library: str) -> object:
-        plan = Choice("native", form, "", "", library).plan
-        return _step(lambda x, *tensors: apply(x, Operands(*tensors), plan), t, G)
-
-    return {library: functools.partial(step, library) for library in LIBRARIES}
+def _by(
+    library: str, apply: Callable[..., Tensor], form: str, t: dict[str, Tensor | None], G: Tensor
+) -> Callable[[], object]:
+    """A step of `native` by one library."""
+    plan = Choice("native", form, "", "", library).plan
+    return lambda: _step(lambda x, *tensors: apply(x, Operands(*tensors), plan), t, G)
 
 
 def _step(function: Callable[..., Tensor], t: dict[str, Tensor | None], G: Tensor) -> list[Tensor]:
