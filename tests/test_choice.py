@@ -309,6 +309,8 @@ def test_few_rows_under_torch_compile_are_plain_operators():
 
     assert [backend(M) for M in (1, 64, 65, None)] == ["reference", "reference", "native", "native"]
     assert [backend(16, N) for N in (2730, 2731)] == ["reference", "native"]
+    assert [backend(16, N, AMD_AVX2) for N in (170, 171)] == ["reference", "native"]
+    assert [backend(M, 171, AMD_AVX2) for M in (1, 2, 64)] == ["reference", "native", "native"]
     assert backend(16, machine=CPU) == "reference"
     assert backend(16, machine=H100) == "aten"
     assert [backend(16, dtype=dtype) for dtype in (BF16, F64)] == ["native", "native"]
