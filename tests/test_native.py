@@ -221,8 +221,8 @@ def test_every_library(form, library, monkeypatch):
         machine.forget()
 
 
-# Rows of x that go by dots, by one panel and by more, by one block of 128 rows and by more; columns that fill no panel.
-@pytest.mark.parametrize("M", [1, 2, 8, 9, 17, 48, 97, 131])
+# Rows that go by dots, by one panel and by more, by one block of rows and by several; columns that fill no panel.
+@pytest.mark.parametrize("M", [1, 8, 9, 17, 48, 131, 1030])
 @pytest.mark.parametrize(("K", "N"), [(7, 5), (61, 530), (259, 97), (530, 61)])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("form", ["composed", "kept"])

@@ -10,8 +10,9 @@ namespace {
 
 constexpr int64_t DEPTH = 256;    // length of a block of sums: a panel of it stays in the L1 cache
 constexpr int64_t COLUMNS = 128;  // of W0 that are packed at a time: DEPTH x COLUMNS stays in the L2 cache
-constexpr int64_t W0_ROWS = 96;   // whose sums are kept at a time; a multiple of every tile's rows
+constexpr int64_t W0_ROWS = 96;   // whose sums are kept at a time; whole tiles
 constexpr int64_t X_ROWS = 128;   // that are packed at a time
+constexpr int64_t G_ROWS = 1024;  // whose sums are kept at a time, of COLUMNS
 constexpr int64_t BY_DOTS = 8;    // rows of x up to which dots, which pack nothing, are faster
 
 int64_t up_to_lanes(int64_t columns) { return (columns + lanes() - 1) / lanes() * lanes(); }
@@ -105,30 +106,33 @@ at::Tensor linear_in(const at::Tensor& x, const at::Tensor& weight, const at::Te
 
 template <class E>
 at::Tensor times_weight_in(const at::Tensor& G, const at::Tensor& weight, const at::Tensor& onto) {
-  const int64_t M = G.size(0), N = weight.size(0), K = weight.size(1);
-  const at::Tensor out = onto.defined() ? onto : at::empty({M, K}, G.options());
+  const int64_t N = weight.size(0), K = weight.size(1), panel = 2 * lanes();
+  const at::Tensor out = onto.defined() ? onto : at::empty({G.size(0), K}, G.options());
   const at::Tensor rows = in<float>(G);
   const Rows<E> W(weight);
-  E* to = out.mutable_data_ptr<E>();
-  const int64_t panel = 2 * lanes();
-  spread((K + panel - 1) / panel, 2 * M * N * K, [&](int64_t first, int64_t last) {
-    float *packed = Scratch<float, 5>::of(DEPTH * COLUMNS), *room = Scratch<float, 6>::of(DEPTH * COLUMNS);
-    float* sums = Scratch<float, 7>::of(M * COLUMNS);
-    const int64_t end = std::min(K, last * panel);
-    for (int64_t k = first * panel; k < end; k += COLUMNS) {
-      const int64_t count = std::min(COLUMNS, end - k);
-      int64_t n = 0;
-      do {  // at least once: an empty sum must be written too
-        const int64_t depth = std::min(DEPTH, N - n);
-        int64_t stride = W.stride;
-        const float* right = in_fp32(W.row(n) + k, stride, depth, count, room);
-        run(Pack{depth, count, right, stride, 1, packed});
-        run(Panels{M, count, depth, rows.const_data_ptr<float>() + n, N, false, packed, n > 0, sums, COLUMNS});
-        n += DEPTH;
-      } while (n < N);
-      store(M, count, sums, COLUMNS, static_cast<const float*>(nullptr), onto.defined() ? to + k : nullptr, to + k, K);
-    }
-  });
+  for (int64_t m = 0; m < G.size(0); m += G_ROWS) {
+    const int64_t M = std::min(G_ROWS, G.size(0) - m);
+    const float* left = rows.const_data_ptr<float>() + m * N;
+    E* to = out.mutable_data_ptr<E>() + m * K;
+    spread((K + panel - 1) / panel, 2 * M * N * K, [&](int64_t first, int64_t last) {
+      float *packed = Scratch<float, 5>::of(DEPTH * COLUMNS), *room = Scratch<float, 6>::of(DEPTH * COLUMNS);
+      float* sums = Scratch<float, 7>::of(M * COLUMNS);
+      const int64_t end = std::min(K, last * panel);
+      for (int64_t k = first * panel; k < end; k += COLUMNS) {
+        const int64_t count = std::min(COLUMNS, end - k);
+        int64_t n = 0;
+        do {  // at least once: an empty sum must be written too
+          const int64_t depth = std::min(DEPTH, N - n);
+          int64_t stride = W.stride;
+          const float* right = in_fp32(W.row(n) + k, stride, depth, count, room);
+          run(Pack{depth, count, right, stride, 1, packed});
+          run(Panels{M, count, depth, left + n, N, false, packed, n > 0, sums, COLUMNS});
+          n += DEPTH;
+        } while (n < N);
+        store(M, count, sums, COLUMNS, static_cast<const float*>(nullptr), onto.defined() ? to + k : nullptr, to + k, K);
+      }
+    });
+  }
   return out;
 }
 

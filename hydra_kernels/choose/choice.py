@@ -202,7 +202,8 @@ def _inductor_is_best(M: int | None, K: int, N: int, dtype: torch.dtype, machine
     if machine.capability is not None or dtype != torch.float32 or M is None or M > _PLAIN_ROWS:
         return False
     own = machine.cpu is not None and _own_is_best(M, K, N, machine.cpu)
-    return (_LARGE_WEIGHT_AMD if own else _ONEDNN_WEIGHT) > K * N
+    large = _LARGE_WEIGHT_AMD if own else _ONEDNN_WEIGHT
+    return K * N < large
 
 
 def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
