@@ -203,7 +203,7 @@ def _inductor_is_best(M: int | None, K: int, N: int, dtype: torch.dtype, machine
         return False
     own = machine.cpu is not None and _own_is_best(M, K, N, machine.cpu)
     large = _LARGE_WEIGHT_AMD if own else _ONEDNN_WEIGHT
-    return K * N < large
+    return large > K * N
 
 
 def _off_gpu(dtype: torch.dtype, machine: Machine, form: str) -> tuple[str, str]:
