@@ -221,9 +221,9 @@ def test_every_library(form, library, monkeypatch):
         machine.forget()
 
 
-# Rows that go by dots, by one panel and by more, by one block of rows and by several; columns that fill no panel.
-@pytest.mark.parametrize("M", [1, 8, 9, 17, 48, 131, 1030])
-@pytest.mark.parametrize(("K", "N"), [(7, 5), (61, 530), (259, 97), (530, 61)])
+# Rows that go by dots, by one panel and by more, by one block of rows and by several; a last panel of every width.
+@pytest.mark.parametrize("M", [1, 8, 9, 12, 24, 48, 131, 1030])
+@pytest.mark.parametrize(("K", "N"), [(7, 5), (24, 530), (259, 97), (560, 61)])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("form", ["composed", "kept"])
 def test_our_kernels_for_few_rows(form, dtype, K, N, M, products_by_own):

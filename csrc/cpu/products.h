@@ -41,8 +41,8 @@ struct Combine {
 
 // Products with W0 of few rows: their right side is packed into panels, which stay in the L1 cache.
 //
-//   pack      out = panels of right [depth, columns]: one after another, each [depth, 2 lanes()], its columns beyond `columns`
-//             zero; the last is [depth, lanes()] where that is enough
+//   pack      out = panels of right [depth, columns]: one after another, each [depth, 2 lanes()], or the last [depth, lanes()] where
+//             that is enough; columns beyond `columns` are zero, as unset memory may hold numbers that are slow
 //   panels    out[i, c] = sum_p left[i, p] right[p, c]    added to out, or in its place
 
 // Numbers of fp32 in a vector of this processor.
