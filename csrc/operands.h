@@ -100,7 +100,7 @@ static_assert(GRADIENTS <= 32, "sets of gradients are 32 bits wide");
 enum class Form { composed, effective, kept };
 
 // What computes the products with W0 on a CPU: ATen, which calls MKL in fp32; oneDNN by torch's own operator, in the
-// forward alone or in both passes; or, in fp32, our kernels for few rows.
+// forward alone or in both passes; or our kernels for few rows.
 enum class Library { aten, onednn_forward, onednn, own };
 
 struct Plan {

@@ -14,7 +14,7 @@ RUNS = dict.fromkeys(("aten", "native", "hybrid", "triton"))
 NATIVE = Machine("a processor", None, RUNS | {"hybrid": "no GPU", "triton": "no GPU"}, [])
 CPU = NATIVE._replace(reasons={**NATIVE.reasons, "native": "not built"})
 INTEL = NATIVE._replace(cpu=Cpu("Intel", True, True, "auto"))
-AMD = NATIVE._replace(cpu=Cpu("AMD", True, True, "auto"))
+AMD = NATIVE._replace(cpu=Cpu("AMD", True, True, "auto", instructions="avx512"))
 AMD_AVX2 = NATIVE._replace(cpu=Cpu("AMD", False, True, "auto", (F16, BF16)))
 INTEL_FP16 = NATIVE._replace(cpu=Cpu("Intel", True, True, "auto", (F16,)))
 BUILT = Machine("a card", (9, 0), RUNS, [])
@@ -193,7 +193,7 @@ def test_up_projections_that_train_alone_do_not_take_the_form_that_saves_x():
         (AMD, 1600, 8, F32, "onednn", "twice as long"),
         (AMD._replace(cpu=Cpu("AMD", True, True, "auto", (F16,))), 1600, 768, F16, "onednn", "twice as long"),
         (AMD_AVX2._replace(cpu=Cpu("AMD", False, True, "onednn", (F16,))), 1600, 768, F16, "onednn", "sets it"),
-        (AMD_AVX2, 1, 768, F32, "aten", "about as fast for many rows"),
+        (AMD_AVX2, 1, 768, F32, "aten", "for one row, for many"),
         (AMD_AVX2, 2, 8, F32, "own", "2 to 32 rows"),
         (AMD_AVX2, 32, 8, F32, "own", "2 to 32 rows"),
         (AMD_AVX2, 33, 170, F32, "aten", "a small W0"),
@@ -202,9 +202,11 @@ def test_up_projections_that_train_alone_do_not_take_the_form_that_saves_x():
         (AMD_AVX2, 97, 768, F32, "onednn-forward", "not for G W0 unless K is a power of two"),
         (AMD_AVX2, 256, 171, F32, "onednn-forward", "not for G W0 unless K is a power of two"),
         (AMD_AVX2, 256, 170, F32, "aten", "a small W0"),
-        (AMD_AVX2, 257, 768, F32, "aten", "about as fast for many rows"),
-        (AMD_AVX2, None, 768, F32, "aten", "about as fast for many rows"),
+        (AMD_AVX2, 257, 768, F32, "aten", "for one row, for many"),
+        (AMD_AVX2, None, 768, F32, "aten", "for one row, for many"),
         (AMD_AVX2, 16, 768, F64, "aten", ""),
+        (AMD_AVX2._replace(cpu=Cpu("AMD", False, True, "auto", (), "avx512")), 16, 8, F32, "aten", "a small W0"),
+        (AMD_AVX2._replace(cpu=Cpu("AMD", False, True, "auto", (), "plain")), 16, 8, F32, "aten", "a small W0"),
         (AMD_AVX2._replace(cpu=Cpu("AMD", False, False, "auto")), 96, 768, F32, "own", "up to 96"),
         (AMD_AVX2._replace(cpu=Cpu("AMD", False, False, "auto")), 97, 768, F32, "aten", "no oneDNN operators"),
         (AMD_AVX2._replace(cpu=Cpu("AMD", False, True, "onednn")), 16, 768, F32, "onednn", "sets it"),
@@ -234,6 +236,22 @@ def test_library_of_the_large_products(machine, M, N, dtype, library, why):
 @pytest.mark.parametrize(("K", "library"), [(1024, "onednn"), (4096, "onednn"), (3000, "onednn-forward")])
 def test_onednn_in_both_passes_on_amd_without_avx512_for_powers_of_two(K, library):
     assert choose(256, K, 1024, 8, 8, F32, AMD_AVX2).library == library
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize(
+    ("winner", "library"),
+    [
+        (Measured(16, "native", "kept", "aten"), "aten"),
+        (Measured(16, "native", "kept", "own"), "own"),
+        (Measured(16, "aten", "kept"), "own"),  # no library of `native` was timed
+    ],
+)
+def test_a_measured_library_comes_before_the_rule(winner, library, onednn):
+    for cpu in (Cpu("AMD", False, onednn, "auto"), Cpu("Intel", True, onednn, "auto")):
+        machine = NATIVE._replace(cpu=cpu, measured=[((3072, 768, 8, 8, F32), [winner])])
+        found = choose(16, 3072, 768, 8, 8, F32, machine, form="kept", backend="native").library
+        assert found == (library if cpu.vendor == "AMD" or winner.backend == "native" else "aten")
 
 
 SWEEPING = BUILT._replace(backward="sweep")
@@ -311,6 +329,8 @@ def test_few_rows_under_torch_compile_are_plain_operators():
     assert [backend(16, N) for N in (2730, 2731)] == ["reference", "native"]
     assert [backend(16, N, AMD_AVX2) for N in (170, 171)] == ["reference", "native"]
     assert [backend(M, 171, AMD_AVX2) for M in (1, 2, 64)] == ["reference", "native", "native"]
+    fixed = [AMD_AVX2._replace(cpu=Cpu("AMD", False, True, library)) for library in ("own", "aten")]
+    assert [backend(16, 171, machine) for machine in fixed] == ["native", "reference"]
     assert backend(16, machine=CPU) == "reference"
     assert backend(16, machine=H100) == "aten"
     assert [backend(16, dtype=dtype) for dtype in (BF16, F64)] == ["native", "native"]

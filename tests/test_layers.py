@@ -42,7 +42,7 @@ def oracle_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_training_starts_at_exactly_the_frozen_layer(kind, dtype, bias):
+def test_training_starts_at_exactly_the_frozen_layer(kind, dtype, bias, products_by_aten):
     layer = kind(13, 11, bias, dtype=dtype, **ALL_OPTIONS)
     x = torch.randn(2, 7, 13, dtype=dtype)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
@@ -123,7 +123,7 @@ def test_base_is_drawn_as_nn_linear_draws_it():
     assert torch.equal(layer.bias, linear.bias)
 
 
-def test_reset_adapters_returns_to_the_start_and_spares_the_base():
+def test_reset_adapters_returns_to_the_start_and_spares_the_base(products_by_aten):
     layer = trained(hk.HydraLinear(13, 11, scale_a=0.5, **ALL_OPTIONS))
     weight = layer.weight.clone()
     layer.reset_adapters()
@@ -151,7 +151,7 @@ def test_fp32_adapters_over_a_low_precision_base(base):
     assert {p.grad.dtype for p in layer.adapters().values()} == {F32}
 
 
-def test_an_nn_linear_state_dict_loads():
+def test_an_nn_linear_state_dict_loads(products_by_aten):
     linear, layer = nn.Linear(13, 11), hk.HydraLinear(13, 11)
     missing, unexpected = layer.load_state_dict(linear.state_dict(), strict=False)
     assert missing == ["A_down", "A_up", "B_down", "B_up"]
@@ -506,7 +506,7 @@ def test_to_and_half_move_everything():
     assert half(x.half()).dtype == F16
 
 
-def test_meta_device_then_materialised():
+def test_meta_device_then_materialised(products_by_aten):
     layer = hk.HydraLinear(13, 11, device="meta", **ALL_OPTIONS)
     assert layer(torch.empty(2, 13, device="meta")).shape == (2, 11)
     layer.to_empty(device="cpu")

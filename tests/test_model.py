@@ -66,7 +66,7 @@ def state(model):
         ("classifier", (), ["classifier"]),
     ],
 )
-def test_inject_takes_suffixes_and_regular_expressions(targets, exclude, expected):
+def test_inject_takes_suffixes_and_regular_expressions(targets, exclude, expected, products_by_aten):
     model = Model()
     before = model(TOKENS)
     assert hk.inject(model, targets, exclude=exclude, r_a=2, r_b=3) == expected

@@ -63,24 +63,6 @@ def test_kernels(case, form, threads, dtype, products_by_aten):
 
 
 @pytest.fixture
-def products_by_aten(monkeypatch):
-    yield from products_by("aten", monkeypatch)
-
-
-@pytest.fixture
-def products_by_own(monkeypatch):
-    yield from products_by("own", monkeypatch)
-
-
-def products_by(library, monkeypatch):
-    monkeypatch.setenv("HYDRA_KERNELS_PRODUCTS", library)
-    machine.forget()
-    yield
-    monkeypatch.undo()
-    machine.forget()
-
-
-@pytest.fixture
 def widened():
     """As on a processor for which torch has no oneDNN kernels in bf16 and fp16."""
     torch._C._set_mkldnn_enabled(False)
@@ -201,6 +183,9 @@ def test_bfloat16_is_rounded_to_the_nearest(form, units):
     assert h[0].isnan().all()
 
 
+BY_ATEN = ("aten::mm", "aten::addmm")
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_library(form, library, monkeypatch):
@@ -214,8 +199,10 @@ def test_every_library(form, library, monkeypatch):
         t["x"].requires_grad_()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call(hk.hydra_linear, t, PLAIN, form=form, backend="native").backward(G)
-        by_onednn = sum(event.name == "mkldnn::_linear_pointwise" for event in profile.events())
+        called = [event.name for event in profile.events()]
+        by_onednn, by_aten = called.count("mkldnn::_linear_pointwise"), sum(map(called.count, BY_ATEN))
         assert by_onednn == {"aten": 0, "onednn-forward": 1, "onednn": 2, "own": 0}[library]
+        assert by_aten == {"aten": 2, "onednn-forward": 1, "onednn": 0, "own": 0}[library]
     finally:
         monkeypatch.undo()
         machine.forget()
@@ -231,18 +218,47 @@ def test_our_kernels_for_few_rows(form, dtype, K, N, M, products_by_own):
     compare(Case((M,), K, N, 8, 8), "native", form, (dtype, dtype))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_our_kernels_for_few_rows_read_any_layout(dtype, products_by_own):
-    """x and W0 as some columns of every second row, as a transposed matrix, and negated lazily: the same bits."""
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("form", ["composed", "kept"])
+def test_our_kernels_for_few_rows_read_any_layout(form, dtype, products_by_own):
+    """x, G and W0 as some columns of every second row, as a transposed matrix, and negated lazily: the same numbers. A
+    W0 whose rows do not lie in memory is ATen's, which may round otherwise."""
     t, G = operands(replace(PLAIN, lead=(20,)), dtype)
-    expected = results(t, G, "kept")
-    for name in ("weight", "x"):
-        plain = t[name]
+    expected = results(t, G, form)
+    for name, plain in (("weight", t["weight"]), ("x", t["x"]), ("G", G)):
         wide = torch.full((2 * plain.shape[0], plain.shape[1] + 3), float("nan"), dtype=dtype)
         wide[::2, : plain.shape[1]] = plain
         for layout in (wide[::2, : plain.shape[1]], plain.t().contiguous().t(), torch._neg_view(-plain)):
-            for found, value in results({**t, name: layout}, G, "kept").items():
-                assert torch.equal(value, expected[found]), (name, layout.stride(), found)
+            got = results(t, layout, form) if name == "G" else results({**t, name: layout}, G, form)
+            for found, value in got.items():
+                if name == "weight" and (layout.is_neg() or layout.stride(1) != 1):
+                    torch.testing.assert_close(value, expected[found])
+                else:
+                    assert torch.equal(value, expected[found]), (name, layout.stride(), found)
+
+
+@pytest.mark.parametrize("case", [Case((7,), 8192, 300, 3, 2), Case((120,), 8192, 70, 3, 2)], ids=str)
+def test_our_kernels_for_few_rows_on_every_thread(case, products_by_own):
+    """So large that every loop, also that which packs x, is shared by threads."""
+    torch.set_num_threads(3)
+    compare(case, "native", "kept", (F32, F32))
+
+
+def test_no_library_copies_a_transposed_weight(products_by_own):
+    t, G = operands(replace(PLAIN, lead=(20,)), F32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        results({**t, "weight": t["weight"].t().contiguous().t()}, G, "kept")
+    called = [event.name for event in profile.events()]
+    assert sum(map(called.count, BY_ATEN)) == 2
+
+
+@pytest.mark.parametrize(("rows", "by_aten"), [(128, 0), (129, 2)])
+def test_few_rows_of_16_bits_are_our_kernels(rows, by_aten, widened):
+    t, G = operands(replace(PLAIN, lead=(rows,)), BF16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        results(t, G, "kept")
+    called = [event.name for event in profile.events()]
+    assert sum(map(called.count, BY_ATEN)) == by_aten
 
 
 def test_a_plan_that_sweeps_is_the_composed_form_on_a_cpu():
@@ -502,7 +518,7 @@ def test_negated_memory_and_scales_of_another_dtype(form):
         torch.testing.assert_close(got[name], value)
 
 
-@pytest.mark.parametrize("rows", [30, 40])
+@pytest.mark.parametrize("rows", [30, 140])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("form", ["composed", "kept"])
 def test_negated_memory_of_16_bits(form, dtype, rows, widened):

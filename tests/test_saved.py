@@ -220,7 +220,8 @@ def multiply_adds(case: Case, form: str, backward: bool) -> int:
 
 @pytest.mark.parametrize(("r_a", "r_b"), [(2, 3), (4, 0), (0, 4)])
 @pytest.mark.parametrize(("backend", "form"), FORMS)
-def test_flop_counters_see_every_product(backend, form, r_a, r_b):
+def test_flop_counters_see_every_product(backend, form, r_a, r_b, products_by_own):
+    """Whatever multiplies with W0: of our own kernels, and of oneDNN's operator, torch has no formula."""
     if r_b == 0 and form == "kept":
         form = "composed"  # what a LoRA runs instead
     case = Case((16,), 48, 80, r_a, r_b, bias=False)

@@ -94,12 +94,12 @@ at::Tensor linear_in(const at::Tensor& x, const at::Tensor& weight, const at::Te
       spread(N, flops, [&](int64_t first, int64_t last) { by_dots(rows, M, W, K, first, last, then); });
       continue;
     }
-    float* packed = Scratch<float, 8>::of(K * up_to_lanes(M));
+    const Buffer<float> packed(K * up_to_lanes(M));
     spread((K + DEPTH - 1) / DEPTH, M * K, [&](int64_t first, int64_t last) {
       for (int64_t k = first * DEPTH; k < std::min(K, last * DEPTH); k += DEPTH)
-        run(Pack{std::min(DEPTH, K - k), M, rows + k, 1, K, packed + k * up_to_lanes(M)});
+        run(Pack{std::min(DEPTH, K - k), M, rows + k, 1, K, packed.data() + k * up_to_lanes(M)});
     });
-    spread(N, flops, [&](int64_t first, int64_t last) { by_panels(packed, M, W, K, first, last, then); });
+    spread(N, flops, [&](int64_t first, int64_t last) { by_panels(packed.data(), M, W, K, first, last, then); });
   }
   return out;
 }

@@ -148,7 +148,8 @@ void run_combine(const Combine<T>& c) {
 }
 
 constexpr int FLOATS = VECTOR_BYTES / sizeof(float);
-// A tile of a panel has so many rows, two accumulators each: all registers but one or two for the panel and one for left.
+// A tile of a panel has so many rows, two accumulators each. With two vectors of the panel and one of left they fit into the
+// 16 registers of AVX2, and the 32 of AVX-512.
 constexpr int TILE_ROWS = VECTOR_BYTES >= 64 ? 12 : 6;
 
 void run_pack(const Pack& k) {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .interface import FROM_DZ, FROM_Z, Saved, joined
+from .interface import FROM_DZ, FROM_Z, Saved, form_of, joined
 
 
 def forward_flops(
@@ -18,11 +18,12 @@ def forward_flops(
     numbers: Sequence[float],
     needs: str,
     backend: str,
-    form: str,
+    plan: str,
     out_val: object = None,
 ) -> int:
     op = joined(tensors, numbers)
     (M, K), N, r_a, r_b, R = x.shape, op.weight.shape[0], op.r_a, op.r_b, op.r_a + op.r_b  # type: ignore[union-attr]
+    form = form_of(plan)
     of_form = {
         "composed": r_b * N * K + M * R * K + M * R * N,  # C, Z, Z U^T
         "kept": M * r_a * K + M * r_b * N + M * R * N,  # Z_a, Z_b, Z U^T
@@ -38,13 +39,13 @@ def backward_flops(
     numbers: Sequence[float],
     needs: str,
     backend: str,
-    form: str,
+    plan: str,
     out_val: object = None,
 ) -> int:
     op, wanted = joined(tensors, numbers), frozenset(needs.split(","))
     (M, N), r_a, r_b, R = G.shape, op.r_a, op.r_b, op.r_a + op.r_b
     K = next((t.shape[1] for t in (op.weight, op.A_down) if t is not None), 0)
-    total = 0
+    total, form = 0, form_of(plan)
     if not wanted.isdisjoint(FROM_Z):
         total += M * R * (N + K if form == "effective" else N)  # dU, and Z again
     if not wanted.isdisjoint(FROM_DZ):

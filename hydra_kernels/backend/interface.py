@@ -27,7 +27,8 @@ def rounds_the_sum(form: str, dtype: torch.dtype) -> bool:
     return form == "effective" and dtype in LOW_PRECISION
 
 
-# What computes `native`'s products with W0 on a CPU: ATen (MKL in fp32), or oneDNN in the forward or in both passes.
+# What computes `native`'s products with W0 on a CPU: ATen (MKL in fp32), oneDNN in the forward or in both passes, or
+# our own kernels for few rows.
 LIBRARIES = ("aten", "onednn-forward", "onednn", "own")
 # How `native`'s backward reads x and G on a GPU: pass by pass, or both in one sweep, on compute capability 9.x alone.
 BACKWARDS = ("passes", "sweep")

@@ -46,8 +46,8 @@ _WHY_OWN = (
 _WHY_AMD_ROWS = f"on AMD without AVX-512 oneDNN is faster up to {_ONEDNN_ROWS[1]} rows (measured on a Zen 3)"
 _WHY_AMD_FORWARD = f"{_WHY_AMD_ROWS}, but not for G W0 unless K is a power of two"
 _WHY_AMD_MKL = (
-    "without AVX-512 MKL is more exact and about as fast for many rows on AMD too (measured on a Zen 3); "
-    "a small W0 takes little time by either"
+    "without AVX-512 MKL is more exact on AMD too, and about as fast for one row, for many, and for a small W0 "
+    "(measured on a Zen 3)"
 )
 _WHY_BLOCKS = "MKL multiplies blocks of W0 in float32; up to 128 rows our own kernels read W0 as it is"
 _WHY_WIDENED = (
@@ -88,6 +88,7 @@ class Cpu(NamedTuple):
     onednn: bool  # whether torch's operators for oneDNN can be called
     library: str  # one of LIBRARIES that the user set, or "auto"
     widened: tuple[torch.dtype, ...] = ()  # torch has no oneDNN for them: `native` multiplies with W0 in fp32
+    instructions: str = "avx2"  # that `native` uses: "avx512", "avx2" or "plain"
 
 
 class Machine(NamedTuple):
@@ -201,7 +202,8 @@ def _backend(
 def _inductor_is_best(M: int | None, K: int, N: int, dtype: torch.dtype, machine: Machine) -> bool:
     if machine.capability is not None or dtype != torch.float32 or M is None or M > _PLAIN_ROWS:
         return False
-    own = machine.cpu is not None and _own_is_best(M, K, N, machine.cpu)
+    cpu = machine.cpu
+    own = cpu is not None and cpu.library in ("auto", "own") and _own_is_best(M, K, N, cpu)
     large = _LARGE_WEIGHT_AMD if own else _ONEDNN_WEIGHT
     return large > K * N
 
@@ -231,16 +233,18 @@ def _library(
         return "aten", ""
     if cpu.library != "auto" and (cpu.onednn or "onednn" not in cpu.library):
         return cpu.library, "$HYDRA_KERNELS_PRODUCTS sets it"
-    if winner is None and cpu.library == "auto" and dtype == torch.float32 and _own_is_best(M, K, N, cpu):
-        return "own", _WHY_OWN
+    if dtype == torch.float32 and cpu.library == "auto":
+        timed = winner is not None and winner.backend == "native"
+        if winner is not None and timed and (cpu.onednn or "onednn" not in winner.library):
+            return winner.library, "it was the fastest when measured on this device"
+        if not timed and _own_is_best(M, K, N, cpu):
+            return "own", _WHY_OWN
     if not cpu.onednn:
         return "aten", "this torch has no oneDNN operators, or they are switched off"
     if dtype in cpu.widened:
         return ("onednn", _WHY_AMD_AVX512) if cpu.vendor == "AMD" and cpu.matrix_units else ("aten", _WHY_BLOCKS)
     if dtype in LOW_PRECISION:
         return "aten", "in this dtype ATen calls oneDNN itself"
-    if winner is not None:
-        return winner.library, "it was the fastest when measured on this device"
     few_rows = M is not None and _ONEDNN_ROWS[0] <= M <= _ONEDNN_ROWS[1]
     if cpu.vendor == "AMD":
         return _library_on_amd(few_rows, K, N, cpu)
@@ -258,8 +262,8 @@ def _library_on_amd(few_rows: bool, K: int, N: int, cpu: Cpu) -> tuple[str, str]
 
 
 def _own_is_best(M: int | None, K: int, N: int, cpu: Cpu) -> bool:
-    """Our kernels for few rows were measured on AMD without AVX-512 alone."""
-    if M is None or cpu.vendor != "AMD" or cpu.matrix_units:
+    """Our kernels for few rows were measured on AMD in AVX2 alone."""
+    if M is None or cpu.vendor != "AMD" or cpu.instructions != "avx2":
         return False
     least, most = _OWN_ROWS
     return least <= M <= (_OWN_ROWS_LARGE if K * N >= _LARGE_WEIGHT_AMD else most)

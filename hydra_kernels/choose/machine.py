@@ -58,7 +58,7 @@ def cpu() -> Cpu | None:
         return None
     vendor = next((vendor for vendor in ("AMD", "Intel") if vendor in name), "")
     widened = tuple(dtype for dtype in LOW_PRECISION if native.widened(dtype == torch.float16))
-    return Cpu(vendor, native.matrix_units(), native.onednn(), library, widened)
+    return Cpu(vendor, native.matrix_units(), native.onednn(), library, widened, native.instructions())
 
 
 def fixed_backward() -> str:
