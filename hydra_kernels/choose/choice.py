@@ -237,7 +237,7 @@ def _library(
         timed = winner is not None and winner.backend == "native"
         if winner is not None and timed and (cpu.onednn or "onednn" not in winner.library):
             return winner.library, "it was the fastest when measured on this device"
-        if not timed and _own_is_best(M, K, N, cpu):
+        if _own_is_best(M, K, N, cpu):
             return "own", _WHY_OWN
     if not cpu.onednn:
         return "aten", "this torch has no oneDNN operators, or they are switched off"
