@@ -234,9 +234,9 @@ def _library(
     if cpu.library != "auto" and (cpu.onednn or "onednn" not in cpu.library):
         return cpu.library, "$HYDRA_KERNELS_PRODUCTS sets it"
     if dtype == torch.float32 and cpu.library == "auto":
-        timed = winner is not None and winner.backend == "native"
-        if winner is not None and timed and (cpu.onednn or "onednn" not in winner.library):
-            return winner.library, "it was the fastest when measured on this device"
+        timed = winner.library if winner is not None and winner.backend == "native" else None
+        if timed is not None and (cpu.onednn or "onednn" not in timed):
+            return timed, "it was the fastest when measured on this device"
         if _own_is_best(M, K, N, cpu):
             return "own", _WHY_OWN
     if not cpu.onednn:
