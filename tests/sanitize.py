@@ -109,7 +109,7 @@ CPU_SOURCES = ("csrc", "hydra_kernels", "benchmarks", "tests", "setup.py", "pypr
 CPU_TESTS = [
     "tests/test_native.py",
     "-k",
-    "test_kernels or test_sums_that or test_weights or nearest or float16 or several_blocks",
+    "test_kernels or few_rows or test_sums_that or test_weights or nearest or float16 or several_blocks",
 ]
 CPU_PLANTED = Planted(
     "a write past scratch memory", "address", "AddressSanitizer", "small.cpp",
